@@ -1,0 +1,41 @@
+"""How every command ends: exit code 0; 2 and one line for a user's mistake; 1 for a fault of ours."""
+
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+
+from pwiser_tf.errors import DataError
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags, calls main() and exits.
+
+    A wrong flag, a DataError and an operating-system error (no such file, no permission, disk
+    full) print one line on stderr and exit with code 2, without a traceback. Anything else is a
+    fault of ours: it keeps its traceback, and exits with code 1.
+    """
+
+    def parse(argv):
+        try:
+            positional = flags.FLAGS(argv)
+        except flags.Error as error:
+            _fail(error)
+        if len(positional) > 1:
+            _fail(f"unexpected argument {positional[1]!r}; flags start with --")
+        return positional
+
+    def guarded(_):
+        try:
+            main()
+        except (DataError, OSError) as error:
+            _fail(error)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def _fail(error) -> None:
+    if isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(2)

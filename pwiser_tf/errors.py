@@ -1,0 +1,24 @@
+"""DataError: what is wrong with a user's input, in one line. Nothing else is caught as such."""
+
+
+class DataError(ValueError):
+    """Input that cannot be used. Command lines print it as one line and exit with code 2.
+
+    Args:
+      expected: what was expected, or the whole message when nothing was found.
+      file: the file at fault; row: its line, counted from 1 with the header as line 1;
+      column: the column's name, or its number counted from 1; found: the value found.
+    """
+
+    def __init__(self, expected: str, *, file=None, row=None, column=None, found=None):
+        place = [
+            str(file) if file is not None else None,
+            f"row {row}" if row is not None else None,
+            f"column {column}" if column is not None else None,
+        ]
+        message = ", ".join(part for part in place if part)
+        if found is not None:
+            text = repr(found) if isinstance(found, str) else str(found)
+            text = text if len(text) <= 80 else text[:77] + "..."
+            expected = f"found {text}, expected {expected}"
+        super().__init__(f"{message}: {expected}" if message else expected)
