@@ -1,0 +1,500 @@
+"""Exact metrics of ranking and calibration, as pure functions on NumPy arrays.
+
+Everywhere labels are [n] in {0, 1}, and scores or probabilities are [n]. A metric that the data do
+not define (no rows, one class) is NaN, never a made-up 0.5; arrays that cannot be meant, such as
+unequal shapes, other labels or NaN scores, raise ValueError. Nothing is binned, sampled or
+approximated, except the calibration error, which is binned by definition: with 200 thresholds
+`keras.metrics.AUC` is off by more than 0.1 where positives are rare (benchmarks/metrics.py).
+
+Scores are compared in their own type (a float32 orders as its float64 does, and sorts faster);
+all sums are float64 or exact integers.
+"""
+
+import dataclasses
+import math
+import statistics
+
+import numpy as np
+
+# The tasks of a summary, in the order in which reports show them.
+TASKS = ("ctr", "ctcvr", "cvr")
+
+# log_loss moves probabilities this far away from 0 and 1, so that one row costs at most 34.5.
+_LOG_LOSS_MARGIN = 1e-15
+
+
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve: P(a positive scores above a negative), ties counting one half.
+
+    The Mann-Whitney statistic, exact: a sort of the negatives and a binary search per positive.
+
+    Args:
+      labels: [n] in {0, 1}.
+      scores: [n], any real numbers, infinities included; higher means more likely positive.
+
+    Returns:
+      The area, or NaN when one class is absent.
+
+    Raises:
+      ValueError: shapes differ or are not [n], a label is not 0 or 1, a score is NaN.
+    """
+    positives, negatives = _by_class(*_checked(labels, scores))
+    return _area(_twice_below(negatives, positives), len(negatives))
+
+
+def auc_interval(
+    labels: np.ndarray, scores: np.ndarray, level: float = 0.95
+) -> tuple[float, float, float]:
+    """AUC with DeLong's confidence interval, in O(n log n).
+
+    The variance is that of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988), computed from
+    ranks as in Sun and Xu (IEEE Signal Processing Letters 21, 2014). The interval is symmetric in
+    log(AUC / (1 - AUC)), not in AUC: it cannot leave (0, 1), and it covers better when the AUC is
+    high and conversions are few (Pepe, "The Statistical Evaluation of Medical Tests", 2003, 5.2).
+
+    Rows are taken as independent. Rows of one search are not quite, so that the interval is
+    somewhat too narrow where groups are large.
+
+    Args:
+      labels: [n] in {0, 1}.
+      scores: [n].
+      level: the probability that the interval covers the true AUC.
+
+    Returns:
+      (auc, low, high). The auc is NaN when one class is absent; low and high are NaN with fewer
+      than 2 rows of a class, and when the classes are perfectly separated: there the variance is
+      estimated as 0, and says nothing.
+
+    Raises:
+      ValueError: as `auc`, and level not between 0 and 1.
+    """
+    z = _z(level)
+    positives, negatives = _by_class(*_checked(labels, scores))
+    if not len(positives) or not len(negatives):
+        return math.nan, math.nan, math.nan
+    area, of_positives, of_negatives = _placements(positives, negatives)
+    if min(len(positives), len(negatives)) < 2 or not 0 < area < 1:
+        return area, math.nan, math.nan
+    error = math.sqrt(_mean_variance(of_positives) + _mean_variance(of_negatives))
+    center, reach = math.log(area / (1 - area)), z * error / (area * (1 - area))
+    return area, _sigmoid(center - reach), _sigmoid(center + reach)
+
+
+def auc_difference(
+    labels: np.ndarray, scores_a: np.ndarray, scores_b: np.ndarray, level: float = 0.95
+) -> tuple[float, float, float, float]:
+    """How much higher the AUC of a is than that of b, on the same rows: DeLong's paired test.
+
+    Two models err on the same rows, so their difference is far more certain than their two
+    intervals suggest. Source: DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988). It tells
+    two sets of scores apart, not two ways of training: for those, repeat with several seeds.
+
+    Args:
+      labels: [n] in {0, 1}.
+      scores_a, scores_b: [n], of two models.
+      level: the probability that the interval covers the true difference.
+
+    Returns:
+      (difference, low, high, p_value): auc(a) - auc(b), its interval (symmetric), and the
+      two-sided p-value of no difference. NaN where undefined: one class absent (all four), fewer
+      than 2 rows of a class or an estimated variance of 0 (the last three). Scores that order the
+      rows alike give exactly (0, 0, 0, 1).
+
+    Raises:
+      ValueError: as `auc`, and level not between 0 and 1.
+    """
+    z = _z(level)
+    positives_a, negatives_a = _by_class(*_checked(labels, scores_a))
+    positives_b, negatives_b = _by_class(*_checked(labels, scores_b))
+    if not len(positives_a) or not len(negatives_a):
+        return math.nan, math.nan, math.nan, math.nan
+    area_a, of_positives_a, of_negatives_a = _placements(positives_a, negatives_a)
+    area_b, of_positives_b, of_negatives_b = _placements(positives_b, negatives_b)
+    difference = area_a - area_b
+    if min(len(positives_a), len(negatives_a)) < 2:
+        return difference, math.nan, math.nan, math.nan
+    # Paired: the difference is taken row by row, and its variance holds the covariance.
+    by_positive = of_positives_a - of_positives_b
+    by_negative = of_negatives_a - of_negatives_b
+    if not by_positive.any() and not by_negative.any():
+        return 0.0, 0.0, 0.0, 1.0
+    error = math.sqrt(_mean_variance(by_positive) + _mean_variance(by_negative))
+    if error == 0:
+        return difference, math.nan, math.nan, math.nan
+    p_value = math.erfc(abs(difference) / error / math.sqrt(2))
+    return difference, difference - z * error, difference + z * error, p_value
+
+
+def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[float, int, int]:
+    """AUC within each group, averaged over groups with their row counts (exposures) as weights.
+
+    It asks what ranking needs: are the rows of one search in the right order? Source: Zhou et
+    al., "Deep Interest Network" (KDD 2018), section 5.3, with search in place of user. A group
+    with one class has no AUC: it is skipped, and counted.
+
+    Args:
+      labels: [n] in {0, 1}.
+      scores: [n].
+      groups: [n], integers or strings: the group of each row, in any order.
+
+    Returns:
+      (value, groups_used, groups_skipped); the value is NaN when no group has both classes.
+
+    Raises:
+      ValueError: as `auc`, and groups not [n].
+    """
+    positive, scores = _checked(labels, scores)
+    groups = np.asarray(groups)
+    if groups.shape != positive.shape:
+        raise ValueError(
+            f"expected groups of shape {list(positive.shape)}, found {list(groups.shape)}"
+        )
+    group_count = _distinct(groups)
+    # Most groups hold no positive, and have no AUC: without their rows there is little to sort.
+    with_positive = np.unique(groups[positive])
+    kept = np.isin(groups, with_positive)
+    positive, scores = positive[kept], scores[kept]
+    code = np.searchsorted(with_positive, groups[kept])
+    order = np.lexsort((scores, code))
+    positive, scores, code = positive[order], scores[order], code[order]
+
+    # Each positive beats the negatives of its group before its run of equal scores, and draws
+    # with those inside: twice its wins are the negatives before the run's start plus those
+    # before its end.
+    new_group = np.concatenate([[True], code[1:] != code[:-1]])[: len(code)]
+    new_run = new_group | np.concatenate([[True], scores[1:] != scores[:-1]])[: len(code)]
+    group_starts, run_starts = np.flatnonzero(new_group), np.flatnonzero(new_run)
+    run_ends = np.append(run_starts[1:], len(code))
+    negatives_before = np.concatenate([[0], np.cumsum(~positive)])
+    position = np.flatnonzero(positive)
+    run, group = np.searchsorted(run_starts, position, side="right") - 1, code[position]
+    twice_wins = (
+        negatives_before[run_starts[run]]
+        + negatives_before[run_ends[run]]
+        - 2 * negatives_before[group_starts[group]]
+    )
+
+    rows = np.bincount(code, minlength=len(with_positive))
+    positives = np.bincount(group, minlength=len(with_positive))
+    wins = np.bincount(group, weights=twice_wins, minlength=len(with_positive)) / 2
+    used = rows > positives
+    rows, positives, wins = rows[used], positives[used], wins[used]
+    if not len(rows):
+        return math.nan, 0, group_count
+    areas = wins / (positives * (rows - positives))
+    return float(np.sum(areas * rows) / np.sum(rows)), len(rows), group_count - len(rows)
+
+
+def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Mean binary cross-entropy in nats; NaN without rows.
+
+    Probabilities are moved into [1e-15, 1 - 1e-15] first, so that a saturated one that was wrong
+    costs 34.5 and not infinity.
+
+    Raises:
+      ValueError: as `auc`, and a probability outside [0, 1].
+    """
+    positive, probabilities = _checked(labels, probabilities, probability=True)
+    if not len(positive):
+        return math.nan
+    of_positives, of_negatives = _by_class(positive, probabilities)
+    # Each logarithm is taken of the smaller side, where float64 keeps its digits.
+    loss = -np.log(np.maximum(of_positives, _LOG_LOSS_MARGIN, dtype=np.float64)).sum()
+    loss -= np.log1p(-np.minimum(of_negatives, 1 - _LOG_LOSS_MARGIN, dtype=np.float64)).sum()
+    return float(loss / len(positive))
+
+
+def pcoc(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """Predicted clicks over clicks: sum of probabilities / sum of labels. 1 is calibrated, 1.1 is
+    ten percent too much; NaN without positives.
+
+    Raises:
+      ValueError: as `auc`, and a probability outside [0, 1].
+    """
+    positive, probabilities = _checked(labels, probabilities, probability=True)
+    count = np.count_nonzero(positive)
+    return float(probabilities.sum(dtype=np.float64) / count) if count else math.nan
+
+
+@dataclasses.dataclass(frozen=True)
+class Reliability:
+    """What was predicted and what happened, by bin of the predictions, in rising order.
+
+    Attributes:
+      rows: int64 [k], rows of each bin.
+      predicted: float64 [k], mean probability.
+      observed: float64 [k], share of positives.
+      low, high: float64 [k], Wilson's interval of the observed share.
+    """
+
+    rows: np.ndarray
+    predicted: np.ndarray
+    observed: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
+
+
+def reliability(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 20, level: float = 0.95
+) -> Reliability:
+    """Predicted against observed rates in bins of (nearly) equal row counts.
+
+    Equal counts, not equal widths: predictions at base rates of a percent would all share the
+    first of 20 equally wide bins. Equal predictions are never split between bins, so that the
+    order of the rows does not matter; where they are many, there are fewer bins than asked for.
+
+    Args:
+      labels: [n] in {0, 1}.
+      probabilities: [n] in [0, 1].
+      bins: how many bins there are at most.
+      level: of the intervals, by Wilson (JASA 22, 1927): sound at small counts and small rates.
+
+    Returns:
+      A Reliability of k <= bins bins, none of them empty; k = 0 without rows.
+
+    Raises:
+      ValueError: as `auc`; a probability outside [0, 1], bins below 1, level not in (0, 1).
+    """
+    z = _z(level)
+    if bins < 1:
+        raise ValueError(f"expected at least 1 bin, found {bins}")
+    positive, probabilities = _checked(labels, probabilities, probability=True)
+    count = len(positive)
+    # A bin starts at each quantile, and holds all that equals it.
+    starts = np.unique(np.sort(probabilities)[np.arange(bins) * count // bins if count else []])
+    bin_of_row = np.searchsorted(starts, probabilities, side="right") - 1
+    rows = np.bincount(bin_of_row, minlength=len(starts))
+    predicted = np.bincount(bin_of_row, weights=probabilities, minlength=len(starts)) / rows
+    hits = np.bincount(bin_of_row[positive], minlength=len(starts))
+    observed = hits / rows
+    center = (hits + z**2 / 2) / (rows + z**2)
+    reach = z * np.sqrt(hits * (1 - observed) + z**2 / 4) / (rows + z**2)
+    low = np.where(hits == 0, 0.0, center - reach)
+    high = np.where(hits == rows, 1.0, center + reach)
+    return Reliability(rows, predicted, observed, low, high)
+
+
+def expected_calibration_error(
+    labels: np.ndarray, probabilities: np.ndarray, bins: int = 20
+) -> float:
+    """Mean distance between predicted and observed rate over bins, weighted by rows; 0 is best.
+
+    The bins are those of `reliability`: equal in rows, ties together. (Naeini et al., AAAI 2015,
+    define the error; equal counts are from Nixon et al., CVPR Workshops 2019.) Chance alone keeps
+    it above 0, the more so the fewer the rows: compare it on equal data only.
+
+    Args:
+      labels: [n] in {0, 1}.
+      probabilities: [n] in [0, 1].
+      bins: how many bins there are at most.
+
+    Returns:
+      The error, in units of probability; NaN without rows.
+
+    Raises:
+      ValueError: as `auc`; a probability outside [0, 1], bins below 1.
+    """
+    curve = reliability(labels, probabilities, bins)
+    if not len(curve.rows):
+        return math.nan
+    return float(np.average(np.abs(curve.predicted - curve.observed), weights=curve.rows))
+
+
+def roc_curve(
+    labels: np.ndarray, scores: np.ndarray, points: int = 1000
+) -> tuple[np.ndarray, np.ndarray]:
+    """The ROC curve for a plot: points of the exact curve, thinned where there are many.
+
+    Half of the thresholds are quantiles of the positives' scores and half of the negatives', so
+    that both axes are covered evenly.
+
+    Args:
+      labels: [n] in {0, 1}.
+      scores: [n].
+      points: how many points there are at most, the two corners not counted; at least 2.
+
+    Returns:
+      (false_positive_rate, true_positive_rate): float64 [k] each, rising from (0, 0) to (1, 1);
+      both empty when one class is absent.
+
+    Raises:
+      ValueError: as `auc`.
+    """
+    positives, negatives = _by_class(*_checked(labels, scores))
+    if not len(positives) or not len(negatives):
+        return np.empty(0), np.empty(0)
+    positives, negatives = np.sort(positives), np.sort(negatives)
+    chosen = [
+        values[np.unique(np.linspace(0, len(values) - 1, max(points // 2, 1)).astype(np.int64))]
+        for values in (positives, negatives)
+    ]
+    thresholds = np.unique(np.concatenate(chosen))[::-1]
+    rates = [
+        np.concatenate([[0.0], 1 - np.searchsorted(values, thresholds) / len(values), [1.0]])
+        for values in (negatives, positives)
+    ]
+    return rates[0], rates[1]
+
+
+def task_labels(grade: np.ndarray, task: str) -> tuple[np.ndarray, np.ndarray]:
+    """The rows on which a task is measured, and its labels.
+
+    Args:
+      grade: [n] in {0, 1, 2}: exposure only, click, conversion.
+      task: "ctr" (click, all rows), "ctcvr" (conversion, all rows) or "cvr" (conversion, on the
+        rows with a click).
+
+    Returns:
+      (measured, label): bool [n] each.
+
+    Raises:
+      ValueError: another task, grade not [n], a grade that is not 0, 1 or 2.
+    """
+    if task not in TASKS:
+        raise ValueError(f"expected a task among {', '.join(TASKS)}, found {task!r}")
+    grade = np.asarray(grade)
+    if grade.ndim != 1:
+        raise ValueError(f"expected grades of shape [n], found {list(grade.shape)}")
+    unknown = ~np.isin(grade, (0, 1, 2))
+    if unknown.any():
+        raise ValueError(f"expected grades in 0, 1, 2, found {grade[unknown][0]}")
+    clicked, converted = grade >= 1, grade == 2
+    if task == "cvr":
+        return clicked, converted
+    return np.ones(len(grade), bool), clicked if task == "ctr" else converted
+
+
+def summary(
+    grade: np.ndarray, predictions: dict[str, np.ndarray], group: np.ndarray | None = None
+) -> dict[str, dict]:
+    """Every metric of every task, ready for JSON.
+
+    Args:
+      grade: integers [n] in {0, 1, 2}.
+      predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1].
+      group: [n], the group of each row, or None where the data have no groups.
+
+    Returns:
+      Task name to a dict of rows, positives, auc, auc_low, auc_high (95 percent), gauc,
+      gauc_groups, gauc_groups_skipped, log_loss, pcoc, calibration_error. What is undefined is
+      None, because JSON has no NaN; so are the three of gauc where there is no group.
+
+    Raises:
+      ValueError: names the task; predictions of a task absent, or wrong arrays as in `auc`.
+    """
+    return {task: _task_summary(grade, predictions, group, task) for task in TASKS}
+
+
+def _task_summary(grade, predictions, group, task: str) -> dict:
+    if task not in predictions:
+        raise ValueError(f"expected predictions of {', '.join(TASKS)}; there are none of {task}")
+    measured, labels = task_labels(grade, task)
+    columns = {"predictions": np.asarray(predictions[task])}
+    if group is not None:
+        columns["groups"] = np.asarray(group)
+    for name, values in columns.items():
+        if values.shape != labels.shape:
+            raise ValueError(
+                f"{task}: expected {name} of shape {list(labels.shape)}, found {list(values.shape)}"
+            )
+    # A prediction of CVR counts only where there was a click: elsewhere it may be anything.
+    labels, probabilities = labels[measured], columns["predictions"][measured]
+    try:
+        area, low, high = auc_interval(labels, probabilities)
+        group_area, groups, skipped = None, None, None
+        if group is not None:
+            group_area, groups, skipped = gauc(labels, probabilities, columns["groups"][measured])
+        result = {
+            "rows": len(labels),
+            "positives": int(np.count_nonzero(labels)),
+            "auc": area,
+            "auc_low": low,
+            "auc_high": high,
+            "gauc": group_area,
+            "gauc_groups": groups,
+            "gauc_groups_skipped": skipped,
+            "log_loss": log_loss(labels, probabilities),
+            "pcoc": pcoc(labels, probabilities),
+            "calibration_error": expected_calibration_error(labels, probabilities),
+        }
+    except ValueError as error:
+        raise ValueError(f"{task}: {error}") from None
+    return {
+        name: None if isinstance(value, float) and math.isnan(value) else value
+        for name, value in result.items()
+    }
+
+
+def _checked(labels, scores, probability: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Labels as bool [n] and scores as float32 or float64 [n], or a ValueError."""
+    labels, scores = np.asarray(labels), np.asarray(scores)
+    if labels.ndim != 1 or labels.shape != scores.shape:
+        raise ValueError(
+            "expected labels and scores of one shape [n], "
+            f"found {list(labels.shape)} and {list(scores.shape)}"
+        )
+    positive = labels == 1
+    unknown = ~(positive | (labels == 0))
+    if unknown.any():
+        row = int(np.argmax(unknown))
+        raise ValueError(f"expected labels in 0, 1, found {labels[row]} at row {row}")
+    if scores.dtype not in (np.float32, np.float64):
+        scores = scores.astype(np.float64)
+    wrong = ~((scores >= 0) & (scores <= 1)) if probability else np.isnan(scores)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        expected = "probabilities in [0, 1]" if probability else "scores that are numbers"
+        raise ValueError(f"expected {expected}, found {scores[row]} at row {row}")
+    return positive, scores
+
+
+def _by_class(positive, scores) -> tuple[np.ndarray, np.ndarray]:
+    """The scores of the positives and of the negatives, each in the order of the rows."""
+    return scores[positive], scores[~positive]
+
+
+def _twice_below(reference, values) -> np.ndarray:
+    """For each value: 2 x (entries of reference below it) + (entries equal to it), int64."""
+    reference = np.sort(reference)
+    return np.searchsorted(reference, values, "left") + np.searchsorted(reference, values, "right")
+
+
+def _area(twice_wins, negatives: int) -> float:
+    """AUC from twice the wins of each positive over so many negatives, summed as integers."""
+    pairs = len(twice_wins) * negatives
+    return int(twice_wins.sum()) / (2 * pairs) if pairs else math.nan
+
+
+def _placements(positives, negatives) -> tuple[float, np.ndarray, np.ndarray]:
+    """The AUC and DeLong's structural components, whose mean it is: for each positive the share
+    of negatives that it beats, for each negative the share of positives that beat it."""
+    twice_wins = _twice_below(negatives, positives)
+    twice_losses = _twice_below(positives, negatives)
+    return (
+        _area(twice_wins, len(negatives)),
+        twice_wins / (2 * len(negatives)),
+        1 - twice_losses / (2 * len(positives)),
+    )
+
+
+def _mean_variance(values) -> float:
+    """The estimated variance of the mean of the values."""
+    return float(np.var(values, ddof=1) / len(values))
+
+
+def _distinct(values) -> int:
+    """How many different values there are; sorting beats the hash table of np.unique."""
+    ordered = np.sort(values)
+    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + min(len(ordered), 1)
+
+
+def _z(level: float) -> float:
+    """The standard normal's two-sided quantile: 1.96 at level 0.95."""
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, found {level}")
+    return statistics.NormalDist().inv_cdf((1 + level) / 2)
+
+
+def _sigmoid(value: float) -> float:
+    """The logistic function, without overflow."""
+    return (1 + math.tanh(value / 2)) / 2
