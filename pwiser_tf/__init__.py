@@ -9,6 +9,10 @@ import sys
 
 __version__ = "0.1.0"
 
+# TensorFlow's C++ side greets every start with lines about CPU features and absent GPUs; what goes
+# wrong there reaches Python as an exception anyway.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 
 def _use_keras_2() -> None:
     """Binds `tf.keras` to tf_keras, or says why that is no longer possible.

@@ -1,4 +1,4 @@
-"""How every command ends: exit code 0; 2 and one line for a user's mistake; 1 for a fault of ours."""
+"""How every command ends: exit code 0, 2 for a user's mistake (one line), 1 for a fault of ours."""
 
 import sys
 from collections.abc import Callable

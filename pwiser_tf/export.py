@@ -1,0 +1,231 @@
+"""Exports a trained run as a SavedModel that TF Serving loads.
+
+    python -m pwiser_tf.export --workdir=runs/us --export_dir=models --model_name=us
+
+It writes <export_dir>/<model_name>/<version>/, the version one above the highest there, with
+three signatures that all give ctr, cvr and ctcvr, float [batch]:
+
+    serving_default  examples: string [batch], serialized tf.train.Examples of raw features
+    predict_raw      one tensor [batch] a raw feature: int64, string or float
+    predict          categorical: int64 [batch, C] and numerical: float [batch, N], as records
+                     hold them (ids, transformed values): the fast path
+
+A missing raw value is NaN, "" or the smallest int64; an Example may leave the feature out.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable
+
+import numpy as np
+import tensorflow as tf
+from absl import flags
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow_serving.apis import prediction_log_pb2
+
+from pwiser_tf import workdir
+from pwiser_tf.command_line import run
+from pwiser_tf.layers import RawFeatures
+from pwiser_tf.models import ClickConversionModel
+from pwiser_tf.schema import MISSING_INTEGER, MISSING_STRING, Schema
+
+OUTPUTS = ("ctr", "cvr", "ctcvr")
+_MISSING = {"int64": MISSING_INTEGER, "string": MISSING_STRING}
+# Files beside the graph, which TF Serving leaves alone but for the warm-up requests.
+_EXTRA_ASSETS = "assets.extra"
+_WARM_UP_FILE = "tf_serving_warmup_requests"
+# Warmed up with these, a server answers its first requests as fast as the later ones.
+_WARM_UP_BATCHES = (1, 64, 512)
+
+
+class ServedModel(tf.Module):
+    """A model with its preprocessing, and a function a signature.
+
+    It tracks the variables that its functions read, and not the Keras model itself: saving that
+    would trace every layer again, in training mode too.
+    """
+
+    def __init__(self, model: ClickConversionModel, schema: Schema):
+        super().__init__(name="served_model")
+        self._schema = schema
+        self._raw_features = RawFeatures(schema)
+        self._call_model = lambda features: model(features, training=False)
+        features = {}
+        if schema.categorical:
+            features["categorical"] = _spec("categorical", tf.int64, len(schema.categorical))
+        if schema.numerical:
+            features["numerical"] = _spec("numerical", tf.float32, len(schema.numerical))
+        example_spec = self._example_spec()
+        self.aliases = _aliases(example_spec)
+        raw = {name: _spec(self.aliases[name], spec.dtype) for name, spec in example_spec.items()}
+        self.functions = {
+            name: tf.function(function).get_concrete_function(inputs)
+            for name, function, inputs in (
+                ("serving_default", self._examples, {"examples": _spec("examples", tf.string)}),
+                ("predict_raw", self._raw, raw),
+                ("predict", self._features, features),
+            )
+        }
+        self.read_variables = list(self.functions["predict"].variables)
+
+    def _example_spec(self) -> dict[str, tf.io.FixedLenFeature]:
+        spec = {}
+        for feature in self._schema.categorical:
+            dtype, missing = tf.as_dtype(feature.dtype), _MISSING[feature.dtype]
+            spec[feature.name] = tf.io.FixedLenFeature([], dtype, missing)
+        for feature in self._schema.numerical:
+            spec[feature.name] = tf.io.FixedLenFeature([], tf.float32, np.nan)
+        return spec
+
+    def _examples(self, inputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return self._raw(tf.io.parse_example(inputs["examples"], self._example_spec()))
+
+    def _raw(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        return self._features(self._raw_features(raw))
+
+    def _features(self, features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        outputs = self._call_model(features)
+        return {name: outputs[name] for name in OUTPUTS}
+
+
+def export(
+    folder: str | os.PathLike, export_dir: str | os.PathLike, model_name: str
+) -> pathlib.Path:
+    """Exports the best epoch of the run in `folder` as the model's next version.
+
+    The version's folder appears whole, in one rename, and only after it was loaded through a
+    Session, as TF Serving does, and gave the Keras model's numbers.
+
+    Returns:
+      The new version's folder, <export_dir>/<model_name>/<version>.
+    """
+    model, _, schema = workdir.load_best(folder)
+    served = ServedModel(model, schema)
+    row = _one_row(schema)
+    base = pathlib.Path(export_dir) / model_name
+    base.mkdir(parents=True, exist_ok=True)
+    versions = [int(path.name) for path in base.iterdir() if path.name.isdecimal()]
+    version = max(versions, default=0) + 1
+    # In the same folder, so that a rename suffices; servers look at numbers alone.
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f"partial-{version}-", dir=base))
+    try:
+        tf.saved_model.save(served, str(aside), signatures=served.functions)
+        _restore_names(aside, served.aliases)
+        extra = aside / _EXTRA_ASSETS
+        extra.mkdir()
+        schema.save(extra)
+        _write_warm_up(extra / _WARM_UP_FILE, model_name, row)
+        _check(aside, model, row)
+        aside.chmod(0o755)
+        aside.rename(base / str(version))
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return base / str(version)
+
+
+def _spec(name: str, dtype: tf.DType, *inner: int) -> tf.TensorSpec:
+    return tf.TensorSpec([None, *inner], dtype, name)
+
+
+def _aliases(names: Iterable[str]) -> dict[str, str]:
+    """Raw feature names to names that TensorFlow takes for a tensor, most of them the same."""
+    names = list(names)
+    aliases = {}
+    for position, name in enumerate(names):
+        alias = name if re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) else f"feature_{position}"
+        while alias != name and alias in names:
+            alias += "_"
+        aliases[name] = alias
+    return aliases
+
+
+def _restore_names(folder: pathlib.Path, aliases: dict[str, str]) -> None:
+    """Gives predict_raw's inputs the features' own names, which TensorFlow would not take."""
+    path = folder / "saved_model.pb"
+    saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
+    inputs = saved_model.meta_graphs[0].signature_def["predict_raw"].inputs
+    for name, alias in aliases.items():
+        if name != alias:
+            inputs[name].CopyFrom(inputs[alias])
+            del inputs[alias]
+    path.write_bytes(saved_model.SerializeToString(deterministic=True))
+
+
+def _one_row(schema: Schema) -> dict[str, dict[str, np.ndarray]]:
+    """Inputs of each signature for one row, the same row in all: signature to input to [1, ...]."""
+    raw, ids, values, example = {}, [], [], tf.train.Example()
+    for feature in schema.categorical:
+        value = next(iter(feature.vocabulary), _MISSING[feature.dtype])
+        raw[feature.name] = np.array([value], "int64" if feature.dtype == "int64" else object)
+        ids.append(feature.ids(raw[feature.name]))
+        kinds = example.features.feature[feature.name]
+        if feature.dtype == "int64":
+            kinds.int64_list.value.append(value)
+        else:
+            kinds.bytes_list.value.append(value.encode())
+    for feature in schema.numerical:
+        raw[feature.name] = np.array([feature.mean], np.float32)
+        values.append(feature.apply(raw[feature.name]))
+        example.features.feature[feature.name].float_list.value.append(feature.mean)
+    features = {}
+    if ids:
+        features["categorical"] = np.stack(ids, axis=1)
+    if values:
+        features["numerical"] = np.stack(values, axis=1)
+    serialized = np.array([example.SerializeToString()], object)
+    return {"serving_default": {"examples": serialized}, "predict_raw": raw, "predict": features}
+
+
+def _write_warm_up(path: pathlib.Path, model_name: str, row: dict) -> None:
+    """Writes one request of each signature and batch size, which TF Serving replays on loading."""
+    with tf.io.TFRecordWriter(str(path)) as writer:
+        for signature, inputs in row.items():
+            for batch in _WARM_UP_BATCHES:
+                log = prediction_log_pb2.PredictionLog()
+                request = log.predict_log.request
+                request.model_spec.name = model_name
+                request.model_spec.signature_name = signature
+                for name, value in inputs.items():
+                    repeated = np.repeat(value, batch, axis=0)
+                    request.inputs[name].CopyFrom(tf.make_tensor_proto(repeated))
+                writer.write(log.SerializeToString())
+
+
+def _check(folder: pathlib.Path, model: ClickConversionModel, row: dict) -> None:
+    """Loads an export through a Session, as TF Serving does, and compares every signature.
+
+    tf.saved_model.load succeeding would prove nothing: it can where a Session fails.
+    """
+    features = {name: tf.constant(value) for name, value in row["predict"].items()}
+    expected = model(features, training=False)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(folder))
+        for name, inputs in row.items():
+            signature = loaded.signature_def[name]
+            feed = {signature.inputs[key].name: value for key, value in inputs.items()}
+            fetch = {key: value.name for key, value in signature.outputs.items()}
+            for key, found in session.run(fetch, feed).items():
+                np.testing.assert_allclose(found, expected[key], rtol=1e-5, err_msg=f"{name} {key}")
+
+
+def define_flags() -> None:
+    """Defines the flags of this command."""
+    flags.DEFINE_string("workdir", None, "The folder of a run of pwiser_tf.train.", required=True)
+    flags.DEFINE_string("export_dir", None, "Where models are kept.", required=True)
+    flags.DEFINE_string("model_name", "pwiser", "The model's name, and its folder's.")
+
+
+def main() -> None:
+    """Exports as the flags say."""
+    args = flags.FLAGS
+    with workdir.file_errors():
+        print("exported", export(args.workdir, args.export_dir, args.model_name))
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)

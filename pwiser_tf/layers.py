@@ -1,0 +1,253 @@
+"""Layers: raw values to features, features to a vector (encoder), MLP and gate.
+
+Shapes: B rows in a batch, C categorical and N numerical features, D = embedding_dim.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+
+from pwiser_tf.schema import OUT_OF_VOCABULARY, Schema
+
+_BATCH_NORM_MOMENTUM = 0.9
+_BATCH_NORM_EPSILON = 1e-5
+
+
+class RawFeatures(tf.Module):
+    """Raw values, one tensor a column, to the features a model is called with, as a graph.
+
+    It states `Categorical.ids` and `Numerical.apply` of the schema again, for the served model;
+    values that need a fill leave it as NaN, and `Encoder` fills them.
+    """
+
+    def __init__(self, schema: Schema):
+        super().__init__(name="raw_features")
+        self._schema = schema
+        self._tables = {}
+        for feature in schema.categorical:
+            if not isinstance(feature.vocabulary, range):
+                keys = tf.constant(feature.vocabulary, feature.dtype, [len(feature.vocabulary)])
+                ids = tf.range(1, feature.size, dtype=tf.int64)
+                initializer = tf.lookup.KeyValueTensorInitializer(keys, ids)
+                self._tables[feature.name] = tf.lookup.StaticHashTable(
+                    initializer, OUT_OF_VOCABULARY
+                )
+
+    def __call__(self, raw: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        """{column: [B]} to {"categorical": int64 [B, C], "numerical": float32 [B, N]}."""
+        features = {}
+        if self._schema.categorical:
+            ids = [self._ids(feature, raw[feature.name]) for feature in self._schema.categorical]
+            features["categorical"] = tf.stack(ids, axis=1)
+        if self._schema.numerical:
+            columns = [raw[feature.name] for feature in self._schema.numerical]
+            offset = np.array([feature.offset for feature in self._schema.numerical])
+            scale = np.array([feature.scale for feature in self._schema.numerical])
+            features["numerical"] = (tf.stack(columns, axis=1) - offset) / scale
+        return features
+
+    def _ids(self, feature, values: tf.Tensor) -> tf.Tensor:
+        if feature.name in self._tables:
+            return self._tables[feature.name].lookup(values)
+        known = (values >= 0) & (values < len(feature.vocabulary))
+        return tf.where(known, values + 1, OUT_OF_VOCABULARY)
+
+
+class Encoder(keras.layers.Layer):
+    """Features to one vector: an embedding a category, and all numericals as one more field.
+
+    The fields are those of MTReclib: C embeddings of size D from one table with an offset a
+    feature, and one linear map of the N numericals to size D. Ids outside a feature's vocabulary
+    become id 0 here, and numericals that are not finite the feature's fill value, so that no
+    input, served or read from a file, can address a row that is not its own.
+
+    Call: features {"categorical": int64 [B, C], "numerical": float32 [B, N]} to float32
+    [B, (C + 1) * D] ([B, C * D] without numericals).
+    """
+
+    def __init__(self, schema: Schema, embedding_dim: int, weight_decay: float = 0.0, **kwargs):
+        super().__init__(**kwargs)
+        self._sizes = np.array([feature.size for feature in schema.categorical], np.int64)
+        self._offsets = np.concatenate([[0], np.cumsum(self._sizes)[:-1]]).astype(np.int64)
+        # The transform leaves NaN as NaN: fill with what the fill value is transformed to.
+        self._fill = np.array(
+            [feature.apply(np.array([np.nan]))[0] for feature in schema.numerical], np.float32
+        )
+        self._embedding_dim = embedding_dim
+        self._regularizer = _regularizer(weight_decay)
+        self._linear = None
+        if schema.numerical:
+            self._linear = keras.layers.Dense(embedding_dim, kernel_regularizer=self._regularizer)
+
+    def build(self, input_shape):
+        if len(self._sizes):
+            self.embeddings = self.add_weight(
+                "embeddings",
+                [int(self._sizes.sum()), self._embedding_dim],
+                initializer=keras.initializers.GlorotUniform(),
+                regularizer=self._regularizer,
+            )
+        super().build(input_shape)
+
+    def call(self, features: dict[str, tf.Tensor]) -> tf.Tensor:
+        fields = []
+        if len(self._sizes):
+            ids = features["categorical"]  # [B, C]
+            ids = tf.where((ids >= 0) & (ids < self._sizes), ids, OUT_OF_VOCABULARY)
+            vectors = tf.gather(self.embeddings, ids + self._offsets)  # [B, C, D]
+            fields.append(tf.reshape(vectors, [-1, len(self._sizes) * self._embedding_dim]))
+        if self._linear is not None:
+            values = features["numerical"]  # [B, N]
+            values = tf.where(tf.math.is_finite(values), values, self._fill)
+            fields.append(self._linear(values))  # [B, D]
+        return tf.concat(fields, axis=1)
+
+
+class Block(keras.layers.Layer):
+    """Dense, batch normalisation, ReLU, dropout: MTReclib's block, with fewer passes over memory.
+
+    The matrix product is the library's; all that follows it is one fused function forward and
+    one backward (in training compiled by XLA), with a dropout mask of one random byte a unit.
+    benchmarks/training.py has the comparison with the stock layers. The mask depends on
+    (salt, count) alone, both variables: a run that resumes from a checkpoint draws the masks that
+    it would have drawn without the interruption.
+
+    Call: float32 [B, inputs] to float32 [B, units].
+    """
+
+    def __init__(self, units: int, dropout: float = 0.0, weight_decay: float = 0.0, **kwargs):
+        super().__init__(**kwargs)
+        self._units = units
+        # The mask compares a byte with a threshold: the rate is rounded to a multiple of 1/256.
+        self._threshold = round(dropout * 256)
+        if not 0 <= self._threshold < 256:
+            raise ValueError(f"dropout: found {dropout}, expected a rate in [0, 1)")
+        # Batch normalisation takes any constant away again: the product needs no bias.
+        self._dense = keras.layers.Dense(
+            units, use_bias=False, kernel_regularizer=_regularizer(weight_decay)
+        )
+
+    def build(self, input_shape):
+        vector = [self._units]
+        self.gamma = self.add_weight("gamma", vector, initializer="ones")
+        self.beta = self.add_weight("beta", vector, initializer="zeros")
+        self.mean = self.add_weight("mean", vector, initializer="zeros", trainable=False)
+        self.variance = self.add_weight("variance", vector, initializer="ones", trainable=False)
+        self.salt_and_count = self.add_weight(
+            "salt_and_count",
+            [2],
+            dtype=tf.int64,
+            initializer=lambda shape, dtype=None: tf.stack(
+                [tf.random.uniform([], maxval=2**62, dtype=tf.int64), 0]
+            ),
+            trainable=False,
+        )
+        super().build(input_shape)
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        x = self._dense(inputs)  # [B, units]
+        if not training:
+            scale = self.gamma * tf.math.rsqrt(self.variance + _BATCH_NORM_EPSILON)
+            return tf.nn.relu(x * scale + (self.beta - self.mean * scale))
+        y, mean, variance = _normalize_relu_dropout(
+            x, self.gamma, self.beta, self._random_bytes(tf.shape(x)[0]), self._threshold
+        )
+        self.mean.assign_add((1 - _BATCH_NORM_MOMENTUM) * (mean - self.mean))
+        self.variance.assign_add((1 - _BATCH_NORM_MOMENTUM) * (variance - self.variance))
+        return y
+
+    def _random_bytes(self, rows: tf.Tensor) -> tf.Tensor:
+        """One random byte a unit, uint8 [rows, units]; none are drawn without dropout."""
+        if not self._threshold:
+            return tf.zeros([rows, 0], tf.uint8)
+        seed = self.salt_and_count.read_value()
+        self.salt_and_count.assign_add([0, 1])
+        words = -(-self._units // 8)
+        bits = tf.random.stateless_uniform(
+            [rows, words], seed, minval=None, maxval=None, dtype=tf.uint64
+        )
+        return tf.reshape(tf.bitcast(bits, tf.uint8), [rows, words * 8])[:, : self._units]
+
+
+class MLP(keras.layers.Layer):
+    """Blocks in a row. Call: float32 [B, inputs] to float32 [B, units[-1]]."""
+
+    def __init__(self, units: Sequence[int], dropout: float, weight_decay: float, **kwargs):
+        super().__init__(**kwargs)
+        self._blocks = [Block(size, dropout, weight_decay) for size in units]
+
+    def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
+        for block in self._blocks:
+            inputs = block(inputs, training=training)
+        return inputs
+
+
+class Gate(keras.layers.Layer):
+    """Mixes experts with softmax weights that depend on the input.
+
+    Call: (input float32 [B, inputs], experts float32 [B, E, units]) to float32 [B, units].
+    """
+
+    def __init__(self, experts: int, weight_decay: float, **kwargs):
+        super().__init__(**kwargs)
+        self._weights = keras.layers.Dense(
+            experts, activation="softmax", kernel_regularizer=_regularizer(weight_decay)
+        )
+
+    def call(self, inputs: tf.Tensor, experts: tf.Tensor) -> tf.Tensor:
+        return tf.einsum("be,beu->bu", self._weights(inputs), experts)
+
+
+def _regularizer(weight_decay: float) -> keras.regularizers.Regularizer | None:
+    """L2 whose gradient is weight_decay * weight: what PyTorch's Adam calls weight decay."""
+    return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
+
+
+def _normalize_relu_dropout(x, gamma, beta, mask_bytes, threshold: int):
+    """Batch normalisation, ReLU and dropout of x [B, units]; also the batch's mean and variance.
+
+    The backward pass recomputes what it needs from x, instead of reading it from memory.
+    """
+
+    @tf.custom_gradient
+    def apply(x, gamma, beta):
+        y, mean, variance = _forward(x, gamma, beta, mask_bytes, threshold)
+
+        def gradient(dy, unused_dmean, unused_dvariance):
+            return _backward(x, gamma, beta, mask_bytes, threshold, mean, variance, dy)
+
+        return (y, mean, variance), gradient
+
+    return apply(x, gamma, beta)
+
+
+def _keep(values, mask_bytes, threshold):
+    """Dropout: values where the mask's byte reaches the threshold, scaled so the mean stays."""
+    if not threshold:
+        return values
+    kept = tf.cast(mask_bytes >= threshold, values.dtype)
+    return values * kept * (256.0 / (256 - threshold))
+
+
+@tf.function(jit_compile=True)
+def _forward(x, gamma, beta, mask_bytes, threshold):
+    mean = tf.reduce_mean(x, axis=0)
+    variance = tf.reduce_mean(tf.square(x - mean), axis=0)
+    scale = gamma * tf.math.rsqrt(variance + _BATCH_NORM_EPSILON)
+    y = _keep(tf.nn.relu((x - mean) * scale + beta), mask_bytes, threshold)
+    return y, mean, variance
+
+
+@tf.function(jit_compile=True)
+def _backward(x, gamma, beta, mask_bytes, threshold, mean, variance, dy):
+    inverse = tf.math.rsqrt(variance + _BATCH_NORM_EPSILON)
+    normalized = (x - mean) * inverse
+    dz = _keep(dy, mask_bytes, threshold)
+    dz = tf.where(normalized * gamma + beta > 0, dz, 0.0)
+    dbeta = tf.reduce_sum(dz, axis=0)
+    dgamma = tf.reduce_sum(dz * normalized, axis=0)
+    rows = tf.cast(tf.shape(x)[0], x.dtype)
+    dx = gamma * inverse * (dz - (dbeta + normalized * dgamma) / rows)
+    return dx, dgamma, dbeta

@@ -1,0 +1,22 @@
+"""MMoE: experts shared by the towers, a gate a tower (Ma et al., KDD 2018)."""
+
+import tensorflow as tf
+
+from pwiser_tf.layers import Gate
+from pwiser_tf.models.base import TOWERS, ClickConversionModel
+
+
+class MMoE(ClickConversionModel):
+    """Each tower sees its own softmax mixture of all experts; gates read the encoded features."""
+
+    def __init__(self, schema, config, losses=None):
+        super().__init__(schema, config, losses)
+        self._shared_encoder = self._encoder()
+        self._experts = [self._mlp(config.bottom_units) for _ in range(config.experts)]
+        self._gates = {tower: Gate(config.experts, config.weight_decay) for tower in TOWERS}
+
+    def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
+        x = self._shared_encoder(features)  # [B, fields * D]
+        outputs = [expert(x, training) for expert in self._experts]
+        experts = tf.stack(outputs, axis=1)  # [B, E, units]
+        return {tower: self._gates[tower](x, experts) for tower in TOWERS}

@@ -1,0 +1,20 @@
+"""Single task: two networks that share nothing, trained side by side (Covington et al., 2016)."""
+
+import tensorflow as tf
+
+from pwiser_tf.models.base import TOWERS, ClickConversionModel
+
+
+class SingleTask(ClickConversionModel):
+    """Each tower has its own encoder and its own bottom MLP."""
+
+    def __init__(self, schema, config, losses=None):
+        super().__init__(schema, config, losses)
+        self._encoders = {tower: self._encoder() for tower in TOWERS}
+        self._bottoms = {tower: self._mlp(config.bottom_units) for tower in TOWERS}
+
+    def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
+        return {
+            tower: self._bottoms[tower](self._encoders[tower](features), training)  # [B, units]
+            for tower in TOWERS
+        }

@@ -1,0 +1,299 @@
+"""Trains a model, evaluates it once on the test split and exports it.
+
+    python -m pwiser_tf.train --flagfile=configs/us.flags
+
+The run lives in --workdir. Interrupted at any moment, even by kill -9, it goes on when the same
+command is given again, and ends with the metrics of a run that was not interrupted: the state of
+a checkpoint holds the weights, the optimiser, the place in the data, the dropout masks' counters
+and the record of epochs, and every order and mask follows from the seed.
+"""
+
+import dataclasses
+import json
+import math
+import pathlib
+import sys
+import time
+
+import tensorflow as tf
+import tf_keras as keras
+from absl import flags
+
+from pwiser_tf import data, workdir
+from pwiser_tf.command_line import run
+from pwiser_tf.evaluate import evaluate, predict
+from pwiser_tf.export import export
+from pwiser_tf.losses import strength
+from pwiser_tf.metrics import summary
+from pwiser_tf.models import MODELS
+from pwiser_tf.models.base import CONVERSION_HEADS
+from pwiser_tf.schema import Schema
+from pwiser_tf.tasks import TASKS
+from pwiser_tf.workdir import Settings
+
+_LOG_EVERY_STEPS = 100
+# Above this strength PWiseR was seen to harm: see pwiser_tf.losses.strength.
+_HARMFUL_STRENGTH = 2.0
+
+
+class Progress(tf.train.experimental.PythonState):
+    """Where a run stands; saved inside the checkpoint, so that the two cannot disagree.
+
+    Attributes:
+      epoch: the one under way, from 0; step: batches of it already trained on.
+      history: of each finished epoch, its training losses and validation metrics.
+      best_epoch, best_value: the best epoch so far by validation, and its monitored value.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.epoch = self.step = 0
+        self.history = []
+        self.best_epoch, self.best_value = None, -math.inf
+
+    def serialize(self) -> str:
+        return json.dumps(vars(self), default=lambda _: None)
+
+    def deserialize(self, string_value: str) -> None:
+        vars(self).update(json.loads(string_value))
+
+
+class Housekeeping(keras.callbacks.Callback):
+    """Counts steps, saves the state every so many seconds, logs the losses to TensorBoard."""
+
+    def __init__(self, progress: Progress, manager, writer, checkpoint_seconds: float):
+        super().__init__()
+        self._progress = progress
+        self._manager = manager
+        self._writer = writer
+        self._checkpoint_seconds = checkpoint_seconds
+        self._saved_at = time.monotonic()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._progress.step += 1
+        step = int(self.model.optimizer.iterations)
+        if step % _LOG_EVERY_STEPS == 0:
+            with self._writer.as_default(step):
+                for name, value in logs.items():
+                    tf.summary.scalar(f"train/{name}", value)
+        if time.monotonic() - self._saved_at > self._checkpoint_seconds:
+            self._manager.save()
+            self._saved_at = time.monotonic()
+
+
+def train(settings: Settings, folder: pathlib.Path, checkpoint_seconds: float = 60) -> dict:
+    """Runs or resumes the run in `folder` to its end. Returns what metrics.json then holds.
+
+    Raises:
+      DataError: data that is missing, damaged or of another schema; a folder of another run.
+    """
+    schema = Schema.load(settings.data_dir)
+    rows = data.check(settings.data_dir, schema, "train").rows
+    for split in ("validation", "test"):
+        data.check(settings.data_dir, schema, split)
+    workdir.begin(folder, settings, schema)
+    _describe(settings, schema)
+
+    model = settings.build_model(schema)
+    # The legacy optimiser is the faster one: one fused operation a variable.
+    model.compile(optimizer=keras.optimizers.legacy.Adam(settings.learning_rate))
+    progress = Progress()
+    state = tf.train.Checkpoint(model=model, optimizer=model.optimizer, progress=progress)
+    manager = tf.train.CheckpointManager(state, str(folder / "checkpoints"), max_to_keep=2)
+    if manager.restore_or_initialize():
+        print(f"going on at epoch {progress.epoch + 1}, step {progress.step}", flush=True)
+    best = workdir.best_checkpoint(folder, model)
+    writer = tf.summary.create_file_writer(str(folder / "logs"))
+    housekeeping = Housekeeping(progress, manager, writer, checkpoint_seconds)
+
+    # A data set smaller than a batch is one batch; elsewhere the odd rows of an epoch are left
+    # out (others in each epoch), since batch normalisation needs batches of a size.
+    batch_size = min(settings.batch_size, rows)
+    while progress.epoch < settings.epochs and not _waited_enough(progress, settings.patience):
+        batches = data.batches(
+            settings.data_dir,
+            schema,
+            "train",
+            batch_size,
+            shuffle_seed=(settings.seed, progress.epoch),
+            skip_rows=progress.step * batch_size,
+            drop_remainder=True,
+        )
+        losses = {}
+        if progress.step < rows // batch_size:
+            try:
+                fitted = model.fit(
+                    batches,
+                    initial_epoch=progress.epoch,
+                    epochs=progress.epoch + 1,
+                    steps_per_epoch=rows // batch_size - progress.step,
+                    callbacks=[housekeeping],
+                    verbose=1 if sys.stdout.isatty() else 2,
+                )
+            except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+                data.explain(error, settings.data_dir, schema, "train")
+            losses = {name: float(values[-1]) for name, values in fitted.history.items()}
+        _finish_epoch(model, settings, schema, progress, losses, best, writer)
+        manager.save()
+
+    best.checkpoint.read(best.latest_checkpoint).assert_existing_objects_matched()
+    epochs = {"best_epoch": progress.best_epoch + 1, "epochs": progress.history}
+    workdir.write_json(folder / workdir.METRICS_FILE, epochs)
+    for split in ("validation", "test"):
+        evaluate(model, settings.data_dir, schema, split, folder, name=settings.model)
+    return json.loads((folder / workdir.METRICS_FILE).read_text(encoding="utf-8"))
+
+
+def _finish_epoch(model, settings, schema, progress, losses, best, writer) -> None:
+    """Validates; keeps the weights if they are the best so far; moves on to the next epoch."""
+    predictions, grade, group = predict(model, settings.data_dir, schema, "validation")
+    validation = summary(grade, predictions, group)
+    value = _monitored(validation)
+    epoch = progress.epoch
+    with writer.as_default(int(model.optimizer.iterations)):
+        for task, values in validation.items():
+            for name in ("auc", "gauc", "log_loss", "pcoc", "calibration_error"):
+                if values[name] is not None:
+                    tf.summary.scalar(f"validation/{task}_{name}", values[name])
+    writer.flush()
+    if value > progress.best_value:
+        progress.best_epoch, progress.best_value = epoch, value
+        best.save(checkpoint_number=epoch + 1)
+    progress.history.append(
+        {"epoch": epoch + 1, "monitored": value, "train": losses, "validation": validation}
+    )
+    progress.epoch, progress.step = epoch + 1, 0
+    shown = ", ".join(
+        f"{task} AUC {values['auc']:.4f}" if values["auc"] is not None else f"{task} AUC undefined"
+        for task, values in validation.items()
+    )
+    print(f"epoch {epoch + 1}, validation: {shown}", flush=True)
+
+
+def _monitored(validation: dict) -> float:
+    """What an epoch is chosen by: the mean AUC of the two tasks (MTReclib's choice).
+
+    A task whose validation labels are all alike has no AUC and is left out; if both are, the
+    negative log loss decides.
+    """
+    aucs = [validation[task]["auc"] for task in TASKS if validation[task]["auc"] is not None]
+    if aucs:
+        return sum(aucs) / len(aucs)
+    return -sum(validation[task]["log_loss"] for task in TASKS)
+
+
+def _waited_enough(progress: Progress, patience: int) -> bool:
+    return progress.best_epoch is not None and progress.epoch - progress.best_epoch > patience
+
+
+def _describe(settings: Settings, schema: Schema) -> None:
+    """Prints what will be trained on, how, and PWiseR's strength; warns where it is too strong."""
+    split = schema.split("train")
+    ctcvr = split.conversions / split.rows
+    print(
+        f"{split.rows} exposures, {split.clicks} clicks, {split.conversions} conversions; "
+        f"a batch of {settings.batch_size} holds no conversion with probability "
+        f"{(1 - ctcvr) ** min(settings.batch_size, split.rows):.2f}"
+    )
+    if not settings.pwiser_weight:
+        print("loss: BCE", flush=True)
+        return
+    if not split.conversions:
+        print("loss: BCE + PWiseR, but without conversions there are no pairs", flush=True)
+        return
+    ratio = strength(
+        settings.pwiser_weight,
+        settings.margin_click,
+        settings.margin_nonclick,
+        split.conversions / split.clicks,
+    )
+    print(
+        f"loss: BCE + {settings.pwiser_weight:g} x PWiseR on {', '.join(settings.pwiser_tasks)}; "
+        f"strength {ratio:.2f} (useful between about 0.4 and 1.7)",
+        flush=True,
+    )
+    if ratio > _HARMFUL_STRENGTH:
+        print(
+            f"warning: strength {ratio:.2f} is above {_HARMFUL_STRENGTH:g}: expect worse AUC and "
+            "calibration; lower --pwiser_weight or the margins",
+            file=sys.stderr,
+        )
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("data_dir", None, "The converter's output folder.", required=True)
+    flags.DEFINE_string("workdir", None, "The folder of this run.", required=True)
+    flags.DEFINE_string("export_dir", None, "Where to export the model; default: no export.")
+    flags.DEFINE_string("model_name", "pwiser", "The exported model's name.")
+    flags.DEFINE_enum("model", "mmoe", list(MODELS), "The architecture.")
+    flags.DEFINE_enum(
+        "conversion_head",
+        "direct",
+        CONVERSION_HEADS,
+        "What the second tower learns: direct, P(click and conversion | exposure); product, "
+        "P(conversion | click), learnt through ctcvr = ctr * cvr.",
+    )
+    flags.DEFINE_integer("embedding_dim", 128, "Size of an embedding.", lower_bound=1)
+    _define_sizes("bottom_units", "512,256", "MLP sizes of a bottom or expert.")
+    _define_sizes("tower_units", "128,64", "MLP sizes of a tower.")
+    flags.DEFINE_integer("experts", 8, "Experts, where the model has them.", lower_bound=1)
+    flags.DEFINE_float("dropout", 0.2, "Dropout rate.", lower_bound=0.0, upper_bound=0.99)
+    flags.DEFINE_float("weight_decay", 1e-6, "L2 on embeddings and dense kernels.", lower_bound=0.0)
+    flags.DEFINE_integer("batch_size", 2048, "Rows a batch.", lower_bound=1)
+    flags.DEFINE_integer("epochs", 50, "Epochs at most.", lower_bound=1)
+    flags.DEFINE_integer(
+        "patience", 2, "Stop after so many epochs without a better validation.", lower_bound=0
+    )
+    flags.DEFINE_float("learning_rate", 1e-3, "Adam's learning rate.", lower_bound=0.0)
+    flags.DEFINE_float("ctr_weight", 0.5, "Share of the CTR task's loss.", lower_bound=0.0)
+    flags.DEFINE_float("ctcvr_weight", 0.5, "Share of the CTCVR task's loss.", lower_bound=0.0)
+    flags.DEFINE_float(
+        "conversion_weight", 1.0, "A row with a conversion counts so often in BCE.", lower_bound=0.0
+    )
+    flags.DEFINE_float(
+        "pwiser_weight", 0.1, "Lambda of BCE + lambda * PWiseR; 0: BCE alone.", lower_bound=0.0
+    )
+    flags.DEFINE_float(
+        "margin_click", 0.05, "PWiseR's margin of conversions over clicks.", lower_bound=0.0
+    )
+    flags.DEFINE_float(
+        "margin_nonclick", 0.1, "PWiseR's margin of conversions over exposures.", lower_bound=0.0
+    )
+    flags.DEFINE_list("pwiser_tasks", list(TASKS), f"Tasks with PWiseR, out of {','.join(TASKS)}.")
+    flags.register_validator(
+        "pwiser_tasks",
+        lambda names: set(names) <= set(TASKS),
+        message=f"expected names out of {','.join(TASKS)}",
+    )
+    flags.DEFINE_integer("seed", 0, "Fixes initialisation, shuffling and dropout.", 0, 2**31 - 1)
+    flags.DEFINE_float(
+        "checkpoint_seconds", 60, "Save the state so often, besides after each epoch.", 0.0
+    )
+
+
+def _define_sizes(name: str, default: str, help_text: str) -> None:
+    flags.DEFINE_list(name, default, help_text)
+    flags.register_validator(
+        name,
+        lambda sizes: bool(sizes) and all(size.isdecimal() and int(size) > 0 for size in sizes),
+        message="expected positive integers, separated by commas",
+    )
+
+
+def main() -> None:
+    args = flags.FLAGS
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
+    values["data_dir"] = str(pathlib.Path(args.data_dir).resolve())
+    values["pwiser_tasks"] = tuple(task for task in TASKS if task in args.pwiser_tasks)
+    for name in ("bottom_units", "tower_units"):
+        values[name] = tuple(int(size) for size in values[name])
+    folder = pathlib.Path(args.workdir)
+    with workdir.file_errors():
+        train(Settings(**values), folder, args.checkpoint_seconds)
+        if args.export_dir:
+            print("exported", export(folder, args.export_dir, args.model_name))
+
+
+if __name__ == "__main__":
+    define_flags()
+    run(main)
