@@ -1,0 +1,307 @@
+"""Reading CSV through DuckDB, and saying in one line what is wrong with a file.
+
+DuckDB streams, types and parallelises; this module decides how files are named to it and turns its
+errors into ours. Inside SQL a column is `column_<position>`: its real name, however odd, never
+becomes part of a query.
+"""
+
+import concurrent.futures
+import contextlib
+import csv
+import dataclasses
+import gzip
+import io
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import duckdb
+import pyarrow
+import tqdm
+
+from pwiser_tf.errors import DataError
+
+# What DuckDB may hold; with Python's own 130 MB the process stays well under 600 MB.
+MEMORY_LIMIT = "300MB"
+# Larger buffers are not faster, and each thread holds a few.
+BUFFER_BYTES = 8_000_000
+BATCH_ROWS = 20_000
+# Enough rejected rows to find the first one although several threads report them.
+REJECTED_ROWS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What a column's cells are: the SQL type they are read as, and what a message calls them."""
+
+    sql: str
+    expected: str
+
+
+TEXT = Kind("VARCHAR", "text")
+# DOUBLE, because SQL's integers silently round 1.5; whoever reads the column checks.
+INTEGER = Kind("DOUBLE", "an integer")
+NUMBER = Kind("FLOAT", "a number")
+LABEL = Kind("FLOAT", "0 or 1")
+
+
+class CsvFile:
+    """One CSV file (UTF-8, optionally .gz): its columns, its SQL, and the place of a fault.
+
+    Args:
+      path: the file.
+      kinds: the columns that will be read, by name. Others are ignored.
+      delimiter: one character.
+      names: the names of all columns, for a file without a header.
+
+    Raises:
+      DataError: the file is empty or not UTF-8 text, or a wanted column is absent or twice there.
+      OSError: the file cannot be read.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        kinds: Mapping[str, Kind],
+        *,
+        delimiter: str = ",",
+        names: Sequence[str] | None = None,
+    ):
+        self.path = pathlib.Path(path)
+        self.kinds = dict(kinds)
+        self.delimiter = delimiter
+        self.has_header = names is None
+        first = self._first_record()
+        self.names = first if names is None else list(names)
+        if names is not None and len(first) != len(names):
+            raise DataError(
+                f"found {len(first)} columns, expected {len(names)}", file=self.path, row=1
+            )
+        for name in self.kinds:
+            if (count := self.names.count(name)) != 1:
+                shown = self.delimiter.join(self.names)
+                shown = shown if len(shown) <= 200 else shown[:197] + "..."
+                raise DataError(
+                    f"found {'no such column' if count == 0 else f'{count} columns of that name'}, "
+                    f"expected one in the header, which is: {shown}",
+                    file=self.path,
+                    row=1,
+                    column=name,
+                )
+        self._position = {name: self.names.index(name) for name in self.kinds}
+
+    @property
+    def bytes(self) -> int:
+        """The size of the file on disk."""
+        return self.path.stat().st_size
+
+    def column(self, name: str) -> str:
+        """What SQL calls the column of that name."""
+        return f"column_{self._position[name]}"
+
+    def table(self, extra: str = "") -> str:
+        """The SQL table function that reads the file, with `column(name)` for each wanted name."""
+        kind_at = {position: self.kinds[name] for name, position in self._position.items()}
+        columns = ", ".join(
+            f"'column_{position}': '{kind_at.get(position, TEXT).sql}'"
+            for position in range(len(self.names))
+        )
+        # DuckDB expands *, ? and [ in a path; a bracket expression of one character is itself.
+        path = "".join(f"[{c}]" if c in "*?[" else c for c in str(self.path))
+        return (
+            f"read_csv({_literal(path)}, columns={{{columns}}}, auto_detect=false, "
+            f"header={str(self.has_header).lower()}, delim={_literal(self.delimiter)}, "
+            f"quote='\"', escape='\"', buffer_size={BUFFER_BYTES}{extra})"
+        )
+
+    def fault(self, row: int, column: str, expected: str) -> DataError:
+        """The error that the cell is not what was expected.
+
+        Args:
+          row: which record, counted from 0 without the header.
+          column: the column's name.
+          expected: what the cell should have held.
+        """
+        line, record = self._record(row)
+        position = self._position[column]
+        found = record[position] if position < len(record) else None
+        found = found if found else "nothing (an empty cell)"
+        return DataError(expected, file=self.path, row=line, column=column, found=found)
+
+    def find_fault(self, connection: duckdb.DuckDBPyConnection) -> DataError | None:
+        """The first thing in the file that DuckDB cannot read, or None."""
+        wanted = ", ".join(f"max({self.column(name)})" for name in self.kinds)
+        # A connection of its own: the tables of rejected rows are named, and temporary.
+        with connection.cursor() as cursor:
+            try:
+                table = self.table(f", store_rejects=true, rejects_limit={REJECTED_ROWS}")
+                cursor.execute(f"SELECT {wanted} FROM {table}").fetchall()
+                rejected = cursor.execute(
+                    "SELECT line, line_byte_position, column_idx, CAST(error_type AS VARCHAR), "
+                    "csv_line, error_message FROM reject_errors ORDER BY line_byte_position"
+                ).fetchone()
+            except duckdb.Error as error:
+                return self._mixed_line_endings() or _first_line(error, self.path)
+        return self._rejected(*rejected) if rejected else None
+
+    def _rejected(self, line, start, number, kind, text, message) -> DataError:
+        """One row of DuckDB's table of rejected rows, as our error."""
+        line = self._line_at(start - 1) or line
+        place = {"file": self.path, "row": line}
+        records = list(csv.reader(io.StringIO(text), delimiter=self.delimiter))
+        record = records[0] if records else []
+        if kind in ("MISSING COLUMNS", "TOO MANY COLUMNS"):
+            found = len(record)
+            return DataError(f"found {found} columns, expected {len(self.names)}", **place)
+        position = (number or 1) - 1
+        place["column"] = self.names[position] if position < len(self.names) else number
+        if kind == "CAST":
+            found = record[position] if position < len(record) else text
+            expected = self.kinds.get(self.names[position], TEXT).expected
+            return DataError(expected, found=found, **place)
+        if kind == "UNQUOTED VALUE":
+            return DataError("a closing quote at the end of the cell", found=text, **place)
+        if kind == "INVALID ENCODING":
+            return DataError("UTF-8 text", found=text, **place)
+        return DataError("a row that can be read: " + message, found=text, **place)
+
+    def _line_at(self, start: int) -> int | None:
+        """The line, from 1, that holds the byte at that offset; None where lines end in CR."""
+        count, left = 0, start
+        with self._open() as file:
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                count += block.count(b"\n")
+                left -= len(block)
+        return count + 1 if count or start <= 0 else None
+
+    def _record(self, row: int) -> tuple[int, list[str]]:
+        """The line at which record `row` starts, and its cells."""
+        with self._open() as file:
+            text = io.TextIOWrapper(file, "utf-8-sig", "replace", newline="")
+            reader = csv.reader(text, delimiter=self.delimiter)
+            row += self.has_header
+            start = 1
+            for record in reader:
+                # Blank lines are no records, here as in DuckDB.
+                if record and row == 0:
+                    return start, record
+                row -= bool(record)
+                start = reader.line_num + 1
+        raise IndexError(f"{self.path} has fewer records than were read from it")
+
+    def _first_record(self) -> list[str]:
+        with self._open() as file:
+            start = file.read(1 << 16)
+        if not start.strip():
+            raise DataError("a CSV file; it is empty", file=self.path)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
+            raise DataError("found UTF-16 or binary data, expected UTF-8 text", file=self.path)
+        try:
+            with self._open() as file:
+                text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+                reader = csv.reader(text, delimiter=self.delimiter)
+                return next(record for record in reader if record)
+        except UnicodeDecodeError as error:
+            found = error.object[error.start : error.start + 1]
+            raise DataError("UTF-8 text", file=self.path, row=1, found=found) from None
+        except csv.Error as error:
+            raise DataError(f"a CSV file ({error})", file=self.path, row=1) from None
+
+    def _mixed_line_endings(self) -> DataError | None:
+        first = None
+        with self._open() as file:
+            for number, line in enumerate(file, 1):
+                ending = "CRLF" if line.endswith(b"\r\n") else "LF"
+                first = first or ending
+                if line.endswith(b"\n") and ending != first:
+                    return DataError(
+                        f"found a line ending in {ending}, expected {first} as in line 1",
+                        file=self.path,
+                        row=number,
+                    )
+        return None
+
+    def _open(self):
+        opener = gzip.open if self.path.suffix == ".gz" else open
+        return opener(self.path, "rb")
+
+
+class Database:
+    """A DuckDB database in a folder of its own, where it also spills what memory cannot hold.
+
+    Use as a context manager. `files` are the CSV files its queries read: when a query fails they
+    are searched for the fault.
+    """
+
+    def __init__(self, folder: str | os.PathLike):
+        folder = pathlib.Path(folder)
+        self.files: list[CsvFile] = []
+        self._connection = duckdb.connect(
+            str(folder / "rows.duckdb"),
+            config={
+                "memory_limit": MEMORY_LIMIT,
+                "temp_directory": str(folder / "spill"),
+                "threads": min(os.cpu_count() or 1, 4),
+            },
+        )
+
+    def __enter__(self) -> "Database":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._connection.close()
+
+    def query(self, sql: str, label: str) -> list[tuple]:
+        """Runs a query to its end, with a progress bar of that label; returns its rows."""
+        # In a thread of its own: DuckDB does not hear SIGTERM while it works, this thread does.
+        with self._cursor() as cursor, concurrent.futures.ThreadPoolExecutor(1) as pool:
+            future = pool.submit(lambda: cursor.execute(sql).fetchall())
+            try:
+                with _progress(label, 100, "%") as bar:
+                    while not future.done():
+                        concurrent.futures.wait([future], timeout=0.1)
+                        bar.update(max(0.0, round(cursor.query_progress()) - bar.n))
+                return future.result()
+            except BaseException:
+                cursor.interrupt()
+                raise
+
+    def batches(self, sql: str, label: str, size: int) -> Iterator[pyarrow.RecordBatch]:
+        """The rows of a query in order, in batches; the bar goes to `size` bytes."""
+        with self._cursor() as cursor, _progress(label, size, "B") as bar:
+            for batch in cursor.sql(sql).to_arrow_reader(BATCH_ROWS):
+                yield batch
+                bar.update(max(0, int(size * cursor.query_progress() / 100) - bar.n))
+
+    @contextlib.contextmanager
+    def _cursor(self):
+        """A connection to run one query on, whose failure is explained."""
+        with self._connection.cursor() as cursor:
+            cursor.execute("SET enable_progress_bar = true")
+            cursor.execute("SET enable_progress_bar_print = false")
+            try:
+                yield cursor
+            except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+                raise _first_line(error) from None
+            except duckdb.Error as error:
+                for file in self.files:
+                    if fault := file.find_fault(self._connection):
+                        raise fault from None
+                raise error
+
+
+def _progress(label: str, total: int, unit: str) -> tqdm.tqdm:
+    """A bar on stderr, where that is a terminal; it disappears when done."""
+    return tqdm.tqdm(
+        desc=label, total=total, unit=unit, unit_scale=unit == "B", leave=False, disable=None
+    )
+
+
+def _first_line(error: duckdb.Error, file=None) -> DataError:
+    """DuckDB's message without its advice, which is about DuckDB's options."""
+    return DataError(str(error).strip().split("\n")[0], file=file)
+
+
+def _literal(text: str) -> str:
+    """Text as an SQL string."""
+    return "'" + text.replace("'", "''") + "'"

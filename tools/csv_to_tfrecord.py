@@ -1,0 +1,283 @@
+"""Raw CSV to TFRecord shards and schema.json: `python -m tools.csv_to_tfrecord --help`.
+
+Data flows one way: the training rows are scanned for the schema, every row is encoded by it, and
+the folder with shards and schema appears when all of it is written. TensorFlow is not imported.
+
+    python -m tools.csv_to_tfrecord --format=aliexpress --input=AliExpress_NL --output_dir=data/nl
+    python -m tools.csv_to_tfrecord --format=columns --train=log.csv --output_dir=data/log \\
+        --categorical=user,item --numerical=price --click=clicked --conversion=bought --time=day
+"""
+
+import pathlib
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+
+from absl import flags
+
+from pwiser_tf import command_line
+from pwiser_tf.errors import DataError
+from pwiser_tf.schema import SPLITS, Schema, Split
+from tools import aliexpress, columns, output, splits
+from tools.csv_reader import Database
+from tools.encode import Encoder
+from tools.source import Source
+
+# Flags that say nothing outside their format; there they are refused.
+_ONLY_COLUMNS = (
+    "categorical", "numerical", "click", "conversion", "group", "time", "delimiter", "min_count",
+)  # fmt: skip
+_ONLY_ALIEXPRESS = ("input", "country")
+
+
+def define_flags() -> None:
+    """Defines the flags of this command line."""
+    string, number = flags.DEFINE_string, flags.DEFINE_float
+    flags.DEFINE_enum("format", None, ["aliexpress", "columns"], "What the input is.")
+    string("input", None, "aliexpress: the folder of a country, or the folder that holds it.")
+    string("country", None, "aliexpress: two letters, where --input holds several countries.")
+    flags.DEFINE_list("train", [], "CSV files or patterns (aliexpress: one processed file).")
+    flags.DEFINE_list("test", [], "Likewise; without it, --test_fraction is cut from --train.")
+    flags.DEFINE_list("categorical", [], "columns: the categorical features.")
+    flags.DEFINE_list("numerical", [], "columns: the numerical features.")
+    string("click", None, "columns: the label of a click, 0 or 1.")
+    string("conversion", None, "columns: the label of a conversion, 0 or 1.")
+    string("group", None, "columns: the search or session of a row, for group metrics.")
+    string("time", None, "columns: a number or an ISO date or time, for --validation_split=time.")
+    string("delimiter", ",", r"columns: between cells, one character; \t is a tab.")
+    flags.DEFINE_integer(
+        "min_count",
+        2,
+        "columns: a category seen fewer times in training is out-of-vocabulary. At 2, values seen "
+        "once teach the model what an unknown value is like; at 1 nothing does.",
+        lower_bound=1,
+    )
+    string("output_dir", None, "The folder to make.")
+    flags.DEFINE_bool("overwrite", False, "Replace an earlier data set in --output_dir.")
+    number(
+        "validation_fraction", 0.1, "The share of the training rows held out for choosing; 0: none."
+    )
+    number("test_fraction", 0.1, "The share cut off as test where there are no test files.")
+    flags.DEFINE_enum(
+        "validation_split",
+        "auto",
+        list(splits.RULES),
+        "How rows are held out. time: the last by --time, as a model is used on what comes after "
+        "its training. group: by a hash of the group, as rows of one search are alike and would "
+        "leak. random: by a hash of the row's number. auto: the first of these that the data has "
+        "columns for; so group for aliexpress, whose files carry no time.",
+    )
+    flags.DEFINE_integer("seed", 0, "Which groups or rows are held out.")
+    flags.DEFINE_integer(
+        "shards", 16, "Files a split; row i goes to file i % shards.", lower_bound=1
+    )
+
+
+def convert(
+    open_source: Callable[[Database, pathlib.Path], Source],
+    output_dir: str,
+    *,
+    overwrite: bool = False,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    validation_split: str = "auto",
+    seed: int = 0,
+    shards: int = 16,
+) -> Schema:
+    """Converts a source into a data set's folder; returns its schema.
+
+    Args:
+      open_source: makes the Source from a database and a folder for temporary files.
+      output_dir and the rest: as the flags of those names.
+
+    Raises:
+      DataError: the input, or the combination of arguments, cannot be used. Nothing is left.
+      OSError: a file cannot be read or written. Nothing is left.
+    """
+    for name, fraction in (
+        ("validation_fraction", validation_fraction),
+        ("test_fraction", test_fraction),
+        ("validation_fraction and test_fraction", validation_fraction + test_fraction),
+    ):
+        if not 0 <= fraction < 1:
+            raise DataError(f"--{name}: found {fraction}, expected at least 0 and below 1")
+    with output.whole_folder(output_dir, overwrite) as folder:
+        scratch = folder / "scratch"
+        scratch.mkdir()
+        with Database(scratch) as database:
+            source = open_source(database, scratch)
+            cut = splits.make_cut(
+                database,
+                source,
+                validation_split,
+                validation_fraction,
+                0 if source.test else test_fraction,
+                seed,
+            )
+            rows = " UNION ALL ".join(cut.rows(source, part) for part in source.train)
+            kept = (
+                f"SELECT * FROM ({rows}) WHERE split = {SPLITS.index('train')} "
+                "AND (conversion = 1 AND click = 0) IS NOT TRUE"
+            )
+            categorical, numerical = source.learn(database, kept)
+            written = _write(
+                database, source, cut, Encoder(source, categorical, numerical), folder, shards
+            )
+        shutil.rmtree(scratch)
+        if "train" not in written:
+            raise DataError("no training rows to write: all were dropped or held out")
+        schema = Schema(
+            dataset=source.dataset,
+            categorical=categorical,
+            numerical=numerical,
+            click=source.click,
+            conversion=source.conversion,
+            group=source.group,
+            splits=written,
+            notes={**source.notes, "held_out": cut.description},
+        )
+        schema.save(folder)
+    return schema
+
+
+def _write(
+    database: Database,
+    source: Source,
+    cut: splits.Cut,
+    encoder: Encoder,
+    folder: pathlib.Path,
+    shards: int,
+) -> dict[str, Split]:
+    """Encodes all rows and writes their shards; returns the splits that have rows."""
+    writers = [output.SplitWriter(folder, name, shards) for name in SPLITS]
+    for part in (*source.train, *source.test):
+        row = 0
+        query = encoder.project(cut.rows(source, part))
+        for batch in database.batches(query, "writing", part.bytes):
+            rows = encoder.encode(batch, part, row)
+            for position, writer in enumerate(writers):
+                chosen = rows.split == position
+                if chosen.any():
+                    whole = chosen.all()
+                    writer.write(
+                        rows.frames if whole else rows.frames[chosen],
+                        rows.grade if whole else rows.grade[chosen],
+                    )
+            row += batch.num_rows
+    return {
+        name: split
+        for name, writer in zip(SPLITS, writers, strict=True)
+        if (split := writer.close()).rows
+    }
+
+
+def report(schema: Schema) -> str:
+    """What was made, as a table of its splits and a line for each kind of feature."""
+    lines = [
+        f"{'split':<11}{'rows':>12}{'clicks':>11}{'conversions':>13}{'dropped':>9}"
+        f"{'CTR %':>9}{'CTCVR %':>9}{'CVR %':>8}"
+    ]
+    for name, split in schema.splits.items():
+        rate = [
+            f"{100 * part / whole:.3f}" if whole else "-"
+            for part, whole in (
+                (split.clicks, split.rows),
+                (split.conversions, split.rows),
+                (split.conversions, split.clicks),
+            )
+        ]
+        lines.append(
+            f"{name:<11}{split.rows:>12,}{split.clicks:>11,}{split.conversions:>13,}"
+            f"{split.dropped:>9,}{rate[0]:>9}{rate[1]:>9}{rate[2]:>8}"
+        )
+    listed = ", ".join(f"{f.name} ({f.dtype}, {f.size} ids)" for f in schema.categorical)
+    lines.append(f"{len(schema.categorical)} categorical: {listed or '-'}")
+    lines.append(f"{len(schema.numerical)} numerical")
+    lines.append(f"held out: {schema.notes['held_out']}")
+    return "\n".join(lines)
+
+
+def _warnings(schema: Schema, validation_fraction: float) -> list[str]:
+    found = []
+    for name, split in schema.splits.items():
+        if split.dropped:
+            found.append(f"{name}: dropped {split.dropped:,} rows with a conversion but no click")
+        for what, count in (("clicks", split.clicks), ("conversions", split.conversions)):
+            if not count:
+                found.append(f"{name} holds no {what}: nothing can be learnt or measured there")
+    if validation_fraction and "validation" not in schema.splits:
+        found.append("no row fell into the validation split; raise --validation_fraction")
+    return found
+
+
+def _open_source(values: flags.FlagValues) -> Callable[[Database, pathlib.Path], Source]:
+    """The chosen format's Source, from the flags; refuses flags that it does not read."""
+    wrong = _ONLY_COLUMNS if values.format == "aliexpress" else _ONLY_ALIEXPRESS
+    for name in wrong:
+        if values[name].present:
+            raise DataError(f"--{name} says nothing with --format={values.format}")
+    if values.format == "aliexpress":
+        if bool(values.input) == bool(values.train):
+            raise DataError("--format=aliexpress needs either --input or --train")
+        if values.input:
+            if values.test:
+                raise DataError("--test goes with --train, not with --input")
+            return lambda database, scratch: aliexpress.open_folder(
+                database, values.input, values.country, scratch
+            )
+        for name in ("train", "test"):
+            if len(values[name].value) > 1:
+                raise DataError(f"--{name}: --format=aliexpress takes one file")
+        test = values.test[0] if values.test else None
+        return lambda database, _: aliexpress.open_files(database, values.train[0], test)
+    for name in ("train", "click", "conversion"):
+        if not values[name].value:
+            raise DataError(f"--format=columns needs --{name}")
+    if not values.categorical and not values.numerical:
+        raise DataError("--format=columns needs --categorical or --numerical")
+    delimiter = values.delimiter.replace(r"\t", "\t")
+    if len(delimiter) != 1 or delimiter in '"\r\n':
+        raise DataError(f"--delimiter: found {values.delimiter!r}, expected one character")
+    return lambda database, _: columns.open_files(
+        database,
+        values.train,
+        values.test,
+        categorical=values.categorical,
+        numerical=values.numerical,
+        click=values.click,
+        conversion=values.conversion,
+        group=values.group,
+        time=values.time,
+        delimiter=delimiter,
+        minimum_count=values.min_count,
+    )
+
+
+def main() -> None:
+    """Converts as the flags say and prints the report."""
+    values = flags.FLAGS
+    for name in ("format", "output_dir"):
+        if not values[name].value:
+            raise DataError(f"--{name} is needed; --help shows all flags")
+    # So that the partial folder is removed then too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    schema = convert(
+        _open_source(values),
+        values.output_dir,
+        overwrite=values.overwrite,
+        validation_fraction=values.validation_fraction,
+        test_fraction=values.test_fraction,
+        validation_split=values.validation_split,
+        seed=values.seed,
+        shards=values.shards,
+    )
+    print(report(schema))
+    for warning in _warnings(schema, values.validation_fraction):
+        print("warning:", warning, file=sys.stderr)
+    print("wrote", values.output_dir)
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)

@@ -1,0 +1,107 @@
+"""What a schema takes from the training rows: statistics of numbers, vocabularies of categories."""
+
+import dataclasses
+import math
+
+from pwiser_tf.schema import Categorical
+from tools.csv_reader import Database
+
+
+@dataclasses.dataclass(frozen=True)
+class Scan:
+    """What one pass over the rows tells: see `scan`."""
+
+    minimum: list[int | None]
+    maximum: list[int | None]
+    mean: list[float]
+    std: list[float]
+
+
+def scan(database: Database, rows: str, integers: int, numericals: int) -> Scan:
+    """One pass over rows with `categorical_0 ..` as BIGINT and `numerical_0 ..` as FLOAT.
+
+    Args:
+      rows: an SQL query.
+      integers: how many categorical columns to take the minimum and maximum of.
+      numericals: how many numerical columns to take mean and standard deviation of. Missing
+        values are left out; a column of nothing else has mean 0 and standard deviation 0.
+    """
+    aggregates = [f"{f}(categorical_{i})" for f in ("min", "max") for i in range(integers)]
+    # Not finite: missing, or an infinite value, which the writing pass refuses with its place.
+    aggregates += [
+        f"{function}(CASE WHEN isfinite(numerical_{i}) THEN numerical_{i} END)"
+        for function in ("avg", "stddev_pop")
+        for i in range(numericals)
+    ]
+    if not aggregates:
+        return Scan([], [], [], [])
+    (values,) = database.query(f"SELECT {', '.join(aggregates)} FROM ({rows})", "scanning")
+    split = 2 * integers + numericals
+    moments = [
+        _settled(m, s) for m, s in zip(values[2 * integers : split], values[split:], strict=True)
+    ]
+    return Scan(
+        list(values[:integers]),
+        list(values[integers : 2 * integers]),
+        [mean for mean, _ in moments],
+        [std for _, std in moments],
+    )
+
+
+def _settled(mean: float | None, std: float | None) -> tuple[float, float]:
+    """Mean and standard deviation without the last bits, which differ from run to run.
+
+    Threads add up in no fixed order. What is cut off is a millionth of the standard deviation.
+    """
+    if mean is None or std is None:
+        return 0.0, 0.0
+    std = float(f"{std:.6e}")
+    # A power of two, so that rounding to its multiples is exact.
+    unit = 2.0 ** (math.frexp(std)[1] - 20) if std else 0.0
+    return (round(mean / unit) * unit if unit else mean), std
+
+
+def vocabularies(
+    database: Database, rows: str, names: dict[int, str], minimum_count: int
+) -> dict[int, Categorical]:
+    """Lists the values of categorical columns.
+
+    A vocabulary holds the values seen at least `minimum_count` times, by falling count, then by
+    value. It is of integers where every value is one, written plainly (no leading zero, no sign
+    but a minus), else of strings. Memory grows with the number of distinct values only.
+
+    Args:
+      rows: an SQL query with categorical_<position> columns.
+      names: the features' names, by position.
+    """
+    if not names:
+        return {}
+    values = ", ".join(f"CAST(categorical_{position} AS VARCHAR)" for position in names)
+    database.query(
+        f"CREATE OR REPLACE TABLE seen AS SELECT position, value, count(*) AS count FROM ("
+        f"SELECT unnest([{values}]) AS value, unnest({list(names)}) AS position FROM ({rows})"
+        f") WHERE value IS NOT NULL GROUP BY ALL",
+        "counting values",
+    )
+    # The smallest integer stands for a missing one (schema.MISSING_INTEGER).
+    number = "TRY_CAST(value AS BIGINT)"
+    plain = f"CAST({number} AS VARCHAR) = value AND {number} > -9223372036854775808"
+    integer = dict(
+        database.query(
+            f"SELECT position, bool_and(({plain}) IS TRUE) FROM seen GROUP BY position", "typing"
+        )
+    )
+    found = {}
+    for position, name in names.items():
+        is_integer = integer.get(position, False)
+        value = number if is_integer else "value"
+        listed = database.query(
+            f"SELECT {value} AS listed FROM seen WHERE position = {position} "
+            f"AND count >= {minimum_count} ORDER BY count DESC, listed",
+            name,
+        )
+        vocabulary = tuple(value for (value,) in listed)
+        dtype = "int64" if is_integer else "string"
+        found[position] = Categorical(name, dtype, vocabulary, minimum_count)
+    database.query("DROP TABLE seen", "clearing up")
+    return found

@@ -1,0 +1,132 @@
+"""The output folder, which appears whole or not at all, and the shards in it."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator
+
+import numpy as np
+
+from pwiser_tf import schema
+from pwiser_tf.errors import DataError
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A folder to write into, which becomes `path` when the block ends well, and vanishes if not.
+
+    It lies beside `path`, so that the last step is one rename.
+
+    Args:
+      path: absent, or an empty folder, or with `overwrite` an earlier data set.
+      overwrite: replace an earlier data set; it stays until the new one is complete.
+
+    Raises:
+      DataError: `path` is in use.
+      OSError: it cannot be written.
+    """
+    path = pathlib.Path(path).resolve()
+    _check_free(path, overwrite)
+    made = _make_parents(path.parent)
+    folder = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        folder.mkdir()
+        yield folder
+        for file in folder.rglob("*"):
+            _sync(file)
+        # Looked at again: this may be hours later.
+        _check_free(path, overwrite)
+        old = folder.with_suffix(".old")
+        if path.exists():
+            path.rename(old)
+        folder.rename(path)
+        _sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        for parent in made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _check_free(path: pathlib.Path, overwrite: bool) -> None:
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise DataError("a folder, or nothing, to write to; it is a file", file=path)
+    if not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise DataError("an empty or absent folder; --overwrite replaces it", file=path)
+    # A folder of anything else may be the user's raw data.
+    if not (path / schema.FILE_NAME).exists():
+        raise DataError(f"an earlier data set to overwrite, with {schema.FILE_NAME}", file=path)
+
+
+def _make_parents(path: pathlib.Path) -> list[pathlib.Path]:
+    """Makes a folder and its parents; returns those that were absent, the deepest first."""
+    absent = []
+    while not path.exists():
+        absent.append(path)
+        path = path.parent
+    for folder in reversed(absent):
+        folder.mkdir()
+    return absent
+
+
+def _sync(path: pathlib.Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class SplitWriter:
+    """Writes one split's records to shards: row i goes to shard i % shards.
+
+    Each shard is thus a sample of the whole split, in its order. Few rows make fewer shards.
+    """
+
+    def __init__(self, folder: pathlib.Path, name: str, shards: int):
+        self._folder = folder
+        self._name = name
+        self._shards = shards
+        self._files: list = []
+        self._rows_in: list[int] = []
+        self.rows = self.clicks = self.conversions = self.dropped = 0
+
+    def write(self, frames: np.ndarray, grade: np.ndarray) -> None:
+        """Appends framed records, uint8 [n, length], with their grades [n]; drops grade -1."""
+        kept = grade >= 0
+        if not kept.all():
+            self.dropped += int(np.sum(~kept))
+            frames, grade = frames[kept], grade[kept]
+        while len(self._files) < min(self._shards, self.rows + len(frames)):
+            self._files.append(open(self._path(len(self._files)), "wb"))  # noqa: SIM115
+            self._rows_in.append(0)
+        for shard, file in enumerate(self._files):
+            block = frames[(shard - self.rows) % self._shards :: self._shards]
+            file.write(block.tobytes())
+            self._rows_in[shard] += len(block)
+        self.rows += len(grade)
+        self.clicks += int(np.sum(grade >= 1))
+        self.conversions += int(np.sum(grade == 2))
+
+    def close(self) -> schema.Split:
+        """Names the shards by their final count and returns what was written."""
+        shards = []
+        for shard, file in enumerate(self._files):
+            file.close()
+            name = f"{self._name}-{shard:05d}-of-{len(self._files):05d}.tfrecord"
+            size = self._path(shard).rename(self._folder / name).stat().st_size
+            shards.append(schema.Shard(name, self._rows_in[shard], size))
+        return schema.Split(self.rows, self.clicks, self.conversions, self.dropped, tuple(shards))
+
+    def _path(self, shard: int) -> pathlib.Path:
+        return self._folder / f"{self._name}-{shard:05d}"

@@ -1,0 +1,109 @@
+"""What a format must give: its features, its labels, and its rows as SQL. See `Source`.
+
+A format is one file that makes a Source (aliexpress.py, columns.py); nothing else knows formats.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Protocol
+
+from pwiser_tf.errors import DataError
+from pwiser_tf.schema import Categorical, Numerical
+from tools.csv_reader import CsvFile, Database
+
+
+class Part(Protocol):
+    """A piece of a split: rows in a fixed order, and the way back from a row to its file."""
+
+    @property
+    def bytes(self) -> int:
+        """Its size, for progress bars."""
+
+    def relation(self) -> str:
+        """An SQL query with these columns, whose rows come in the order of the files:
+
+        categorical_0, ...  BIGINT or VARCHAR, NULL where missing
+        numerical_0, ...    FLOAT, NULL where missing
+        click, conversion   FLOAT; the pipeline checks that they are 0 or 1
+        row_group           BIGINT, where the source has a group
+        moment              VARCHAR, where the source has a time
+        """
+
+    def fault(self, row: int, column: str, expected: str) -> DataError:
+        """The error that a cell is not what was expected; `row` counts from 0."""
+
+
+# (database, SQL query of the kept training rows) to the features, as learnt from those rows.
+Learn = Callable[[Database, str], tuple[tuple[Categorical, ...], tuple[Numerical, ...]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A data set before conversion.
+
+    Attributes:
+      dataset: the format's name.
+      categorical, numerical: the raw columns, in the order of the record's arrays.
+      click, conversion, group, time: the raw columns; None where there is none.
+      train, test: the parts; `test` is empty where it is to be cut from `train`.
+      learn: learns vocabularies and statistics from the training rows.
+      missing: whether a feature may be missing; if not, an empty cell is an error.
+      expected_label: what a message calls a right label.
+      notes: for the schema's notes.
+    """
+
+    dataset: str
+    categorical: tuple[str, ...]
+    numerical: tuple[str, ...]
+    click: str
+    conversion: str
+    group: str | None
+    time: str | None
+    train: tuple[Part, ...]
+    test: tuple[Part, ...]
+    learn: Learn
+    missing: bool
+    expected_label: str = "0 or 1"
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class CsvPart:
+    """A part that is one CSV file; `expressions` maps a relation's columns to SQL."""
+
+    file: CsvFile
+    expressions: dict[str, str]
+
+    @property
+    def bytes(self) -> int:
+        return self.file.bytes
+
+    def relation(self) -> str:
+        return select(self.expressions, self.file.table())
+
+    def fault(self, row: int, column: str, expected: str) -> DataError:
+        return self.file.fault(row, column, expected)
+
+
+def select(expressions: dict[str, str], table: str) -> str:
+    """SELECT expression AS name, ... FROM table."""
+    return (
+        f"SELECT {', '.join(f'{sql} AS {name}' for name, sql in expressions.items())} FROM {table}"
+    )
+
+
+def stable_hash(text: str) -> str:
+    """SQL: 64 bits of the MD5 of an SQL text: the same in every run, version and machine."""
+    return f"md5_number_lower({text})"
+
+
+def group_key(text: str) -> str:
+    """SQL: a group's text to an integer in 0..2^63 - 1, the same in every split and run.
+
+    A number in that range that is written plainly is kept, anything else is hashed.
+    """
+    number = f"TRY_CAST({text} AS BIGINT)"
+    return (
+        f"CASE WHEN {number} >= 0 AND CAST({number} AS VARCHAR) = {text} THEN {number} "
+        f"ELSE CAST({stable_hash(text)} >> 1 AS BIGINT) END"
+    )
