@@ -9,8 +9,7 @@ import sys
 
 __version__ = "0.1.0"
 
-# TensorFlow's C++ side greets every start with lines about CPU features and absent GPUs; what goes
-# wrong there reaches Python as an exception anyway.
+# What goes wrong on TensorFlow's C++ side reaches Python as an exception; the rest is chatter.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 

@@ -1,8 +1,10 @@
 """How every command ends: exit code 0, 2 for a user's mistake (one line), 1 for a fault of ours."""
 
+import logging
 import sys
 from collections.abc import Callable
 
+import absl.logging
 from absl import app, flags
 
 from pwiser_tf.errors import DataError
@@ -26,10 +28,16 @@ def run(main: Callable[[], None]) -> None:
         return positional
 
     def guarded(_):
+        # What our commands have to say they print; TensorFlow's own chatter would bury it.
+        absl.logging.set_verbosity(absl.logging.ERROR)
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)
         try:
             main()
         except (DataError, OSError) as error:
             _fail(error)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
 
     app.run(guarded, flags_parser=parse)
 

@@ -41,41 +41,35 @@ def batches(
       float32 [B, N], "group": int64 [B]} (those the schema has), grade int64 [B].
     """
     shards = schema.split(split).shards
-    order = np.arange(len(shards))
+    order, seeds = np.arange(len(shards)), np.zeros([len(shards), 2], np.int64)
     if shuffle_seed is not None:
-        order = np.random.default_rng(shuffle_seed).permutation(order)
+        random = np.random.default_rng(shuffle_seed)
+        order = random.permutation(order)
+        seeds = random.integers(2**62, size=seeds.shape)
     files, rows, skips = [], [], []
     for position in order:
         shard = shards[position]
-        if skip_rows < shard.rows:
-            files.append(str(pathlib.Path(folder) / shard.file))
-            rows.append(shard.rows)
-            skips.append(skip_rows)
-        skip_rows = max(0, skip_rows - shard.rows)
+        files.append(str(pathlib.Path(folder) / shard.file))
+        rows.append(shard.rows)
+        skips.append(min(skip_rows, shard.rows))
+        skip_rows -= skips[-1]
+    # Shards that are skipped whole need not be read.
+    first = sum(skip == count for skip, count in zip(skips, rows, strict=True))
     spec = records.parse_spec(schema)
 
-    def load(file, rows, skip):
+    def load(file, rows, skip, seed):
         serialized = tf.data.TFRecordDataset(file, buffer_size=8 << 20).batch(rows)
         parsed = tf.io.parse_example(serialized.get_single_element(), spec)
         chosen = tf.range(rows)
         if shuffle_seed is not None:
-            # The file's name, so that no two shards of an epoch are shuffled alike.
-            salt = tf.strings.to_hash_bucket_fast(file, 2**31)
-            seed = tf.stack([shuffle_seed[0] + (salt << 31), shuffle_seed[1]])
             chosen = tf.random.experimental.stateless_shuffle(chosen, seed)
-        chosen = chosen[skip:]
-        features = {name: tf.gather(values, chosen) for name, values in parsed.items()}
+        features = {name: tf.gather(values, chosen[skip:]) for name, values in parsed.items()}
         return features, features.pop("grade")
 
-    dataset = tf.data.Dataset.from_tensor_slices(
-        (
-            tf.constant(files, tf.string),
-            tf.constant(rows, tf.int64),
-            tf.constant(skips, tf.int64),
-        )
-    )
+    columns = [np.array(column)[first:] for column in (files, rows, skips, seeds)]
+    dataset = tf.data.Dataset.from_tensor_slices(tuple(columns))
     # One shard ahead of the one in use; more would only hold more memory.
-    dataset = dataset.map(load, deterministic=True).prefetch(1)
+    dataset = dataset.map(load).prefetch(1)
     return dataset.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(4)
 
 

@@ -3,6 +3,8 @@
 python -m pwiser_tf.evaluate --workdir=runs/us
 """
 
+import pwiser_tf.quiet  # noqa: F401  # isort: split
+
 import json
 import os
 import pathlib
@@ -32,7 +34,8 @@ def predict(
     )
     predictions, grades, groups = [], [], []
     try:
-        with tqdm(total=rows, unit="row", unit_scale=True, desc=split, leave=False) as bar:
+        bar = tqdm(total=rows, unit="row", unit_scale=True, desc=split, leave=False, disable=None)
+        with bar:
             for features, grade in data.batches(data_dir, schema, split, _BATCH_SIZE):
                 group = features.pop("group", None)
                 predictions.append({k: v.numpy() for k, v in predict_batch(features).items()})

@@ -8,6 +8,8 @@ a checkpoint holds the weights, the optimiser, the place in the data, the dropou
 and the record of epochs, and every order and mask follows from the seed.
 """
 
+import pwiser_tf.quiet  # noqa: F401  # isort: split
+
 import dataclasses
 import json
 import math
@@ -59,7 +61,7 @@ class Progress(tf.train.experimental.PythonState):
 
 
 class Housekeeping(keras.callbacks.Callback):
-    """Counts steps, saves the state every so many seconds, logs the losses to TensorBoard."""
+    """Counts steps, saves the state every so many seconds, logs losses; one epoch a fit."""
 
     def __init__(self, progress: Progress, manager, writer, checkpoint_seconds: float):
         super().__init__()
@@ -68,6 +70,10 @@ class Housekeeping(keras.callbacks.Callback):
         self._writer = writer
         self._checkpoint_seconds = checkpoint_seconds
         self._saved_at = time.monotonic()
+
+    def on_epoch_end(self, epoch, logs=None):
+        # fit is told of all epochs, for its progress line, but runs one at a time.
+        self.model.stop_training = True
 
     def on_train_batch_end(self, batch, logs=None):
         self._progress.step += 1
@@ -125,7 +131,7 @@ def train(settings: Settings, folder: pathlib.Path, checkpoint_seconds: float = 
                 fitted = model.fit(
                     batches,
                     initial_epoch=progress.epoch,
-                    epochs=progress.epoch + 1,
+                    epochs=settings.epochs,
                     steps_per_epoch=rows // batch_size - progress.step,
                     callbacks=[housekeeping],
                     verbose=1 if sys.stdout.isatty() else 2,

@@ -72,12 +72,12 @@ class ClickConversionModel(tfrs.Model):
             )
             for name in TOWERS
         }
-        self._losses = dict(losses or {})
+        self._task_losses = dict(losses or {})
         self._tasks = {
             name: tfrs.tasks.Ranking(
                 loss=TaskLoss(name, loss), loss_metrics=[keras.metrics.Mean(f"{name}_loss")]
             )
-            for name, loss in self._losses.items()
+            for name, loss in self._task_losses.items()
         }
 
     def tower_inputs(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
@@ -113,7 +113,7 @@ class ClickConversionModel(tfrs.Model):
         logits = self.task_logits(features, training)
         return tf.add_n(
             [
-                self._losses[name].weight * task(labels=grade, predictions=logits[name])
+                self._task_losses[name].weight * task(labels=grade, predictions=logits[name])
                 for name, task in self._tasks.items()
             ]
         )
