@@ -125,8 +125,7 @@ def _source(train, test, notes: dict[str, str]) -> Source:
 
 def _learn(database: Database, rows: str) -> tuple[tuple[Categorical, ...], tuple[Numerical, ...]]:
     """Categories are small integers from 0 and keep their order; numbers are scaled already."""
-    scan = learn.scan(database, rows, len(CATEGORICAL), len(NUMERICAL))
-    bounds = list(zip(scan.minimum, scan.maximum, strict=True))
+    bounds = learn.bounds(database, rows, len(CATEGORICAL))
     listed = {
         i: name
         for i, name in enumerate(CATEGORICAL)
@@ -137,10 +136,8 @@ def _learn(database: Database, rows: str) -> tuple[tuple[Categorical, ...], tupl
         vocabularies.get(i) or Categorical(name, "int64", range((bounds[i][1] or 0) + 1))
         for i, name in enumerate(CATEGORICAL)
     )
-    numerical = tuple(
-        Numerical(name, "identity", mean, std, fill_value=mean)
-        for name, mean, std in zip(NUMERICAL, scan.mean, scan.std, strict=True)
-    )
+    # Written as they are: their statistics come from the writing pass.
+    numerical = tuple(Numerical(name, "identity", 0.0, 0.0, 0.0) for name in NUMERICAL)
     return categorical, numerical
 
 
@@ -217,6 +214,7 @@ def _join(
     database.files += [item, user]
     sides = {"item": item, "user": user}
     label = f"item.{item.column(str(RAW_LABEL))}"
+    label = f"CASE WHEN {label} IN (0, 1, 2) THEN {label} END"
     expressions = {}
     for position, name in enumerate(CATEGORICAL):
         side, number = _RAW_COLUMN[name]
@@ -226,8 +224,8 @@ def _join(
         side, number = _RAW_COLUMN[name]
         expressions[f"numerical_{position}"] = f'"{side}".{sides[side].column(str(number))}'
     expressions |= {
-        "click": f"CASE {label} WHEN 0 THEN 0::FLOAT WHEN 1 THEN 1::FLOAT WHEN 2 THEN 1::FLOAT END",
-        "conversion": f"CASE {label} WHEN 0 THEN 0::FLOAT WHEN 1 THEN 0::FLOAT WHEN 2 THEN 1::FLOAT END",
+        "click": f"CAST({label} IN (1, 2) AS FLOAT)",
+        "conversion": f"CAST({label} = 2 AS FLOAT)",
         "row_group": group_key(f"item.{item.column('1')}"),
         "item_row": "item.row",
         "user_row": '"user".row',

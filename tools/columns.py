@@ -62,12 +62,12 @@ def open_files(
     def learn_features(database, rows):
         positions = dict(enumerate(categorical))
         vocabularies = learn.vocabularies(database, rows, positions, minimum_count)
-        scan = learn.scan(database, rows, 0, len(numerical))
+        moments = learn.moments(database, rows, len(numerical))
         return (
             tuple(vocabularies[position] for position in positions),
             tuple(
                 Numerical(name, "standardize", mean, std, fill_value=mean)
-                for name, mean, std in zip(numerical, scan.mean, scan.std, strict=True)
+                for name, (mean, std) in zip(numerical, moments, strict=True)
             ),
         )
 

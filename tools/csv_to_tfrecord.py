@@ -121,16 +121,15 @@ def convert(
                 "AND (conversion = 1 AND click = 0) IS NOT TRUE"
             )
             categorical, numerical = source.learn(database, kept)
-            written = _write(
-                database, source, cut, Encoder(source, categorical, numerical), folder, shards
-            )
+            encoder = Encoder(source, categorical, numerical)
+            written = _write(database, source, cut, encoder, folder, shards)
         shutil.rmtree(scratch)
         if "train" not in written:
             raise DataError("no training rows to write: all were dropped or held out")
         schema = Schema(
             dataset=source.dataset,
             categorical=categorical,
-            numerical=numerical,
+            numerical=encoder.numerical(),
             click=source.click,
             conversion=source.conversion,
             group=source.group,

@@ -1,51 +1,38 @@
 """What a schema takes from the training rows: statistics of numbers, vocabularies of categories."""
 
-import dataclasses
 import math
 
 from pwiser_tf.schema import Categorical
 from tools.csv_reader import Database
 
 
-@dataclasses.dataclass(frozen=True)
-class Scan:
-    """What one pass over the rows tells: see `scan`."""
-
-    minimum: list[int | None]
-    maximum: list[int | None]
-    mean: list[float]
-    std: list[float]
-
-
-def scan(database: Database, rows: str, integers: int, numericals: int) -> Scan:
-    """One pass over rows with `categorical_0 ..` as BIGINT and `numerical_0 ..` as FLOAT.
+def bounds(database: Database, rows: str, columns: int) -> list[tuple[int | None, int | None]]:
+    """The least and the greatest of `categorical_0 ..`, which are BIGINT; None without a value.
 
     Args:
       rows: an SQL query.
-      integers: how many categorical columns to take the minimum and maximum of.
-      numericals: how many numerical columns to take mean and standard deviation of. Missing
-        values are left out; a column of nothing else has mean 0 and standard deviation 0.
+      columns: how many there are.
     """
-    aggregates = [f"{f}(categorical_{i})" for f in ("min", "max") for i in range(integers)]
+    aggregates = [f"{f}(categorical_{i})" for f in ("min", "max") for i in range(columns)]
+    (values,) = database.query(f"SELECT {', '.join(aggregates)} FROM ({rows})", "scanning")
+    return list(zip(values[:columns], values[columns:], strict=True))
+
+
+def moments(database: Database, rows: str, columns: int) -> list[tuple[float, float]]:
+    """Mean and standard deviation of `numerical_0 ..`, over the values that are not missing.
+
+    A column of nothing else has (0, 0). Arguments as `bounds`.
+    """
+    if not columns:
+        return []
     # Not finite: missing, or an infinite value, which the writing pass refuses with its place.
-    aggregates += [
+    aggregates = [
         f"{function}(CASE WHEN isfinite(numerical_{i}) THEN numerical_{i} END)"
         for function in ("avg", "stddev_pop")
-        for i in range(numericals)
+        for i in range(columns)
     ]
-    if not aggregates:
-        return Scan([], [], [], [])
     (values,) = database.query(f"SELECT {', '.join(aggregates)} FROM ({rows})", "scanning")
-    split = 2 * integers + numericals
-    moments = [
-        _settled(m, s) for m, s in zip(values[2 * integers : split], values[split:], strict=True)
-    ]
-    return Scan(
-        list(values[:integers]),
-        list(values[integers : 2 * integers]),
-        [mean for mean, _ in moments],
-        [std for _, std in moments],
-    )
+    return [_settled(*pair) for pair in zip(values[:columns], values[columns:], strict=True)]
 
 
 def _settled(mean: float | None, std: float | None) -> tuple[float, float]:
