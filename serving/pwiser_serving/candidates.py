@@ -1,0 +1,182 @@
+"""Candidates: a CSV of raw features, read in batches, its text turned into values."""
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from pwiser_serving import tensors
+from pwiser_serving.errors import shorten
+from pwiser_serving.features import MISSING_FLOAT, MISSING_INTEGER
+from pwiser_serving.protos import tensor_pb2
+
+_LARGEST_FLOAT = float(np.finfo(np.float32).max)
+
+
+class CandidateError(ValueError):
+    """A candidate file that cannot be scored. The message names file, row (the line, with the
+    header as line 1), column, what was found and what was expected, in one line."""
+
+    def __init__(self, expected: str, *, file, row=None, column=None, found=None):
+        place = [str(file)]
+        place += [f"row {row}"] if row is not None else []
+        place += [f"column {column}"] if column is not None else []
+        text = expected if found is None else f"found {shorten(found)}, expected {expected}"
+        super().__init__(f"{', '.join(place)}: {text}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some rows of the file: the line of each, and their text by column."""
+
+    file: pathlib.Path
+    lines: Sequence[int]
+    columns: Mapping[str, Sequence[str]]
+
+    def values(self, name: str, data_type: int) -> np.ndarray | Sequence[str]:
+        """A column as int64, float32 or string values, empty text as missing.
+
+        Raises:
+          CandidateError: a text that is no such value.
+        """
+        texts = self.columns[name]
+        if data_type == tensor_pb2.DT_STRING:
+            return texts
+        if data_type not in _PARSERS:
+            raise CandidateError(
+                f"the model takes {tensors.data_type_name(data_type)} here, which no CSV gives",
+                file=self.file,
+                column=name,
+            )
+        parse, dtype, expected = _PARSERS[data_type]
+        values = np.empty(len(texts), dtype)
+        for row, text in enumerate(texts):
+            try:
+                values[row] = parse(text)
+            except (ValueError, OverflowError):
+                raise CandidateError(
+                    expected, file=self.file, row=self.lines[row], column=name, found=text
+                ) from None
+        return values
+
+
+class CandidateFile:
+    """A CSV with a header, in UTF-8. Use it in a `with`.
+
+    Raises:
+      CandidateError: no such file, no header, a column twice, text that is not UTF-8.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115  (closed by __exit__)
+        except OSError as error:
+            raise CandidateError(error.strerror, file=path) from None
+        self._reader = csv.reader(self._lines(), strict=True)
+        try:
+            self.header: list[str] = next(self._rows(), [])
+            if not any(self.header):
+                raise CandidateError("the file is empty, expected a header", file=path)
+            for position, name in enumerate(self.header):
+                if name in self.header[:position]:
+                    raise CandidateError("each column once", file=path, row=1, found=name)
+        except CandidateError:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> "CandidateFile":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def require(self, names: Sequence[str], reason: str) -> None:
+        """CandidateError where a column is absent; the reason says who needs it."""
+        for name in names:
+            if name not in self.header:
+                have = ", ".join(self.header)
+                raise CandidateError(
+                    f"the file has no such column, which {reason}; it has: {have}",
+                    file=self.path,
+                    row=1,
+                    column=name,
+                )
+
+    def batches(self, rows: int) -> Iterator[Batch]:
+        """The rows after the header, in batches of at most so many; blank lines are skipped."""
+        lines, collected = [], []
+        for row in self._rows():
+            line = self._reader.line_num
+            if len(row) != len(self.header):
+                raise CandidateError(
+                    f"found {len(row)} columns, expected {len(self.header)} as in the header",
+                    file=self.path,
+                    row=line,
+                )
+            lines.append(line)
+            collected.append(row)
+            if len(lines) == rows:
+                yield self._batch(lines, collected)
+                lines, collected = [], []
+        if lines:
+            yield self._batch(lines, collected)
+
+    def _batch(self, lines: list[int], rows: list[list[str]]) -> Batch:
+        return Batch(self.path, lines, dict(zip(self.header, zip(*rows, strict=True), strict=True)))
+
+    def _rows(self) -> Iterator[list[str]]:
+        try:
+            for row in self._reader:
+                if row:
+                    yield row
+        except csv.Error as error:
+            raise CandidateError(
+                f"not well-formed CSV ({error})", file=self.path, row=self._reader.line_num
+            ) from None
+
+    def _lines(self) -> Iterator[str]:
+        # Decoded line by line, so that the message can name the line.
+        for number, line in enumerate(self._file, 1):
+            try:
+                text, found = line.decode("utf-8-sig" if number == 1 else "utf-8"), None
+            except UnicodeDecodeError as error:
+                text, found = "", f"byte 0x{line[error.start]:02x}"
+            if found or "\0" in text:
+                found = found or "a zero byte"
+                raise CandidateError(
+                    f"found {found}, expected text in UTF-8", file=self.path, row=number
+                )
+            yield text
+
+
+def _integer(text: str) -> int:
+    if not text:
+        return MISSING_INTEGER
+    if text.lstrip("-").isdecimal():
+        return int(text)
+    # A column with gaps is often written as 3.0.
+    number = _finite(text)
+    if number != int(number):
+        raise ValueError(text)
+    return int(number)
+
+
+def _float(text: str) -> float:
+    return _finite(text) if text and text.lower() != "nan" else MISSING_FLOAT
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    # Python reads 1_000 as a number; whoever wrote the file hardly meant one.
+    if "_" in text or not abs(number) <= _LARGEST_FLOAT:
+        raise ValueError(text)
+    return number
+
+
+_PARSERS = {
+    tensor_pb2.DT_INT64: (_integer, np.int64, "an integer of 64 bits"),
+    tensor_pb2.DT_FLOAT: (_float, np.float32, "a finite number"),
+}

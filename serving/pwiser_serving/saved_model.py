@@ -1,0 +1,213 @@
+"""SavedModel: one exported version in a TF 1 Session, which is how TF Serving holds it.
+
+The only room that needs TensorFlow. Checks, their order and their messages are those of TF
+Serving (servables/tensorflow/predict_util.cc).
+"""
+
+import functools
+import logging
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+# TensorFlow reads this when it is imported; its notes about the CPU are not the server's.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+from google.protobuf.message import DecodeError
+from tensorflow.core.protobuf import config_pb2
+
+from pwiser_serving import tensors
+from pwiser_serving.protos import service_pb2, tensor_pb2
+from pwiser_serving.services import DEFAULT_SIGNATURE
+from pwiser_serving.status import Status, failed_precondition, invalid_argument
+
+WARM_UP_FILE = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
+MAX_WARM_UP_REQUESTS = 1000
+# How many pairs of signature and outputs keep their prepared graph. A request names its outputs
+# freely, so the number of such pairs has no bound of its own.
+_PREPARED = 64
+
+tf.get_logger().setLevel(logging.ERROR)
+
+
+class SavedModel:
+    """A loaded version. Methods may be called from several threads at once.
+
+    Args:
+      folder: the version's folder, with `saved_model.pb` in it.
+
+    Raises:
+      Status: it does not load, or one of its warm-up requests fails.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        graph = tf.Graph()
+        self._session = tf.compat.v1.Session(graph=graph)
+        try:
+            with graph.as_default():
+                loaded = tf.compat.v1.saved_model.loader.load(
+                    self._session, [tf.saved_model.SERVING], str(folder)
+                )
+            self.signatures: dict[str, tensor_pb2.Signature] = {
+                name: tensor_pb2.Signature.FromString(signature.SerializeToString())
+                for name, signature in loaded.signature_def.items()
+            }
+            self._prepare = functools.lru_cache(_PREPARED)(self._make_callable)
+            for request in _warm_up_requests(folder / WARM_UP_FILE):
+                self.predict(request)
+        except tf.errors.OpError as error:
+            self.close()
+            raise Status(error.error_code, error.message) from None
+        except Status:
+            self.close()
+            raise
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            # What the loader raises for a folder that is no SavedModel.
+            self.close()
+            raise failed_precondition(f"{type(error).__name__}: {error}") from None
+
+    def close(self) -> None:
+        """Frees the model. No call may be running."""
+        self._session.close()
+
+    def predict(
+        self, request: service_pb2.PredictRequest, *, as_content: bool = False
+    ) -> dict[str, tensor_pb2.Tensor]:
+        """Answers a Predict request, whose model_spec has already led here.
+
+        Args:
+          as_content: numbers in the answer as raw bytes instead of one by one.
+
+        Returns:
+          The tensors of the outputs asked for, or of all of them, by output name.
+
+        Raises:
+          Status: as TF Serving answers the same mistake.
+        """
+        name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+        signature = self.signatures.get(name)
+        if signature is None:
+            raise failed_precondition(f'Serving signature key "{name}" not found.')
+        arrays = _inputs(signature, request.inputs)
+        outputs = _outputs(signature, request.output_filter)
+        feeds, run, fetched = self._prepare(name, outputs)
+        _check_types(feeds, arrays)
+        try:
+            results = run(*(arrays[alias] for alias, _ in feeds))
+        except tf.errors.OpError as error:
+            raise Status(error.error_code, error.message) from None
+        return {
+            alias: tensors.encode(np.asarray(results[position]), as_content=as_content)
+            for alias, position in zip(outputs, fetched, strict=True)
+        }
+
+    def _make_callable(self, name: str, outputs: tuple[str, ...]):
+        """The graph of a signature's outputs, ready to run.
+
+        Returns:
+          feeds: (alias, data type) of each argument, in order; run: arrays to a list of arrays;
+          fetched: the position of each output in that list.
+        """
+        signature = self.signatures[name]
+        # Sorted by the tensor's name: TF Serving's messages count the arguments so.
+        feeds = sorted(signature.inputs.items(), key=lambda item: item[1].name)
+        names = [signature.outputs[alias].name for alias in outputs]
+        fetches = sorted(set(names))
+        options = config_pb2.CallableOptions(feed=[info.name for _, info in feeds], fetch=fetches)
+        # Session.make_callable with feeds is a Session.run in disguise: four times slower at
+        # batch 1, and it converts types silently where TF Serving refuses.
+        run = self._session._make_callable_from_options(options)
+        return (
+            [(alias, info.dtype) for alias, info in feeds],
+            run,
+            [fetches.index(name) for name in names],
+        )
+
+
+def _inputs(
+    signature: tensor_pb2.Signature, given: Mapping[str, tensor_pb2.Tensor]
+) -> dict[str, np.ndarray]:
+    """The arrays of a request, by input name, with the signature's defaults."""
+    expected, sent = set(signature.inputs), set(given)
+    if len(sent) > len(expected) or (len(sent) < len(expected) and not signature.defaults):
+        raise invalid_argument(
+            f"input size does not match signature: {len(sent)}!={len(expected)} "
+            f"len({_names(sent)}) != len({_names(expected)}). "
+            f"Sent extra: {_names(sent - expected)}. "
+            f"Missing but required: {_names(expected - sent)}."
+        )
+    arrays = {}
+    for alias in sorted(expected):
+        if alias in sent:
+            tensor = given[alias]
+        elif alias in signature.defaults:
+            tensor = signature.defaults[alias]
+        else:
+            raise invalid_argument(
+                f"Signature input alias: {alias}(feed name: {signature.inputs[alias].name}) not "
+                "found in request and no default value provided. Inputs expected to be in the "
+                f"request {_names(sent)}, or default input alias set: "
+                + ",".join(sorted(signature.defaults))
+            )
+        try:
+            arrays[alias] = tensors.decode(tensor)
+        except ValueError:
+            raise invalid_argument(f"tensor parsing error: {alias}") from None
+    if sent - expected:
+        raise invalid_argument(
+            f"Inputs contains invalid name. Used request inputs: "
+            f"{','.join(sorted(sent & expected))}, request input: {','.join(sorted(sent))}"
+        )
+    return arrays
+
+
+def _outputs(signature: tensor_pb2.Signature, wanted: Sequence[str]) -> tuple[str, ...]:
+    """The names of the outputs to answer with."""
+    seen = set()
+    for alias in wanted:
+        if alias not in signature.outputs:
+            raise invalid_argument(
+                f"output tensor alias not found in signature: {alias} "
+                f"Outputs expected to be in the set {_names(signature.outputs)}."
+            )
+        if alias in seen:
+            raise invalid_argument(f"duplicate output tensor alias: {alias}")
+        seen.add(alias)
+    return tuple(sorted(seen or signature.outputs))
+
+
+def _check_types(feeds: Sequence[tuple[str, int]], arrays: Mapping[str, np.ndarray]) -> None:
+    for position, (alias, expected) in enumerate(feeds):
+        found = tensors.data_type(arrays[alias])
+        if found != expected:
+            raise invalid_argument(
+                f"Expects arg[{position}] to be {tensors.data_type_name(expected)} "
+                f"but {tensors.data_type_name(found)} is provided"
+            )
+
+
+def _names(names) -> str:
+    return "{" + ",".join(sorted(names)) + "}"
+
+
+def _warm_up_requests(path: pathlib.Path) -> list[service_pb2.PredictRequest]:
+    """The Predict requests of a warm-up file, a TFRecord of PredictionLog; none without a file."""
+    if not path.exists():
+        return []
+    # One more than is allowed: enough to know that there are too many.
+    records = tf.data.TFRecordDataset(str(path)).take(MAX_WARM_UP_REQUESTS + 1)
+    requests = []
+    for number, record in enumerate(records.as_numpy_iterator(), 1):
+        if number > MAX_WARM_UP_REQUESTS:
+            raise invalid_argument(
+                f"Number of warmup records exceeds the maximum ({MAX_WARM_UP_REQUESTS}) at {path}"
+            )
+        try:
+            log = service_pb2.PredictionLog.FromString(record)
+        except DecodeError:
+            raise invalid_argument(f"Failed to parse warmup record {number} from {path}") from None
+        if log.HasField("predict_log"):
+            requests.append(log.predict_log.request)
+    return requests

@@ -1,0 +1,32 @@
+"""Status: how a request fails, as a gRPC code and a message."""
+
+import grpc
+
+_LONGEST_MESSAGE = 1024
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+class Status(Exception):
+    """An answer other than OK.
+
+    Attributes:
+      code: the grpc.StatusCode; message: the text, cut as TF Serving cuts it.
+    """
+
+    def __init__(self, code: grpc.StatusCode | int, message: str):
+        super().__init__(message)
+        self.code = code if isinstance(code, grpc.StatusCode) else _CODES[code]
+        cut = len(message) > _LONGEST_MESSAGE
+        self.message = message[:_LONGEST_MESSAGE] + "...TRUNCATED" if cut else message
+
+
+def invalid_argument(message: str) -> Status:
+    return Status(grpc.StatusCode.INVALID_ARGUMENT, message)
+
+
+def not_found(message: str) -> Status:
+    return Status(grpc.StatusCode.NOT_FOUND, message)
+
+
+def failed_precondition(message: str) -> Status:
+    return Status(grpc.StatusCode.FAILED_PRECONDITION, message)

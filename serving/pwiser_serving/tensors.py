@@ -1,0 +1,152 @@
+"""NumPy arrays to Tensor messages and back, by TensorFlow's rules for a TensorProto."""
+
+import math
+
+import numpy as np
+
+from pwiser_serving.protos import tensor_pb2
+
+Tensor = tensor_pb2.Tensor
+
+# Data type: its NumPy type, and the field that holds values sent one by one.
+_TYPES = {
+    tensor_pb2.DT_FLOAT: (np.dtype("<f4"), "float_val"),
+    tensor_pb2.DT_DOUBLE: (np.dtype("<f8"), "double_val"),
+    tensor_pb2.DT_HALF: (np.dtype("<f2"), "half_val"),
+    tensor_pb2.DT_INT8: (np.dtype("i1"), "int_val"),
+    tensor_pb2.DT_INT16: (np.dtype("<i2"), "int_val"),
+    tensor_pb2.DT_INT32: (np.dtype("<i4"), "int_val"),
+    tensor_pb2.DT_INT64: (np.dtype("<i8"), "int64_val"),
+    tensor_pb2.DT_UINT8: (np.dtype("u1"), "int_val"),
+    tensor_pb2.DT_UINT16: (np.dtype("<u2"), "int_val"),
+    tensor_pb2.DT_UINT32: (np.dtype("<u4"), "uint32_val"),
+    tensor_pb2.DT_UINT64: (np.dtype("<u8"), "uint64_val"),
+    tensor_pb2.DT_BOOL: (np.dtype("?"), "bool_val"),
+    tensor_pb2.DT_STRING: (np.dtype(object), "string_val"),
+}
+_DATA_TYPES = {dtype: data_type for data_type, (dtype, _) in _TYPES.items()}
+
+# A shape may claim this many elements more than were sent: a few bytes must not fill the memory.
+MAX_PADDING = 2**20
+
+
+def numpy_type(data_type: int) -> np.dtype:
+    """The NumPy type of a data type, object for strings. KeyError: there is none here."""
+    return _TYPES[data_type][0]
+
+
+def data_type_name(data_type: int) -> str:
+    """A data type as TensorFlow writes it in messages: "float", "int64", "string"."""
+    if data_type not in tensor_pb2.DataType.values():
+        return f"data type {data_type}"
+    return tensor_pb2.DataType.Name(data_type).removeprefix("DT_").lower()
+
+
+def data_type(array: np.ndarray) -> int:
+    """The data type of an array that `decode` gave."""
+    return _DATA_TYPES[array.dtype]
+
+
+def encode(array: np.ndarray, *, as_content: bool = True) -> Tensor:
+    """An array of any shape as a Tensor message.
+
+    Args:
+      array: numbers, booleans, or objects that are bytes.
+      as_content: numbers as raw bytes, which is far faster, or one by one as TF Serving answers
+        unless told otherwise. Strings always go one by one.
+
+    Raises:
+      TypeError: the array has a type that TensorFlow does not know.
+    """
+    if array.dtype not in _DATA_TYPES:
+        raise TypeError(f"no tensor holds NumPy's {array.dtype}")
+    tensor = Tensor(dtype=_DATA_TYPES[array.dtype])
+    for size in array.shape:
+        tensor.tensor_shape.dim.add(size=size)
+    if as_content and tensor.dtype != tensor_pb2.DT_STRING:
+        tensor.tensor_content = array.tobytes()
+    else:
+        values = array.view(np.uint16) if tensor.dtype == tensor_pb2.DT_HALF else array
+        getattr(tensor, _TYPES[tensor.dtype][1]).extend(values.ravel().tolist())
+    return tensor
+
+
+def decode(tensor: Tensor) -> np.ndarray:
+    """A Tensor message as an array; numbers sent as raw bytes give a read-only view of them.
+
+    Fewer values than the shape has elements: the last one is repeated, or zero where there is
+    none. More: the rest is dropped. So does TensorFlow.
+
+    Raises:
+      ValueError: unknown data type, impossible shape, a byte count that does not fit the shape,
+        a value out of its type's range, or more than MAX_PADDING elements without a value.
+    """
+    if tensor.dtype not in _TYPES:
+        raise ValueError(f"data type {tensor.dtype}")
+    dtype, field = _TYPES[tensor.dtype]
+    shape = tuple(dimension.size for dimension in tensor.tensor_shape.dim)
+    if tensor.tensor_shape.unknown_rank or any(size < 0 for size in shape):
+        raise ValueError("a shape that is not fully known")
+    # The product of Python integers: it cannot overflow.
+    count = math.prod(shape)
+    if count and tensor.tensor_content:
+        if tensor.dtype == tensor_pb2.DT_STRING:
+            values = np.fromiter(_split_strings(tensor.tensor_content, count), object, count)
+        elif len(tensor.tensor_content) != count * dtype.itemsize:
+            raise ValueError("a byte count that does not fit the shape")
+        else:
+            values = np.frombuffer(tensor.tensor_content, dtype)
+    else:
+        values = _pad(_listed(getattr(tensor, field), dtype), count)
+    return values.reshape(shape)
+
+
+def _listed(field, dtype: np.dtype) -> np.ndarray:
+    """Values sent one by one, [n]. ValueError: one does not fit its type."""
+    if dtype.kind == "O":
+        return np.fromiter(field, object, len(field))
+    if dtype == np.float16:
+        return np.array(field, np.int32).astype(np.uint16).view(np.float16)
+    try:
+        return np.array(field, dtype)
+    except OverflowError as error:
+        raise ValueError(str(error)) from None
+
+
+def _pad(values: np.ndarray, count: int) -> np.ndarray:
+    missing = count - len(values)
+    if missing <= 0:
+        return values[:count]
+    if missing > MAX_PADDING:
+        raise ValueError(f"{count} elements, {len(values)} values")
+    last = values[-1] if len(values) else b"" if values.dtype == object else 0
+    padded = np.empty(count, values.dtype)
+    padded[: len(values)], padded[len(values) :] = values, last
+    return padded
+
+
+def _split_strings(content: bytes, count: int):
+    """Strings sent as raw bytes: their lengths as varints, then their bytes."""
+    lengths, position = [], 0
+    # Each length takes a byte at least: a huge count fails here before anything is allocated.
+    if count > len(content):
+        raise ValueError("fewer strings than the shape has elements")
+    for _ in range(count):
+        length = shift = 0
+        while True:
+            if position >= len(content) or shift > 63:
+                raise ValueError("a string length that does not end")
+            byte = content[position]
+            position += 1
+            length |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                break
+        lengths.append(length)
+    if position + sum(lengths) != len(content):
+        raise ValueError("string lengths that do not fit the bytes")
+    strings = []
+    for length in lengths:
+        strings.append(content[position : position + length])
+        position += length
+    return strings

@@ -1,0 +1,29 @@
+"""pwiser-serving: a client of TensorFlow Serving without TensorFlow, and a local server."""
+
+import pathlib
+
+import setuptools
+
+setuptools.setup(
+    name="pwiser-serving",
+    version="0.1.0",
+    description="Score candidates over TF Serving's gRPC API, without TensorFlow in the client",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["pwiser_serving", "pwiser_serving.protos"],
+    package_data={"pwiser_serving.protos": ["*.proto"]},
+    install_requires=[
+        "grpcio>=1.60",
+        "numpy>=1.26",
+        # The generated code is protoc 25's, the last that checks no version of the runtime, so
+        # that one wheel stands beside every TensorFlow from 2.18 to 2.21.
+        "protobuf>=4.25,<8",
+    ],
+    extras_require={
+        "server": ["tensorflow>=2.18,<2.22"],
+        # TF Serving's own stubs, as an independent client and as a reader of deploy/.
+        "test": ["pytest>=8", "pyyaml>=6", "tensorflow-serving-api>=2.18,<2.22"],
+    },
+)
