@@ -267,13 +267,14 @@ def test_a_graph_of_unknown_batch_size_traced_once():
     assert len(traces) == 1
 
 
-def test_a_graph_refuses_one_grade_for_many_scores():
+@pytest.mark.parametrize(("scores", "grade"), [([0.1, 0.2, 0.3], [2]), ([0.1], [2, 0, 0])])
+def test_a_graph_does_not_broadcast(scores, grade):
     @tf.function(input_signature=[tf.TensorSpec([None]), tf.TensorSpec([None], tf.int64)])
     def loss(scores, grade):
         return pwiser(scores, grade)
 
     with pytest.raises(tf.errors.InvalidArgumentError):
-        loss([0.1, 0.2, 0.3], [2])
+        loss(scores, grade)
 
 
 def test_second_derivatives_are_refused():
@@ -307,6 +308,12 @@ def test_columns_and_grades_of_any_type(scores_shape, grade_shape, dtype):
     expected, expected_gradient = oracles.pwiser(scores, grade, 0.05, 0.1)
     assert loss == pytest.approx(expected, rel=1e-12)
     np.testing.assert_allclose(gradient.ravel(), expected_gradient, rtol=1e-10, atol=1e-15)
+
+
+def test_a_grade_that_lost_a_bit_as_a_float_is_rounded():
+    below_one, below_two = np.nextafter([1, 2], 0, dtype=np.float32)
+    loss = pwiser(np.array([0.3, 0.5, 0.4]), [0.0, below_one, below_two], 0.2, 0.3)
+    assert loss.numpy() == pytest.approx(0.2**2 + 0.3**2, rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(), (4, 2), (1, 4), (2, 2, 1)])

@@ -1,0 +1,187 @@
+"""What PWiseR costs: exact, as an explicit matrix of pairs, and binary cross-entropy for scale.
+
+    python -m benchmarks.loss [--rows=2048,8192] [--rates=.001,.01]
+
+Each figure is one forward and backward pass over the scores of one head, in a tf.function:
+
+- ms: the median of --repeats passes; the methods take turns in one process, so that a noisy
+  machine disturbs all of them alike. Compare rows of the table, not tables.
+- MB: the peak of resident memory above what the process held before its first pass at this size,
+  in a process of its own. Linux only (it resets and reads VmHWM in /proc).
+- error: the largest relative error of loss and gradient against every pair in float64 NumPy, the
+  gradient's relative to its largest element. "-" where that would be more than --checked_pairs.
+
+The pair matrix is skipped where the matrices of its backward pass would exceed --pair_gb.
+Prints a Markdown table.
+"""
+
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+from absl import app, flags
+
+from pwiser_tf.losses import pwiser
+from tests import oracles
+
+FLAGS = flags.FLAGS
+MARGIN_CLICK, MARGIN_NONCLICK = 0.05, 0.1
+CTR = 0.04
+METHODS = ("bce", "exact", "pairs")
+# The pair matrix's forward and backward pass hold about so many float32 matrices at once.
+_LIVE_MATRICES = 4
+
+
+def define_flags():
+    flags.DEFINE_list("rows", "2048,8192,32768,131072,524288,1048576", "Batch sizes.")
+    flags.DEFINE_list("rates", ".001,.01", "Conversions per row.")
+    flags.DEFINE_integer("repeats", 20, "Passes timed for each figure.", lower_bound=1)
+    flags.DEFINE_float("pair_gb", 4, "Skip the pair matrix above this many GB.")
+    flags.DEFINE_float("checked_pairs", 2e9, "Skip the error above this many pairs.")
+    flags.DEFINE_bool("memory", True, "Measure memory: one process a figure, 5 s each.")
+    flags.DEFINE_string("only", "", "One of bce, exact, pairs: print its MB as JSON and end.")
+
+
+def make_batch(rows: int, rate: float) -> tuple[tf.Tensor, tf.Tensor]:
+    """Scores around each row's base rate, as a trained head gives, and grades. Generated."""
+    generator = np.random.default_rng(rows)
+    grade = np.zeros(rows, np.int64)
+    conversions = max(1, round(rows * rate))
+    clicks = max(1, round(rows * CTR))
+    grade[:conversions] = 2
+    grade[conversions : conversions + clicks] = 1
+    generator.shuffle(grade)
+    logits = np.log(CTR) + 0.5 * grade + generator.normal(size=rows)
+    return tf.constant(1 / (1 + np.exp(-logits)), tf.float32), tf.constant(grade)
+
+
+def bce(scores, grade):
+    labels = tf.cast(grade > 0, scores.dtype)
+    return tf.reduce_mean(keras.losses.binary_crossentropy(labels, scores))
+
+
+def exact(scores, grade):
+    return pwiser(scores, grade, MARGIN_CLICK, MARGIN_NONCLICK)
+
+
+def pairs(scores, grade):
+    """The same loss as most would write it: all pairs in a matrix, TensorFlow's own gradient."""
+    conversions = tf.boolean_mask(scores, grade == 2)[:, tf.newaxis]
+    loss = 0.0
+    for lower_grade, margin in ((1, MARGIN_CLICK), (0, MARGIN_NONCLICK)):
+        lower = tf.boolean_mask(scores, grade == lower_grade)[tf.newaxis, :]
+        loss += tf.reduce_mean(tf.square(tf.nn.relu(margin - (conversions - lower))))
+    return loss
+
+
+def make_pass(method: str):
+    """A compiled function from scores and grade to loss and gradient."""
+    function = {"bce": bce, "exact": exact, "pairs": pairs}[method]
+
+    @tf.function(reduce_retracing=True)
+    def one_pass(scores, grade):
+        with tf.GradientTape() as tape:
+            tape.watch(scores)
+            loss = function(scores, grade)
+        return loss, tape.gradient(loss, scores)
+
+    return one_pass
+
+
+def can_run(method: str, grade) -> bool:
+    conversions = np.count_nonzero(grade.numpy() == 2)
+    return method != "pairs" or _LIVE_MATRICES * 4e-9 * conversions * len(grade) <= FLAGS.pair_gb
+
+
+def milliseconds(passes: dict, scores, grade) -> dict[str, float]:
+    """The median time of each pass, taken in turns."""
+    times = {method: [] for method in passes}
+    for repeat in range(FLAGS.repeats + 2):
+        for method, one_pass in passes.items():
+            start = time.perf_counter()
+            one_pass(scores, grade)[1].numpy()
+            if repeat >= 2:  # the first ones trace and warm up
+                times[method].append(time.perf_counter() - start)
+    return {method: 1e3 * float(np.median(values)) for method, values in times.items()}
+
+
+def status(field: str) -> int:
+    """A size from /proc/self/status, in KB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
+
+
+def peak_megabytes(method: str, rows: int, rate: float) -> float:
+    """Peak resident memory of two passes, above what was there; to be run in a fresh process."""
+    one_pass = make_pass(method)
+    for small in (256, 512):  # the code, threads and graph are there before; shapes are unknown
+        one_pass(*make_batch(small, rate))
+    scores, grade = make_batch(rows, rate)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # sets VmHWM to what is resident now
+    before = status("VmRSS")
+    for _ in range(2):
+        one_pass(scores, grade)
+    return (status("VmHWM") - before) / 1024
+
+
+def peak_megabytes_in_fresh_process(method: str, rows: int, rate: float) -> float:
+    command = [sys.executable, "-m", "benchmarks.loss", f"--only={method}"]
+    output = subprocess.run(
+        [*command, f"--rows={rows}", f"--rates={rate}"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        check=True,
+    ).stdout
+    return json.loads(output)
+
+
+def errors(one_pass, scores, grade) -> str:
+    """The relative errors of loss and gradient, as text."""
+    grades = grade.numpy()
+    if np.count_nonzero(grades == 2) * len(grades) > FLAGS.checked_pairs:
+        return "-"
+    loss, gradient = (value.numpy() for value in one_pass(scores, grade))
+    expected, expected_gradient = oracles.pwiser_by_rows(
+        scores.numpy(), grades, MARGIN_CLICK, MARGIN_NONCLICK
+    )
+    of_loss = abs(loss - expected) / expected
+    of_gradient = np.abs(gradient - expected_gradient).max() / np.abs(expected_gradient).max()
+    return f"{of_loss:.0e} / {of_gradient:.0e}"
+
+
+def main(_):
+    sizes = [(int(rows), float(rate)) for rows in FLAGS.rows for rate in FLAGS.rates]
+    if FLAGS.only:
+        print(json.dumps(peak_megabytes(FLAGS.only, *sizes[0])))
+        return
+    columns = ["rows", "conversions"]
+    columns += [f"{method} ms" for method in METHODS]
+    columns += [f"{method} MB" for method in METHODS] if FLAGS.memory else []
+    columns += ["error of exact (loss / gradient)", "error of pairs"]
+    print("|", " | ".join(columns), "|")
+    print("|" + "---|" * len(columns))
+    for rows, rate in sizes:
+        scores, grade = make_batch(rows, rate)
+        passes = {method: make_pass(method) for method in METHODS if can_run(method, grade)}
+        times = milliseconds(passes, scores, grade)
+        cells = [f"{rows:,}", f"{np.count_nonzero(grade.numpy() == 2):,}"]
+        cells += [f"{times[m]:.2f}" if m in passes else "too large" for m in METHODS]
+        for method in METHODS if FLAGS.memory else ():
+            cells.append(
+                f"{peak_megabytes_in_fresh_process(method, rows, rate):.0f}"
+                if method in passes
+                else "too large"
+            )
+        for method in ("exact", "pairs"):
+            cells.append(errors(passes[method], scores, grade) if method in passes else "too large")
+        print("|", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
