@@ -5,13 +5,13 @@ import subprocess
 import sys
 
 import numpy as np
-import oracles
 import pytest
 import tensorflow as tf
 import tf_keras as keras
 
 from pwiser_tf import losses
 from pwiser_tf.losses import PWiseRLoss, pwiser, strength
+from tests import oracles
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
