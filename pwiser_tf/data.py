@@ -88,10 +88,9 @@ def check(folder: str | os.PathLike, schema: Schema, split: str) -> Split:
             raise DataError("no such file, but schema.json lists it", file=path) from None
         if size != shard.bytes or size != shard.rows * records.record_bytes(schema):
             raise DataError(
-                f"{shard.bytes} bytes ({shard.rows} records), as schema.json says: the file was "
+                f"found {size} bytes, expected {shard.bytes} ({shard.rows} records): the file was "
                 "truncated, or schema.json belongs to another data set",
                 file=path,
-                found=f"{size} bytes",
             )
     return found
 
@@ -111,8 +110,6 @@ def explain(error: tf.errors.OpError, folder: str | os.PathLike, schema: Schema,
                 tf.io.parse_single_example(record, spec)
             except tf.errors.InvalidArgumentError:
                 raise DataError(
-                    "records as schema.json describes them",
-                    file=path,
-                    found=f"another layout at record {number}",
+                    f"record {number} is not laid out as schema.json says", file=path
                 ) from None
     raise error

@@ -3,7 +3,9 @@
 python -m pwiser_tf.evaluate --workdir=runs/us
 """
 
-import pwiser_tf.quiet  # noqa: F401  # isort: split
+import pwiser_tf.quiet  # noqa: F401
+
+# isort: split
 
 import json
 import os
@@ -95,10 +97,8 @@ def main() -> None:
     found = Schema.load(data_dir)
     if found.fingerprint != schema.fingerprint:
         raise DataError(
-            f"the schema that the run in {args.workdir} was trained with (fingerprint "
-            f"{schema.fingerprint})",
+            f"not the schema of {args.workdir}/schema.json, with which the model was trained",
             file=pathlib.Path(data_dir) / "schema.json",
-            found=f"fingerprint {found.fingerprint}",
         )
     evaluate(
         model, data_dir, found, args.split, args.output_dir or args.workdir, name=settings.model

@@ -13,7 +13,9 @@ three signatures that all give ctr, cvr and ctcvr, float [batch]:
 A missing raw value is NaN, "" or the smallest int64; an Example may leave the feature out.
 """
 
-import pwiser_tf.quiet  # noqa: F401  # isort: split
+import pwiser_tf.quiet  # noqa: F401
+
+# isort: split
 
 import os
 import pathlib

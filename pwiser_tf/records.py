@@ -97,14 +97,12 @@ def read(path: str | os.PathLike) -> Iterator[bytes]:
             number += 1
             length, checksum = _HEADER.unpack(header) if len(header) == _HEADER.size else (0, None)
             if checksum != _mask(crc32c.crc32c(header[:8])):
-                raise DataError("a TFRecord", file=path, found=f"no header at record {number}")
+                raise DataError(f"record {number} has no TFRecord header", file=path)
             data, footer = file.read(length), file.read(_FOOTER.size)
             if len(footer) < _FOOTER.size:
-                raise DataError("a whole TFRecord", file=path, found=f"record {number} truncated")
+                raise DataError(f"record {number} is truncated", file=path)
             if _FOOTER.unpack(footer)[0] != _mask(crc32c.crc32c(data)):
-                raise DataError(
-                    "a TFRecord", file=path, found=f"record {number} with a wrong checksum"
-                )
+                raise DataError(f"record {number} has a wrong checksum", file=path)
             yield data
 
 

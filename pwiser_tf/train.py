@@ -8,7 +8,9 @@ a checkpoint holds the weights, the optimiser, the place in the data, the dropou
 and the record of epochs, and every order and mask follows from the seed.
 """
 
-import pwiser_tf.quiet  # noqa: F401  # isort: split
+import pwiser_tf.quiet  # noqa: F401
+
+# isort: split
 
 import dataclasses
 import json

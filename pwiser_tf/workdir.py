@@ -99,17 +99,15 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
     old, new = dataclasses.asdict(old_settings), dataclasses.asdict(settings)
     for name in (name for name in new if name != "data_dir" and new[name] != old[name]):
         raise DataError(
-            f"--{name}={old[name]}, with which the run in this folder began; "
-            "give the same flags to go on with it, or another --workdir",
+            f"the run in this folder has --{name}={old[name]}, not {new[name]}: give its own flags "
+            "to go on with it, or another --workdir",
             file=path,
-            found=f"--{name}={new[name]}",
         )
     if old_schema.fingerprint != schema.fingerprint:
         raise DataError(
-            "the data set with which the run in this folder began; give that --data_dir, or "
-            "another --workdir",
+            f"the run in this folder has another data set than {settings.data_dir}: give its own "
+            "--data_dir to go on with it, or another --workdir",
             file=path,
-            found=f"--data_dir={settings.data_dir}",
         )
 
 

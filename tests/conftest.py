@@ -1,0 +1,101 @@
+"""A small converted data set, and a small trained run, for the tests of what reads them."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+import pwiser_tf  # noqa: F401 (binds tf.keras to Keras 2 before any test imports TensorFlow)
+from pwiser_tf import records
+from pwiser_tf.schema import Categorical, Numerical, Schema, Shard, Split
+
+# Names that TensorFlow or a careless program would trip over are among them.
+SCHEMA = Schema(
+    dataset="columns",
+    categorical=(
+        Categorical("page", "int64", range(6)),
+        Categorical("user city", "string", ("Paris", "Köln", "a,b")),
+        Categorical("shop", "int64", (70, -3, 12)),
+    ),
+    numerical=(
+        Numerical("price (€)", "standardize", mean=10.0, std=4.0, fill_value=10.0),
+        Numerical("discount", "identity", mean=0.3, std=0.2, fill_value=0.3),
+    ),
+    click="click",
+    conversion="bought",
+    group="session",
+)
+
+
+def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -> Schema:
+    """Writes a data set of SCHEMA's layout whose clicks and conversions the features explain."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(7)
+    splits = {}
+    for name, count in rows.items():
+        sizes = [feature.size for feature in SCHEMA.categorical]
+        categorical = random.integers(0, sizes, (count, len(sizes)))
+        numerical = random.normal(size=(count, 2)).astype(np.float32)
+        click = random.random(count) < 0.1 + 0.1 * categorical[:, 0]
+        conversion = click & (numerical[:, 0] > 0.3)
+        grade = click.astype(np.int64) + conversion
+        encoded = records.encode(categorical, numerical, grade, np.arange(count) // 4)
+        written = []
+        for shard in range(shards):
+            file = f"{name}-{shard:05d}-of-{shards:05d}.tfrecord"
+            part = encoded[shard::shards]
+            part.tofile(folder / file)
+            written.append(Shard(file, len(part), part.nbytes))
+        splits[name] = Split(count, int(click.sum()), int(conversion.sum()), 0, tuple(written))
+    schema = dataclasses.replace(SCHEMA, splits=splits)
+    schema.save(folder)
+    return schema
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory) -> pathlib.Path:
+    """The folder of a small data set: 1000 rows to train on, 300 to validate, 300 to test."""
+    folder = tmp_path_factory.mktemp("converted") / "data"
+    write_dataset(folder, {"train": 1000, "validation": 300, "test": 300})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def settings(dataset):
+    """Settings of a small, fast run on it."""
+    from pwiser_tf.workdir import Settings
+
+    return Settings(
+        data_dir=str(dataset),
+        model="shared_bottom",
+        conversion_head="direct",
+        embedding_dim=4,
+        bottom_units=(8,),
+        tower_units=(8, 4),
+        experts=2,
+        dropout=0.1,
+        weight_decay=1e-6,
+        batch_size=64,
+        epochs=2,
+        patience=2,
+        learning_rate=0.01,
+        ctr_weight=0.5,
+        ctcvr_weight=0.5,
+        conversion_weight=1.0,
+        pwiser_weight=0.1,
+        margin_click=0.05,
+        margin_nonclick=0.1,
+        pwiser_tasks=("ctr", "ctcvr"),
+        seed=0,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(settings, tmp_path_factory) -> pathlib.Path:
+    """The workdir of a finished run with those settings."""
+    from pwiser_tf.train import train
+
+    folder = tmp_path_factory.mktemp("run") / "workdir"
+    train(settings, folder)
+    return folder
