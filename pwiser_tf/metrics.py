@@ -72,7 +72,8 @@ def auc_interval(
     positives, negatives = _by_class(*_checked(labels, scores))
     if not len(positives) or not len(negatives):
         return math.nan, math.nan, math.nan
-    area, of_positives, of_negatives = _placements(positives, negatives)
+    # The variance needs no order of rows, and sorted values are the fastest to place.
+    area, of_positives, of_negatives = _placements(np.sort(positives), np.sort(negatives))
     if min(len(positives), len(negatives)) < 2 or not 0 < area < 1:
         return area, math.nan, math.nan
     error = math.sqrt(_mean_variance(of_positives) + _mean_variance(of_negatives))
@@ -152,17 +153,19 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[fl
     group_count = _distinct(groups)
     # Most groups hold no positive, and have no AUC: without their rows there is little to sort.
     with_positive = np.unique(groups[positive])
-    kept = np.isin(groups, with_positive)
-    positive, scores = positive[kept], scores[kept]
-    code = np.searchsorted(with_positive, groups[kept])
+    if not len(with_positive):
+        return math.nan, 0, group_count
+    code = np.searchsorted(with_positive, groups)
+    kept = with_positive.take(code, mode="clip") == groups
+    positive, scores, code = positive[kept], scores[kept], code[kept]
     order = np.lexsort((scores, code))
     positive, scores, code = positive[order], scores[order], code[order]
 
     # Each positive beats the negatives of its group before its run of equal scores, and draws
     # with those inside: twice its wins are the negatives before the run's start plus those
     # before its end.
-    new_group = np.concatenate([[True], code[1:] != code[:-1]])[: len(code)]
-    new_run = new_group | np.concatenate([[True], scores[1:] != scores[:-1]])[: len(code)]
+    new_group = np.concatenate([[True], code[1:] != code[:-1]])
+    new_run = new_group | np.concatenate([[True], scores[1:] != scores[:-1]])
     group_starts, run_starts = np.flatnonzero(new_group), np.flatnonzero(new_run)
     run_ends = np.append(run_starts[1:], len(code))
     negatives_before = np.concatenate([[0], np.cumsum(~positive)])
@@ -456,7 +459,14 @@ def _by_class(positive, scores) -> tuple[np.ndarray, np.ndarray]:
 def _twice_below(reference, values) -> np.ndarray:
     """For each value: 2 x (entries of reference below it) + (entries equal to it), int64."""
     reference = np.sort(reference)
-    return np.searchsorted(reference, values, "left") + np.searchsorted(reference, values, "right")
+    # Searching in rising order stays in the cache: sorting first is 2 to 8 times faster.
+    order = np.argsort(values)
+    values = values[order]
+    found = np.searchsorted(reference, values, "left")
+    found += np.searchsorted(reference, values, "right")
+    twice_below = np.empty_like(found)
+    twice_below[order] = found
+    return twice_below
 
 
 def _area(twice_wins, negatives: int) -> float:

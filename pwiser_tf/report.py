@@ -243,11 +243,12 @@ def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
             label=label + (": a tick a row" if len(values) else ""),
             transform=axes.get_xaxis_transform(),
         )
+    margin = 0.02 * (high - low)
     axes.set(
         title=f"Predicted {task.upper()} by what happened",
         xlabel=f"predicted {task.upper()} (logarithmic)",
         xscale="log",
-        xlim=(10 ** (low - 0.03), 10 ** (high + 0.03)),
+        xlim=(10 ** (low - margin), 10 ** (high + margin)),
         ylim=(0, 1.3 * top or 1),
     )
     if top:
@@ -302,6 +303,7 @@ def _draw_reliability(axes: Axes, curve: metrics.Reliability, task: str, result:
         "o",
         color=style["color"],
         markersize=5,
+        clip_on=False,
         label=f"{_plural(len(curve.rows), 'bin')} of {rows}",
     )
     if none.any():

@@ -2,11 +2,11 @@ import json
 import math
 
 import numpy as np
-import oracles
 import pytest
 import sklearn.metrics
 
 from pwiser_tf import metrics
+from tests import oracles
 
 
 def random_case(seed, rows=60, rate=0.3, levels=None):
