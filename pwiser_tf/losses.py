@@ -83,9 +83,11 @@ def pwiser(
         raise TypeError(f"scores: found {scores.dtype.name}, expected a floating-point type")
     if not scores.shape.is_compatible_with(grade.shape):
         raise ValueError(f"grade: found shape {grade.shape}, expected {scores.shape} as the scores")
+    if None in (scores.shape[0], grade.shape[0]):
+        # A graph knows sizes only when it runs: one score must not be broadcast to many grades.
+        message = "grade: expected as many as there are scores"
+        tf.debugging.assert_equal(tf.size(grade), tf.size(scores), message)
     grade = tf.cast(tf.round(grade) if grade.dtype.is_floating else grade, tf.int32)
-    # A graph knows sizes only when it runs: one grade must not be broadcast to many scores.
-    grade = tf.reshape(grade, tf.shape(scores))
 
     counts = tf.raw_ops.DenseBincount(input=grade, size=3, weights=tf.zeros([0], tf.float64))
     divisor = counts[:2] * counts[2] if normalization == "pairs" else counts[:2]
