@@ -165,20 +165,24 @@ class _JoinedPart:
     """An item file joined with a user file, in the item file's order, as a table."""
 
     database: Database
-    name: str
+    table: str
     item: CsvFile
     user: CsvFile
 
     @property
-    def bytes(self) -> int:
-        return self.item.bytes + self.user.bytes
+    def name(self) -> str:
+        return f"{self.item.path} joined with {self.user.path}"
+
+    @property
+    def size(self) -> int:
+        return self.item.size + self.user.size
 
     def relation(self) -> str:
-        return f"SELECT * EXCLUDE (item_row, user_row) FROM {self.name}"
+        return f"SELECT * EXCLUDE (item_row, user_row) FROM {self.table}"
 
     def fault(self, row: int, column: str, expected: str) -> DataError:
         ((item_row, user_row),) = self.database.query(
-            f"SELECT item_row, user_row FROM {self.name} WHERE rowid = {row}", "finding the fault"
+            f"SELECT item_row, user_row FROM {self.table} WHERE rowid = {row}", "finding the fault"
         )
         side, number = _RAW_COLUMN[column]
         file, raw_row = (self.item, item_row) if side == "item" else (self.user, user_row)
@@ -238,17 +242,17 @@ def _join(
         f'{item_rows} AS item JOIN {user_rows} AS "user" '
         f'ON item.{item.column("1")} = "user".{user.column("1")}',
     )
-    name = f"joined_{split}"
+    table = f"joined_{split}"
     # Ordered, because a join that spills gives its rows in no fixed order.
     database.query(
-        f"CREATE TABLE {name} AS {joined} ORDER BY item_row, user_row", f"joining {split}"
+        f"CREATE TABLE {table} AS {joined} ORDER BY item_row, user_row", f"joining {split}"
     )
     ((items, matched),) = database.query(
         f"SELECT (SELECT count(*) FROM {item.table()}), "
-        f"(SELECT count(DISTINCT item_row) FROM {name})",
+        f"(SELECT count(DISTINCT item_row) FROM {table})",
         "counting",
     )
-    return _JoinedPart(database, name, item, user), items - matched
+    return _JoinedPart(database, table, item, user), items - matched
 
 
 def _raw_file(path, columns: int, categorical, numerical) -> CsvFile:

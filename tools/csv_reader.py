@@ -91,8 +91,8 @@ class CsvFile:
         self._position = {name: self.names.index(name) for name in self.kinds}
 
     @property
-    def bytes(self) -> int:
-        """The size of the file on disk."""
+    def size(self) -> int:
+        """The bytes of the file on disk."""
         return self.path.stat().st_size
 
     def column(self, name: str) -> str:
@@ -124,9 +124,10 @@ class CsvFile:
         """
         line, record = self._record(row)
         position = self._position[column]
-        found = record[position] if position < len(record) else None
-        found = found if found else "nothing (an empty cell)"
-        return DataError(expected, file=self.path, row=line, column=column, found=found)
+        place = {"file": self.path, "row": line, "column": column}
+        if not record[position]:
+            return DataError(f"found an empty cell, expected {expected}", **place)
+        return DataError(expected, found=record[position], **place)
 
     def find_fault(self, connection: duckdb.DuckDBPyConnection) -> DataError | None:
         """The first thing in the file that DuckDB cannot read, or None."""
@@ -146,8 +147,10 @@ class CsvFile:
 
     def _rejected(self, line, start, number, kind, text, message) -> DataError:
         """One row of DuckDB's table of rejected rows, as our error."""
-        line = self._line_at(start - 1) or line
+        line, undecodable = self._line_at(start - 1, line)
         place = {"file": self.path, "row": line}
+        if undecodable or kind == "INVALID ENCODING":
+            return DataError("UTF-8 text", found=undecodable or text, **place)
         records = list(csv.reader(io.StringIO(text), delimiter=self.delimiter))
         record = records[0] if records else []
         if kind in ("MISSING COLUMNS", "TOO MANY COLUMNS"):
@@ -161,18 +164,27 @@ class CsvFile:
             return DataError(expected, found=found, **place)
         if kind == "UNQUOTED VALUE":
             return DataError("a closing quote at the end of the cell", found=text, **place)
-        if kind == "INVALID ENCODING":
-            return DataError("UTF-8 text", found=text, **place)
         return DataError("a row that can be read: " + message, found=text, **place)
 
-    def _line_at(self, start: int) -> int | None:
-        """The line, from 1, that holds the byte at that offset; None where lines end in CR."""
+    def _line_at(self, start: int, line: int) -> tuple[int, bytes | None]:
+        """The line that holds the byte at that offset, and what in it is not UTF-8, if anything.
+
+        Args:
+          start: the offset of a record.
+          line: its number counted in records, right for files whose lines end in CR alone.
+        """
         count, left = 0, start
         with self._open() as file:
             while left > 0 and (block := file.read(min(left, 1 << 20))):
                 count += block.count(b"\n")
                 left -= len(block)
-        return count + 1 if count or start <= 0 else None
+            text = file.readline()
+        try:
+            text.decode()
+            undecodable = None
+        except UnicodeDecodeError as error:
+            undecodable = text[max(error.start - 8, 0) : error.end + 8]
+        return (count + 1 if count else line), undecodable
 
     def _record(self, row: int) -> tuple[int, list[str]]:
         """The line at which record `row` starts, and its cells."""
@@ -193,7 +205,7 @@ class CsvFile:
         with self._open() as file:
             start = file.read(1 << 16)
         if not start.strip():
-            raise DataError("a CSV file; it is empty", file=self.path)
+            raise DataError("found an empty file, expected CSV", file=self.path)
         if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
             raise DataError("found UTF-16 or binary data, expected UTF-8 text", file=self.path)
         try:

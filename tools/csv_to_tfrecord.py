@@ -124,8 +124,13 @@ def convert(
             encoder = Encoder(source, categorical, numerical)
             written = _write(database, source, cut, encoder, folder, shards)
         shutil.rmtree(scratch)
-        if "train" not in written:
-            raise DataError("no training rows to write: all were dropped or held out")
+        train = written["train"]
+        if not train.rows:
+            raise DataError(
+                f"found no training rows: {train.dropped} have a conversion without a click and "
+                "are dropped, the others are held out",
+                file=source.train[0].name,
+            )
         schema = Schema(
             dataset=source.dataset,
             categorical=categorical,
@@ -133,7 +138,7 @@ def convert(
             click=source.click,
             conversion=source.conversion,
             group=source.group,
-            splits=written,
+            splits={name: split for name, split in written.items() if split.rows},
             notes={**source.notes, "held_out": cut.description},
         )
         schema.save(folder)
@@ -148,12 +153,12 @@ def _write(
     folder: pathlib.Path,
     shards: int,
 ) -> dict[str, Split]:
-    """Encodes all rows and writes their shards; returns the splits that have rows."""
+    """Encodes all rows and writes their shards; returns the splits."""
     writers = [output.SplitWriter(folder, name, shards) for name in SPLITS]
     for part in (*source.train, *source.test):
         row = 0
         query = encoder.project(cut.rows(source, part))
-        for batch in database.batches(query, "writing", part.bytes):
+        for batch in database.batches(query, "writing", part.size):
             rows = encoder.encode(batch, part, row)
             for position, writer in enumerate(writers):
                 chosen = rows.split == position
@@ -164,11 +169,9 @@ def _write(
                         rows.grade if whole else rows.grade[chosen],
                     )
             row += batch.num_rows
-    return {
-        name: split
-        for name, writer in zip(SPLITS, writers, strict=True)
-        if (split := writer.close()).rows
-    }
+        if not row:
+            raise DataError("found no rows, expected some below the header", file=part.name)
+    return {name: writer.close() for name, writer in zip(SPLITS, writers, strict=True)}
 
 
 def report(schema: Schema) -> str:

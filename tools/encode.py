@@ -8,6 +8,7 @@ import pyarrow.compute
 
 from pwiser_tf import records
 from pwiser_tf.schema import MISSING_INTEGER, MISSING_STRING, SPLITS, Categorical, Numerical
+from tools import learn
 from tools.source import Part, Source
 
 _TRAIN = SPLITS.index("train")
@@ -112,17 +113,15 @@ class Encoder:
 
     def numerical(self) -> tuple[Numerical, ...]:
         """The numerical features, with the statistics of the training rows encoded so far."""
-        return tuple(
-            dataclasses.replace(feature, mean=mean, std=std, fill_value=mean)
-            if feature.transform == "identity"
-            else feature
-            for feature, mean, std in zip(
-                self._numerical,
-                self._moments.mean.tolist(),
-                self._moments.std.tolist(),
-                strict=True,
-            )
-        )
+        features = []
+        for feature, mean, std in zip(
+            self._numerical, self._moments.mean.tolist(), self._moments.std.tolist(), strict=True
+        ):
+            if feature.transform == "identity":
+                mean, std = learn.settled(mean, std)
+                feature = dataclasses.replace(feature, mean=mean, std=std, fill_value=mean)
+            features.append(feature)
+        return tuple(features)
 
 
 class _Moments:

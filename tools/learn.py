@@ -32,13 +32,14 @@ def moments(database: Database, rows: str, columns: int) -> list[tuple[float, fl
         for i in range(columns)
     ]
     (values,) = database.query(f"SELECT {', '.join(aggregates)} FROM ({rows})", "scanning")
-    return [_settled(*pair) for pair in zip(values[:columns], values[columns:], strict=True)]
+    return [settled(*pair) for pair in zip(values[:columns], values[columns:], strict=True)]
 
 
-def _settled(mean: float | None, std: float | None) -> tuple[float, float]:
-    """Mean and standard deviation without the last bits, which differ from run to run.
+def settled(mean: float | None, std: float | None) -> tuple[float, float]:
+    """Mean and standard deviation without the last bits; (0, 0) for None, None.
 
-    Threads add up in no fixed order. What is cut off is a millionth of the standard deviation.
+    Those bits depend on the order in which numbers were added, which threads do not keep. What is
+    cut off is a millionth of the standard deviation.
     """
     if mean is None or std is None:
         return 0.0, 0.0

@@ -49,8 +49,10 @@ def whole_folder(path: str | os.PathLike, overwrite: bool) -> Iterator[pathlib.P
         for parent in made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)
+        if isinstance(error, OSError):
+            # The partial folder's name tells a user nothing.
+            name = str(error.filename or folder)
+            error.filename = str(path) if name.startswith(str(folder)) else name
         raise
 
 

@@ -16,8 +16,12 @@ class Part(Protocol):
     """A piece of a split: rows in a fixed order, and the way back from a row to its file."""
 
     @property
-    def bytes(self) -> int:
-        """Its size, for progress bars."""
+    def name(self) -> str:
+        """Its file, for messages."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes, for progress bars."""
 
     def relation(self) -> str:
         """An SQL query with these columns, whose rows come in the order of the files:
@@ -75,8 +79,12 @@ class CsvPart:
     expressions: dict[str, str]
 
     @property
-    def bytes(self) -> int:
-        return self.file.bytes
+    def name(self) -> str:
+        return str(self.file.path)
+
+    @property
+    def size(self) -> int:
+        return self.file.size
 
     def relation(self) -> str:
         return select(self.expressions, self.file.table())

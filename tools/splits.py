@@ -108,6 +108,8 @@ def _moment(database: Database, source: Source) -> tuple[str, str]:
     ((rows, numbers, timestamps),) = database.query(
         f"SELECT count(*), count({number}), count({timestamp}) FROM ({union})", "reading times"
     )
+    if not rows:
+        raise DataError("no rows", file=source.train[0].name)
     if rows == numbers:
         return number, "DOUBLE"
     if rows == timestamps:
@@ -132,15 +134,15 @@ def _quantiles(database: Database, source: Source, moment: str, shares: list[flo
     ((rows, first),) = database.query(f"SELECT count(*), min(moment) FROM ({times})", "times")
     starts = []
     for share in shares:
-        offset = min(int(share * rows), max(rows - 1, 0))
+        offset = min(int(share * rows), rows - 1)
         found = database.query(
             f"SELECT moment FROM ({times}) ORDER BY moment LIMIT 1 OFFSET {offset}", "sorting times"
         )
-        starts.append(found[0][0] if found else None)
-    if rows and starts[0] == first:
+        starts.append(found[0][0])
+    if starts[0] == first:
         raise DataError(
-            f"the time column {source.time} cannot cut off a validation split: {first} is the "
-            "time of most rows; use --validation_split=group or random"
+            f"column {source.time} cannot tell early rows from late ones: {first} is the "
+            "time of too many of them; use --validation_split=group or random"
         )
     return starts
 
