@@ -61,7 +61,7 @@ def pwiser(
     `jit_compile=False` to `compile`.
 
     Args:
-      scores: float [batch] or [batch, 1], any float type; probabilities, in the paper and here.
+      scores: float [batch] or [batch, 1], any float type; the default margins suit probabilities.
       grade: integer or float [batch] or [batch, 1] in {0, 1, 2}. Another value is an error on
         CPU (InvalidArgumentError).
       margin_click: how far a conversion must lie above a click, in units of the scores, >= 0.
