@@ -98,6 +98,10 @@ class SavedModel:
             results = run(*(arrays[alias] for alias, _ in feeds))
         except tf.errors.OpError as error:
             raise Status(error.error_code, error.message) from None
+        except UnicodeDecodeError as error:
+            # The op quotes bytes of the request, and TensorFlow cannot make a Python exception of
+            # them, so its code is lost; only a request brings bytes that are no text.
+            raise invalid_argument(error.object.decode("utf-8", "replace")) from None
         return {
             alias: tensors.encode(np.asarray(results[position]), as_content=as_content)
             for alias, position in zip(outputs, fetched, strict=True)

@@ -79,7 +79,7 @@ def decode(tensor: Tensor) -> np.ndarray:
 
     Raises:
       ValueError: unknown data type, impossible shape, a byte count that does not fit the shape,
-        a value out of its type's range, or more than MAX_PADDING elements without a value.
+        or more than MAX_PADDING elements without a value.
     """
     if tensor.dtype not in _TYPES:
         raise ValueError(f"data type {tensor.dtype}")
@@ -102,15 +102,14 @@ def decode(tensor: Tensor) -> np.ndarray:
 
 
 def _listed(field, dtype: np.dtype) -> np.ndarray:
-    """Values sent one by one, [n]. ValueError: one does not fit its type."""
+    """Values sent one by one, [n]."""
     if dtype.kind == "O":
         return np.fromiter(field, object, len(field))
-    if dtype == np.float16:
-        return np.array(field, np.int32).astype(np.uint16).view(np.float16)
-    try:
-        return np.array(field, dtype)
-    except OverflowError as error:
-        raise ValueError(str(error)) from None
+    if dtype.itemsize < 4 and dtype.kind != "b":
+        # Small types travel as 32 bits; TensorFlow too keeps the lower ones.
+        narrow = np.dtype(f"u{dtype.itemsize}")
+        return np.array(field, np.int32).astype(narrow).view(dtype)
+    return np.array(field, dtype)
 
 
 def _pad(values: np.ndarray, count: int) -> np.ndarray:
