@@ -261,14 +261,15 @@ def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
 
 
 def _score_range(grade, probabilities) -> tuple[float, float]:
-    """The range of log10 of the scores: each grade's lowest thousandth may lie below it."""
+    """The range of log10 of the scores, nine at most; each grade's lowest thousandth may lie
+    below it, and is drawn at its edge."""
     lows, highs = [], []
     for level in range(3):
         values = probabilities[(grade == level) & (probabilities > 0)]
         if len(values):
             lows.append(np.log10(np.quantile(values, 0.001)))
             highs.append(np.log10(values.max()))
-    low, high = (min(lows), max(highs)) if lows else (-1.0, 0.0)
+    low, high = (max(min(lows), max(highs) - 9), max(highs)) if lows else (-1.0, 0.0)
     return (low, high) if high - low > 0.1 else (low - 0.3, high + 0.3)
 
 
@@ -297,26 +298,13 @@ def _draw_reliability(axes: Axes, curve: metrics.Reliability, task: str, result:
     none = curve.observed == 0
     fewest, most = curve.rows.min(), curve.rows.max()
     rows = _plural(most, "row") if fewest == most else f"{fewest:,} to {most:,} rows"
-    axes.plot(
-        predicted[~none],
-        observed[~none],
-        "o",
-        color=style["color"],
-        markersize=5,
-        clip_on=False,
-        label=f"{_plural(len(curve.rows), 'bin')} of {rows}",
-    )
+    # Markers at the edge are drawn whole; the layout does not need to know of them.
+    whole = {"clip_on": False, "in_layout": False, "linestyle": "", "color": style["color"]}
+    label = f"{_plural(len(curve.rows), 'bin')} of {rows}"
+    axes.plot(predicted[~none], observed[~none], marker="o", markersize=5, label=label, **whole)
     if none.any():
-        axes.plot(
-            predicted[none],
-            observed[none],
-            "v",
-            color=style["color"],
-            markerfacecolor="white",
-            markersize=7,
-            clip_on=False,
-            label="none observed",
-        )
+        hollow = {"marker": "v", "markersize": 7, "markerfacecolor": "white"}
+        axes.plot(predicted[none], observed[none], label="none observed", **hollow, **whole)
     axes.legend(loc="upper left", fontsize=9, framealpha=0.9)
 
 

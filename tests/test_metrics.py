@@ -144,6 +144,7 @@ def test_auc_interval_widens_with_its_level_and_stays_inside_zero_and_one():
     assert 0 < lower < low < area < high < higher < 1
 
 
+@pytest.mark.filterwarnings("error")
 def test_auc_interval_is_nan_where_the_variance_is_not_defined():
     def case(labels, scores):
         return np.array(metrics.auc_interval(labels, scores))
@@ -329,6 +330,8 @@ def test_reliability_never_splits_equal_predictions():
     np.testing.assert_array_equal(curve.rows, [1, 5, 2])
     np.testing.assert_allclose(curve.observed, [0, 2 / 5, 1])
     error = metrics.expected_calibration_error(labels, probabilities, bins=4)
+    # 1 row .1 away; 5 rows that predict 1.1 / 5; 2 rows that predict .45.
+    assert error == pytest.approx((1 * 0.1 + 5 * (0.4 - 0.22) + 2 * (1 - 0.45)) / 8)
     for seed in range(10):
         order = np.random.default_rng(seed).permutation(8)
         shuffled = metrics.expected_calibration_error(labels[order], probabilities[order], bins=4)
@@ -358,8 +361,12 @@ def test_wilson_interval_by_hand():
     # None of 10: the low end is exactly 0, the high end z^2 / (n + z^2).
     curve = metrics.reliability([0] * 10, [0.1] * 10)
     assert (curve.low[0], curve.high[0]) == pytest.approx((0, 3.84146 / 13.84146), rel=1e-5)
-    curve = metrics.reliability([1] * 10, [0.1] * 10)
-    assert curve.high[0] == 1.0
+
+
+def test_wilson_interval_ends_exactly_at_zero_and_one():
+    for rows in range(1, 50):
+        assert metrics.reliability([0] * rows, [0.1] * rows).low[0] == 0.0
+        assert metrics.reliability([1] * rows, [0.1] * rows).high[0] == 1.0
 
 
 def test_reliability_refuses_no_bins():

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -195,7 +196,8 @@ def grades(*counts):
 def assert_a_sheet_is_written(path, grade, scores):
     predictions = dict.fromkeys(metrics.TASKS, np.asarray(scores, np.float32))
     summary = metrics.summary(grade, predictions)
-    with np.errstate(all="raise", under="ignore"):
+    with np.errstate(all="raise", under="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("error")
         report.plot(path, grade, predictions, summary, "odd")
     height, width, _ = imread(path).shape
     assert (width, height) == (1650, 1045)
