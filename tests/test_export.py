@@ -1,0 +1,213 @@
+import ctypes
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow_serving.apis import prediction_log_pb2
+
+from pwiser_tf import export, records, workdir
+from pwiser_tf.schema import MISSING_INTEGER, Schema
+
+RAW = {
+    "page": np.array([0, 5, 99, MISSING_INTEGER]),
+    "user city": np.array([b"Paris", "Köln".encode(), b"Rome", b""], object),
+    "shop": np.array([70, -3, -1, 12]),
+    "price (€)": np.array([10, 14.5, np.nan, np.inf], np.float32),
+    "discount": np.array([0, 0.5, np.nan, 1], np.float32),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    return export.export(trained, tmp_path_factory.mktemp("models"), "shop")
+
+
+def _features(schema):
+    """What the schema makes of RAW: the input of the Keras model."""
+    ids = []
+    for feature in schema.categorical:
+        values = RAW[feature.name]
+        if feature.dtype == "string":
+            values = np.array([value.decode() for value in values], object)
+        ids.append(feature.ids(values))
+    numerical = [feature.apply(RAW[feature.name]) for feature in schema.numerical]
+    return {"categorical": np.stack(ids, axis=1), "numerical": np.stack(numerical, axis=1)}
+
+
+def _examples():
+    examples = []
+    for row in range(4):
+        example = tf.train.Example()
+        for name, values in RAW.items():
+            feature = example.features.feature[name]
+            if values.dtype == object:
+                feature.bytes_list.value.append(values[row])
+            elif values.dtype == np.int64:
+                feature.int64_list.value.append(values[row])
+            elif np.isfinite(values[row]):  # A missing value may be left out.
+                feature.float_list.value.append(values[row])
+        examples.append(example.SerializeToString())
+    return examples
+
+
+IN_A_SESSION = """
+import json, sys
+import numpy as np
+import tensorflow as tf
+folder, inputs = sys.argv[1], np.load(sys.argv[2], allow_pickle=True).item()
+with tf.compat.v1.Session() as session:
+    graph = tf.compat.v1.saved_model.loader.load(session, ["serve"], folder)
+    answers = {}
+    for name, given in inputs.items():
+        signature = graph.signature_def[name]
+        feed = {signature.inputs[key].name: value for key, value in given.items()}
+        fetch = {key: value.name for key, value in signature.outputs.items()}
+        answers[name] = {k: v.tolist() for k, v in session.run(fetch, feed).items()}
+    handles = sum(node.op == "VarHandleOp" for node in graph.graph_def.node)
+print(json.dumps([answers, handles]))
+"""
+
+
+@pytest.fixture(scope="module")
+def in_a_session(exported, trained, tmp_path_factory):
+    """Each signature's answers to RAW from a Session in a process that knows nothing of ours."""
+    schema = Schema.load(trained)
+    inputs = {
+        "serving_default": {"examples": np.array(_examples(), object)},
+        "predict_raw": RAW,
+        "predict": _features(schema),
+    }
+    file = tmp_path_factory.mktemp("inputs") / "inputs.npy"
+    np.save(file, np.array(inputs, object), allow_pickle=True)
+    output = subprocess.run(
+        [sys.executable, "-c", IN_A_SESSION, str(exported), str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(output.stdout)
+
+
+@pytest.mark.parametrize("signature", ["serving_default", "predict_raw", "predict"])
+def test_a_session_gives_what_the_keras_model_gives(signature, in_a_session, trained):
+    model, _, schema = workdir.load_best(trained)
+    features = {name: tf.constant(value) for name, value in _features(schema).items()}
+    expected = model(features)
+    answers = in_a_session[0][signature]
+    assert set(answers) == {"ctr", "cvr", "ctcvr"}
+    for name, values in answers.items():
+        np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=1e-6)
+    assert len(set(np.round(answers["ctr"], 6))) > 1
+
+
+def test_each_variable_is_stored_once_and_read(in_a_session, exported, trained):
+    model, _, _ = workdir.load_best(trained)
+    training_only = [w for w in model.weights if "salt_and_count" in w.name]
+    stored = [
+        name
+        for name, _ in tf.train.list_variables(str(exported / "variables" / "variables"))
+        if name.endswith("VARIABLE_VALUE")
+    ]
+    expected = len(model.weights) - len(training_only)
+    assert len(stored) == expected
+    assert in_a_session[1] == expected
+
+
+def test_the_cpp_loader_takes_it(exported):
+    """The loader that TF Serving links, from the wheel, by its C interface."""
+    library = ctypes.CDLL(str(pathlib.Path(tf.__file__).parent / "libtensorflow_cc.so.2"))
+    for name in ("TF_NewStatus", "TF_NewGraph", "TF_NewSessionOptions"):
+        getattr(library, name).restype = ctypes.c_void_p
+    library.TF_LoadSessionFromSavedModel.restype = ctypes.c_void_p
+    library.TF_Message.restype = ctypes.c_char_p
+    status = ctypes.c_void_p(library.TF_NewStatus())
+    session = library.TF_LoadSessionFromSavedModel(
+        ctypes.c_void_p(library.TF_NewSessionOptions()),
+        None,
+        str(exported).encode(),
+        (ctypes.c_char_p * 1)(b"serve"),
+        1,
+        ctypes.c_void_p(library.TF_NewGraph()),
+        None,
+        status,
+    )
+    assert library.TF_GetCode(status) == 0, library.TF_Message(status)
+    assert session
+
+
+def test_no_compiled_function_and_no_label_in_the_graph(exported):
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    model = saved_model_pb2.SavedModel.FromString((exported / "saved_model.pb").read_bytes())
+    (graph,) = model.meta_graphs
+    for function in graph.graph_def.library.function:
+        assert not function.attr["_XlaMustCompile"].b, function.signature.name
+    inputs = {name: set(s.inputs) for name, s in graph.signature_def.items()}
+    assert inputs["serving_default"] == {"examples"}
+    assert inputs["predict"] == {"categorical", "numerical"}
+    assert inputs["predict_raw"] == set(RAW)
+
+
+def test_the_schema_is_an_asset(exported, trained):
+    asset = Schema.load(exported / "assets.extra")
+    assert asset.fingerprint == Schema.load(trained).fingerprint
+
+
+def test_warm_up_requests_cover_signatures_and_batch_sizes(exported):
+    requests = set()
+    for record in records.read(exported / "assets.extra" / "tf_serving_warmup_requests"):
+        request = prediction_log_pb2.PredictionLog.FromString(record).predict_log.request
+        assert request.model_spec.name == "shop"
+        sizes = {t.tensor_shape.dim[0].size for t in request.inputs.values()}
+        assert len(sizes) == 1
+        requests.add((request.model_spec.signature_name, sizes.pop()))
+    signatures = ("serving_default", "predict_raw", "predict")
+    assert requests == {(name, size) for name in signatures for size in (1, 64, 512)}
+
+
+def test_versions_count_up_past_gaps_and_other_folders(trained, tmp_path):
+    (tmp_path / "shop" / "7").mkdir(parents=True)
+    (tmp_path / "shop" / "notes").mkdir()
+    assert export.export(trained, tmp_path, "shop").name == "8"
+    assert {path.name for path in (tmp_path / "shop").iterdir()} == {"7", "8", "notes"}
+
+
+def test_an_export_that_fails_its_check_leaves_nothing(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        export.ServedModel,
+        "_raw",
+        lambda self, raw: self._features(
+            {name: value + 1 for name, value in self._raw_features(raw).items()}
+        ),
+    )
+    with pytest.raises(AssertionError, match="serving_default"):
+        export.export(trained, tmp_path, "shop")
+    assert list((tmp_path / "shop").iterdir()) == []
+
+
+def test_the_command_exports(trained, tmp_path):
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pwiser_tf.export",
+            f"--workdir={trained}",
+            f"--export_dir={tmp_path}",
+            "--model_name=shop",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"exported {tmp_path}/shop/1\n"
+    assert result.stderr == ""
+
+
+def test_aliases_never_meet_a_feature_of_that_name():
+    aliases = export._aliases(["feature_1", "a b", "ok"])
+    assert aliases == {"feature_1": "feature_1", "a b": "feature_1_", "ok": "ok"}

@@ -1,0 +1,232 @@
+import dataclasses
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tensorflow as tf
+
+from pwiser_tf import workdir
+from pwiser_tf.errors import DataError
+from pwiser_tf.train import Progress, _monitored, train
+from tests.conftest import write_dataset
+
+
+def _command(settings, folder, *more):
+    """The command line that gives these settings."""
+    arguments = [sys.executable, "-m", "pwiser_tf.train", f"--workdir={folder}"]
+    for name, value in dataclasses.asdict(settings).items():
+        text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+        arguments.append(f"--{name}={text}")
+    return [*arguments, *more]
+
+
+def _run(arguments):
+    return subprocess.run(arguments, capture_output=True, text=True, check=False)
+
+
+def test_a_run_leaves_what_the_design_says(trained, settings):
+    assert {path.name for path in trained.iterdir()} >= {
+        "flags.json",
+        "schema.json",
+        "vocabularies",
+        "checkpoints",
+        "best",
+        "logs",
+        "metrics.json",
+        "report-validation.png",
+        "report-test.png",
+    }
+    assert not list(trained.glob(".*"))
+    metrics = json.loads((trained / "metrics.json").read_text())
+    assert [epoch["epoch"] for epoch in metrics["epochs"]] == [1, 2]
+    values = [epoch["monitored"] for epoch in metrics["epochs"]]
+    assert metrics["best_epoch"] == 1 + values.index(max(values))
+    best = metrics["epochs"][metrics["best_epoch"] - 1]
+    assert metrics["validation"] == best["validation"]
+    assert metrics["test"]["ctr"]["rows"] == 300
+    assert workdir.load(trained)[0] == settings
+
+
+def test_it_learns(trained):
+    """The planted clicks depend on `page`, the conversions on the price: AUC far from 0.5."""
+    test = json.loads((trained / "metrics.json").read_text())["test"]
+    assert test["ctr"]["auc"] > 0.62
+    assert test["ctcvr"]["auc"] > 0.7
+
+
+def test_tensorboard_has_losses_and_validation_metrics(dataset, settings, tmp_path):
+    train(dataclasses.replace(settings, batch_size=8, epochs=1), tmp_path / "run")
+    tags = set()
+    for file in (tmp_path / "run" / "logs").iterdir():
+        for event in tf.compat.v1.train.summary_iterator(str(file)):
+            tags |= {value.tag for value in event.summary.value}
+    assert {"train/ctr_loss", "train/ctcvr_loss", "validation/ctr_auc"} <= tags
+
+
+def test_one_seed_one_result(trained, settings, tmp_path):
+    first = json.loads((trained / "metrics.json").read_text())
+    assert train(settings, tmp_path / "again") == first
+
+
+# Each flag with a value that must change the result of a run.
+CHANGES = {
+    "model": "mmoe",
+    "conversion_head": "product",
+    "embedding_dim": 6,
+    "bottom_units": (6,),
+    "tower_units": (8,),
+    "dropout": 0.5,
+    "weight_decay": 0.01,
+    "batch_size": 32,
+    "epochs": 1,
+    "learning_rate": 0.001,
+    "ctr_weight": 1.0,
+    "ctcvr_weight": 1.0,
+    "conversion_weight": 4.0,
+    "pwiser_weight": 0.0,
+    "margin_click": 0.5,
+    "margin_nonclick": 0.5,
+    "pwiser_tasks": ("ctcvr",),
+    "seed": 1,
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_flag_changes_the_result(name, trained, settings, tmp_path):
+    first = json.loads((trained / "metrics.json").read_text())
+    other = train(dataclasses.replace(settings, **{name: CHANGES[name]}), tmp_path / "run")
+    losses = [
+        [epoch["train"]["total_loss"] for epoch in metrics["epochs"]] for metrics in (first, other)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_experts_change_the_result(settings, tmp_path):
+    runs = [
+        train(dataclasses.replace(settings, model="mmoe", experts=n, epochs=1), tmp_path / str(n))
+        for n in (2, 3)
+    ]
+    assert runs[0]["test"] != runs[1]["test"]
+
+
+def test_patience_stops_the_run(settings, tmp_path):
+    """Without learning nothing gets better: the run ends so many epochs after the first."""
+    patient = dataclasses.replace(settings, learning_rate=0.0, epochs=9, patience=2, dropout=0.0)
+    metrics = train(patient, tmp_path / "run")
+    # Batch normalisation's statistics still move, so the best epoch may not be the first.
+    assert len(metrics["epochs"]) == metrics["best_epoch"] + 2 < 9
+
+
+def test_a_data_set_smaller_than_a_batch_trains(tmp_path, settings):
+    write_dataset(tmp_path / "data", {"train": 40, "validation": 20, "test": 20})
+    small = dataclasses.replace(settings, data_dir=str(tmp_path / "data"), batch_size=2048)
+    assert train(small, tmp_path / "run")["test"]["ctr"]["rows"] == 20
+
+
+def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
+    long = dataclasses.replace(settings, epochs=6, patience=9, batch_size=16, model="mmoe")
+    expected = train(long, tmp_path / "whole")
+    command = _command(long, tmp_path / "killed", "--checkpoint_seconds=0")
+    resumed = 0
+    # Once in the first epoch, once a few epochs later: as soon as so many states were saved.
+    for states in (5, 100):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        checkpoint = tmp_path / "killed" / "checkpoints" / "checkpoint"
+        while process.poll() is None:
+            text = checkpoint.read_text() if checkpoint.exists() else ""
+            if text and int(text.split('"')[1].rsplit("-", 1)[1]) >= states:
+                process.send_signal(signal.SIGKILL)
+                break
+            time.sleep(0.01)
+        output = process.communicate()[0].decode()
+        assert process.returncode == -signal.SIGKILL, output
+        resumed += "going on at epoch" in output
+    result = _run(command)
+    assert result.returncode == 0, result.stderr
+    assert "going on at epoch" in result.stdout
+    assert resumed == 1
+    found = json.loads((tmp_path / "killed" / "metrics.json").read_text())
+    for split in ("validation", "test", "best_epoch"):
+        assert found[split] == expected[split]
+    assert [e["monitored"] for e in found["epochs"]] == [e["monitored"] for e in expected["epochs"]]
+
+
+def test_a_finished_run_is_not_trained_again(trained, settings, capsys):
+    before = (trained / "checkpoints" / "checkpoint").read_text()
+    train(settings, trained)
+    assert "going on at epoch 3" in capsys.readouterr().out
+    assert (trained / "checkpoints" / "checkpoint").read_text() == before
+
+
+def test_another_run_in_the_folder_is_refused(trained, settings, tmp_path):
+    with pytest.raises(DataError, match=r"has --learning_rate=0\.01, not 0\.5"):
+        train(dataclasses.replace(settings, learning_rate=0.5), trained)
+
+
+def test_another_data_set_for_the_run_is_refused(trained, settings, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "data")
+    path = tmp_path / "data" / "schema.json"
+    content = json.loads(path.read_text())
+    content["labels"]["click"] = "tapped"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="fingerprint"):
+        train(dataclasses.replace(settings, data_dir=str(tmp_path / "data")), trained)
+
+
+def test_monitored_is_the_mean_auc_and_falls_back_to_log_loss():
+    def values(auc, log_loss):
+        return {"auc": auc, "log_loss": log_loss}
+
+    assert _monitored({"ctr": values(0.6, 1), "ctcvr": values(0.8, 1)}) == pytest.approx(0.7)
+    assert _monitored({"ctr": values(0.6, 1), "ctcvr": values(None, 1)}) == 0.6
+    assert _monitored({"ctr": values(None, 1), "ctcvr": values(None, 2)}) == -3
+
+
+def test_progress_survives_its_round_trip():
+    progress, other = Progress(), Progress()
+    progress.epoch, progress.step, progress.best_epoch, progress.best_value = 3, 5, 2, 0.75
+    progress.history.append({"epoch": 1})
+    other.deserialize(progress.serialize())
+    assert vars(other) == vars(progress)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--modell=mmoe", "Unknown command line flag 'modell'"),
+        ("--model=mmmoe", "value should be one of <single_task|shared_bottom|mmoe>"),
+        ("--batch_size=many", "flag --batch_size=many"),
+        ("--pwiser_tasks=ctr,cvrr", "expected names out of ctr,ctcvr"),
+        ("--tower_units=64,x", "expected positive integers"),
+        ("--data_dir=/no/such/folder", "/no/such/folder/schema.json: no such file"),
+        ("--workdir=/proc/run", "/proc/run: No such file or directory"),
+        ("stray", "unexpected argument 'stray'"),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(argument, message, settings, tmp_path):
+    result = _run(_command(settings, tmp_path / "run", argument))
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_trains_and_exports(settings, tmp_path):
+    result = _run(
+        _command(
+            dataclasses.replace(settings, epochs=1, pwiser_weight=5.0),
+            tmp_path / "run",
+            f"--export_dir={tmp_path / 'models'}",
+            "--model_name=shop",
+        )
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "models" / "shop" / "1" / "saved_model.pb").exists()
+    assert "strength" in result.stdout
+    assert "warning: strength" in result.stderr
+    assert pathlib.Path(tmp_path / "run" / "metrics.json").exists()
