@@ -217,7 +217,9 @@ def _draw_roc(axes: Axes, grade, predictions, summary) -> None:
 
 def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
     low, high = _score_range(grade, probabilities)
-    logarithm = np.log10(np.clip(probabilities, 10.0**low, 10.0**high, dtype=np.float64))
+    # Held inside as logarithms: 10**low, rounded, could fall outside, and out of the histogram.
+    logarithm = np.log10(np.maximum(probabilities, np.finfo(np.float64).tiny, dtype=np.float64))
+    logarithm = np.clip(logarithm, low, high)
     by_grade = [logarithm[grade == level] for level in range(3)]
     few = [level for level in range(3) if len(by_grade[level]) < _FEWEST_FOR_HISTOGRAM]
     top = 0.0
@@ -267,8 +269,8 @@ def _score_range(grade, probabilities) -> tuple[float, float]:
     for level in range(3):
         values = probabilities[(grade == level) & (probabilities > 0)]
         if len(values):
-            lows.append(np.log10(np.quantile(values, 0.001)))
-            highs.append(np.log10(values.max()))
+            lows.append(float(np.log10(np.quantile(values, 0.001))))
+            highs.append(float(np.log10(values.max())))
     low, high = (max(min(lows), max(highs) - 9), max(highs)) if lows else (-1.0, 0.0)
     return (low, high) if high - low > 0.1 else (low - 0.3, high + 0.3)
 

@@ -364,9 +364,10 @@ def test_wilson_interval_by_hand():
 
 
 def test_wilson_interval_ends_exactly_at_zero_and_one():
-    for rows in range(1, 50):
-        assert metrics.reliability([0] * rows, [0.1] * rows).low[0] == 0.0
-        assert metrics.reliability([1] * rows, [0.1] * rows).high[0] == 1.0
+    for level in (0.5, 0.8, 0.9, 0.95, 0.99):
+        for rows in range(1, 30):
+            assert metrics.reliability([0] * rows, [0.1] * rows, level=level).low[0] == 0.0
+            assert metrics.reliability([1] * rows, [0.1] * rows, level=level).high[0] == 1.0
 
 
 def test_reliability_refuses_no_bins():

@@ -151,6 +151,18 @@ def test_score_panels_count_each_grade_and_are_densities(drawn):
         assert np.sum(density * np.diff(np.log10(edges))) == pytest.approx(1)
 
 
+def test_score_panels_draw_scores_of_zero_at_the_left_edge(drawn):
+    # A quarter of each grade is predicted 0, which has no logarithm.
+    scores = np.tile(np.float32([0, 1e-4, 0.3, 0.9]), 300)
+    axes = draw(drawn, np.repeat([0, 1, 2], 400), dict.fromkeys(metrics.TASKS, scores))[1]
+    assert len(axes.patches) == 6
+    for outline in axes.patches:
+        density, edges, _ = outline.get_data()
+        assert edges[0] == pytest.approx(1e-4)
+        # The first bin holds these and the lowest that can be drawn.
+        assert density[0] * np.log10(edges[1] / edges[0]) == pytest.approx(0.5)
+
+
 def test_score_panels_draw_a_tick_for_each_row_of_a_small_grade(drawn):
     grade, predictions = sample(rows=2000, click_rate=0.05, conversion_rate=0.1)
     conversions = int(np.sum(grade == 2))
