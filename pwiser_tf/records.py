@@ -73,7 +73,9 @@ def encode(
         rows[:, layout.categorical] = _padded_varints(categorical, _ID_BYTES)
     if numerical.shape[1]:
         values = np.ascontiguousarray(numerical, "<f4")
-        rows[:, layout.numerical] = values.view(np.uint8).reshape(len(grade), -1)
+        rows[:, layout.numerical] = values.view(np.uint8).reshape(
+            len(grade), 4 * numerical.shape[1]
+        )
     rows[:, layout.grade] = np.asarray(grade)[:, None]
     if group is not None:
         rows[:, layout.group] = _padded_varints(np.asarray(group)[:, None], _GROUP_BYTES)
@@ -167,7 +169,7 @@ def _padded_varints(values: np.ndarray, width: int) -> np.ndarray:
     for position in range(width):
         more = 0x80 if position < width - 1 else 0
         out[..., position] = (values >> (7 * position) & 0x7F) | more
-    return out.reshape(len(values), -1)
+    return out.reshape(len(values), values.shape[1] * width)
 
 
 def _mask(checksum):

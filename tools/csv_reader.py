@@ -9,6 +9,7 @@ import concurrent.futures
 import contextlib
 import csv
 import dataclasses
+import errno
 import gzip
 import io
 import os
@@ -293,7 +294,13 @@ class Database:
             cursor.execute("SET enable_progress_bar_print = false")
             try:
                 yield cursor
-            except (duckdb.IOException, duckdb.OutOfMemoryException) as error:
+            except (
+                duckdb.IOException,
+                duckdb.OutOfMemoryException,
+                duckdb.FatalException,
+            ) as error:
+                if os.strerror(errno.ENOSPC) in str(error):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
                 raise _first_line(error) from None
             except duckdb.Error as error:
                 for file in self.files:
