@@ -287,7 +287,7 @@ def _find(path: pathlib.Path) -> list[_Layout]:
 
 
 def _find_files(folder: pathlib.Path, paths: list[pathlib.Path]) -> list[_Layout]:
-    match = _FOLDER.fullmatch(folder.resolve().name)
+    match = _FOLDER.fullmatch(folder.absolute().name)
     country = match[1].upper() if match else "?"
     found = []
     if processed := {p.stem: p for p in paths if p.name in ("train.csv", "test.csv")}:

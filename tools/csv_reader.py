@@ -152,7 +152,7 @@ class CsvFile:
         place = {"file": self.path, "row": line}
         if undecodable or kind == "INVALID ENCODING":
             return DataError("UTF-8 text", found=undecodable or text, **place)
-        records = list(csv.reader(io.StringIO(text), delimiter=self.delimiter))
+        records = list(csv.reader(io.StringIO(text.lstrip("\r\n")), delimiter=self.delimiter))
         record = records[0] if records else []
         if kind in ("MISSING COLUMNS", "TOO MANY COLUMNS"):
             found = len(record)
@@ -180,6 +180,10 @@ class CsvFile:
                 count += block.count(b"\n")
                 left -= len(block)
             text = file.readline()
+            # Where lines end in CRLF, DuckDB's offset is that of the LF before the record.
+            while text and not text.strip(b"\r\n"):
+                count += text.count(b"\n")
+                text = file.readline()
         try:
             text.decode()
             undecodable = None
@@ -211,14 +215,16 @@ class CsvFile:
             raise DataError("found UTF-16 or binary data, expected UTF-8 text", file=self.path)
         try:
             with self._open() as file:
-                text = io.TextIOWrapper(file, "utf-8-sig", newline="")
-                reader = csv.reader(text, delimiter=self.delimiter)
-                return next(record for record in reader if record)
-        except UnicodeDecodeError as error:
-            found = error.object[error.start : error.start + 1]
+                # Decoding goes ahead of the first record: what follows is DuckDB's to check.
+                text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+                record = next(r for r in csv.reader(text, delimiter=self.delimiter) if r)
+            "".join(record).encode()
+        except UnicodeEncodeError:
+            found = self.delimiter.join(record).encode("utf-8", "surrogateescape")
             raise DataError("UTF-8 text", file=self.path, row=1, found=found) from None
         except csv.Error as error:
             raise DataError(f"a CSV file ({error})", file=self.path, row=1) from None
+        return record
 
     def _mixed_line_endings(self) -> DataError | None:
         first = None
@@ -248,6 +254,8 @@ class Database:
 
     def __init__(self, folder: str | os.PathLike):
         folder = pathlib.Path(folder)
+        if "?" in str(folder):
+            raise DataError("an output path without '?', which DuckDB cannot open", file=folder)
         self.files: list[CsvFile] = []
         self._connection = duckdb.connect(
             str(folder / "rows.duckdb"),
