@@ -816,7 +816,7 @@ def test_only_a_data_set_is_ever_overwritten(files):
 
 
 def test_output_that_cannot_be_written(files):
-    with pytest.raises(DataError, match="without '?'"):
+    with pytest.raises(DataError, match=r"without '\?'"):
         convert(files / "why?" / "out", *columns(files))
     assert not (files / "why?").exists()
     with pytest.raises(DataError, match="it is a file"):

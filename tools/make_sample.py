@@ -148,7 +148,7 @@ class Truth:
         bought = rng.random(len(search)) < _sigmoid(utilities[1])
         return Rows(
             searches, search, users[1], users[2], items[1], items[2], *utilities,
-            click=genuine | accident, conversion=genuine & bought,
+            click=genuine | accident, accidental=accident & ~genuine, conversion=genuine & bought,
         )  # fmt: skip
 
     def probabilities(self, rows: "Rows") -> tuple[np.ndarray, np.ndarray]:
@@ -174,6 +174,7 @@ class Rows:
     click_utility: np.ndarray
     conversion_utility: np.ndarray
     click: np.ndarray
+    accidental: np.ndarray
     conversion: np.ndarray
 
     def head(self, rows: int) -> "Rows":
@@ -182,7 +183,7 @@ class Rows:
             name: getattr(self, name)[:rows]
             for name in (
                 "search", "item_categories", "item_numbers", "click_utility",
-                "conversion_utility", "click", "conversion",
+                "conversion_utility", "click", "accidental", "conversion",
             )
         }  # fmt: skip
         searches = int(cut["search"][-1]) + 1 if rows else 0
@@ -234,11 +235,11 @@ def make_sample(
       layout: "processed" (AliExpress_XX/train.csv, test.csv) or "raw" (XX/xx_item_train.csv, ...).
 
     Returns:
-      The counts of rows, clicks, accidental clicks and conversions, and the AUC of the planted
-      probabilities on the test rows: "ctr_auc", "ctcvr_auc", "cvr_auc" (over clicks).
+      The counts "rows", "clicks", "accidental" (clicks) and "conversions", and the AUC of the
+      planted probabilities on the test rows: "ctr_auc", "ctcvr_auc", "cvr_auc" (over clicks).
     """
     truth = Truth.draw(seed, ctr, cvr, accidental_clicks)
-    counts = {"rows": 0, "clicks": 0, "conversions": 0}
+    counts = {"rows": 0, "clicks": 0, "accidental": 0, "conversions": 0}
     held_back: list[tuple[np.ndarray, ...]] = []
     left = {"train": rows - round(test_fraction * rows), "test": round(test_fraction * rows)}
     number = 0
@@ -254,6 +255,7 @@ def make_sample(
                 wanted -= len(chunk.search)
                 counts["rows"] += len(chunk.search)
                 counts["clicks"] += int(chunk.click.sum())
+                counts["accidental"] += int(chunk.accidental.sum())
                 counts["conversions"] += int(chunk.conversion.sum())
                 if split == "test":
                     held_back.append((chunk.click, chunk.conversion, *truth.probabilities(chunk)))
@@ -351,8 +353,11 @@ def main() -> None:
             test_fraction=values.test_fraction,
             layout=values.layout,
         )
-    rows, clicks, conversions = (made[name] for name in ("rows", "clicks", "conversions"))
-    print(f"{rows:,} rows, {clicks:,} clicks, {conversions:,} conversions")
+    rows, clicks, conversions = made["rows"], made["clicks"], made["conversions"]
+    print(
+        f"{rows:,} rows, {clicks:,} clicks ({made['accidental']:,} of them accidental), "
+        f"{conversions:,} conversions"
+    )
     print(f"CTR {100 * clicks / rows:.3f} %, CVR {100 * conversions / max(clicks, 1):.3f} %")
     for name in ("ctr", "ctcvr", "cvr"):
         if (auc := made.get(f"{name}_auc")) is not None:
