@@ -8,7 +8,8 @@ class FeatureError(ValueError):
 
     Attributes:
       feature: its name; row: the position in the array, from 0, or None where all of it is wrong;
-      found: the value or type found, as text, or None; expected: what was expected.
+      found: the value found, as text, or None; expected: what was expected, or without `found`
+      the whole message.
     """
 
     def __init__(self, feature: str, expected: str, *, row: int | None = None, found=None):

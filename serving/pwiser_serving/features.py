@@ -38,12 +38,12 @@ def to_arrays(
         if name not in inputs:
             raise FeatureError(str(name), f"unknown to the model, which takes {_listed(inputs)}")
     arrays, rows, first = {}, None, None
-    for name, info in inputs.items():
+    for name, info in sorted(inputs.items()):
         array = _CONVERSIONS.get(info.dtype, _other)(name, _as_array(name, features[name]), info)
         _check_shape(name, array, info)
         rows, first = (len(array), name) if rows is None else (rows, first)
         if len(array) != rows:
-            raise FeatureError(name, f"{rows} rows, as {first} has", found=f"{len(array)} rows")
+            raise FeatureError(name, f"found {len(array)} rows, expected {rows} as {first} has")
         arrays[name] = array
     return arrays, rows or 0
 
@@ -169,7 +169,9 @@ def _check_shape(name: str, array: np.ndarray, info: tensor_pb2.TensorInfo) -> N
     )
     if not fits:
         text = ", ".join("rows" if size < 0 else str(size) for size in expected)
-        raise FeatureError(name, f"the shape [{text}]", found=f"the shape {list(array.shape)}")
+        raise FeatureError(
+            name, f"found the shape {list(array.shape)}, expected the shape [{text}]"
+        )
 
 
 def _listed(inputs: Mapping[str, object]) -> str:

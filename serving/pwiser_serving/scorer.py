@@ -79,6 +79,9 @@ class Scorer:
                 ("grpc.max_send_message_length", -1),
                 ("grpc.max_receive_message_length", -1),
                 ("grpc.service_config", json.dumps(_RETRY)),
+                # A server that comes back is found within the tries, not after gRPC's seconds.
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
             ],
         )
         self._predict = self._method(services.PREDICT)

@@ -1,0 +1,246 @@
+"""client: a CSV through a running server, and every way in which it can be wrong."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import serving_model
+from pwiser_serving import Scorer, client
+
+CANDIDATES = (
+    "price,note,item,brand,id\n"
+    "0.5,n,3,acme,a\n"
+    ',"two\nlines",,,b\n'
+    '1e-3,,99,"zorg","c,3"\n'
+    "nan,,4.0,new,\n"
+)
+ROWS = [
+    ("a", "acme", 3, 0.5),
+    ("b", "", -1, float("nan")),
+    ("c,3", "zorg", 99, 1e-3),
+    ("", "new", 4, float("nan")),
+]
+
+
+def _wanted():
+    return [(row[0], serving_model.expected(*row[1:], bias=0.0)) for row in ROWS]
+
+
+def run(capsys, *flags):
+    """Calls the command here: exit code, stdout, stderr."""
+    code = 0
+    try:
+        client.main([str(flag) for flag in flags])
+    except SystemExit as end:
+        code = end.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture
+def command(server, tmp_path, capsys):
+    """A function that writes a CSV, scores it, and gives exit code, stdout, stderr."""
+
+    def score(text, *flags):
+        path = tmp_path / "candidates.csv"
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return run(capsys, "--server", server.address, "--model", "m", "--input", path, *flags)
+
+    return score
+
+
+@pytest.fixture(autouse=True)
+def _signals():
+    """The command takes SIGTERM over; give it back."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_scores_are_written_row_by_row(command, tmp_path):
+    output = tmp_path / "scores.csv"
+    for batch_size in (1, 2, 4096):
+        code, out, err = command(
+            CANDIDATES, "--output", output, "--keep=id", f"--batch_size={batch_size}"
+        )
+        assert (code, out) == (0, "")
+        assert err == f"{output}: 4 rows scored by m\n"
+        with open(output, newline="") as file:
+            rows = list(csv.reader(file))
+        assert rows[0] == ["id", "ctr", "cvr", "ctcvr"]
+        for row, (kept, scores) in zip(rows[1:], _wanted(), strict=True):
+            assert row[0] == kept
+            assert [float(text) for text in row[1:]] == pytest.approx(
+                [scores["ctr"], scores["cvr"], scores["ctcvr"]], rel=1e-6
+            )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["candidates.csv", "scores.csv"]
+
+
+def test_written_scores_are_exactly_those_of_the_scorer(command, server, tmp_path):
+    random = np.random.default_rng(0)
+    prices = random.normal(size=50)
+    text = "brand,item,price\n" + "".join(f"acme,1,{price}\n" for price in prices)
+    assert command(text, "--output", tmp_path / "o.csv")[0] == 0
+    with open(tmp_path / "o.csv", newline="") as file:
+        found = [np.float32(row["ctr"]) for row in csv.DictReader(file)]
+    with Scorer(server.address, "m", timeout=20) as scorer:
+        wanted = scorer.score({"brand": ["acme"] * 50, "item": [1] * 50, "price": prices})
+    np.testing.assert_array_equal(found, wanted["ctr"])
+
+
+def test_without_output_a_table_is_printed(command):
+    code, out, _ = command(CANDIDATES, "--keep=id,brand", "--version=7")
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[0] == ["id", "brand", "ctr", "cvr", "ctcvr"]
+    wanted = _wanted()[0][1]
+    assert lines[1] == ["a", "acme"] + [f"{wanted[n]:.6f}" for n in ("ctr", "cvr", "ctcvr")]
+    assert len(lines) == 5
+    assert len({len(line) for line in out.splitlines()}) == 1
+
+
+def test_a_header_alone_gives_a_header_alone(command, tmp_path):
+    output = tmp_path / "o.csv"
+    assert command("price,item,brand\n", "--output", output)[0] == 0
+    assert output.read_text() == "ctr,cvr,ctcvr\n"
+    assert command("price,item,brand\n")[1] == "ctr  cvr  ctcvr\n"
+
+
+def test_spreadsheet_text_is_read(command):
+    """A byte order mark, CRLF line ends, blank lines, no line end at the end."""
+    text = b"\xef\xbb\xbfprice,item,brand\r\n0.5,3,acme\r\n\r\n0.5,3,acme"
+    code, out, _ = command(text)
+    assert code == 0
+    assert len(out.splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "candidates.csv: the file is empty, expected a header"),
+        ("\n\n", "candidates.csv: the file is empty, expected a header"),
+        (
+            "price,brand\n1,a\n",
+            "row 1, column item: the file has no such column, which model m needs; "
+            "it has: price, brand",
+        ),
+        ("price,item,brand,price\n", "row 1: found 'price', expected each column once"),
+        ("price,item,brand\n1,2,a\n1,x,a\n", "row 3, column item: found 'x', expected an integer"),
+        ("price,item,brand\n1,2.5,a\n", "row 2, column item: found '2.5', expected an integer"),
+        ("price,item,brand\n1,1_0,a\n", "row 2, column item: found '1_0', expected an integer"),
+        (f"price,item,brand\n1,{2**63},a\n", f"found '{2**63}', expected an integer of 64 bits"),
+        ("price,item,brand\n1,1e999,a\n", "row 2, column item: found '1e999', expected an integer"),
+        ("price,item,brand\n1,2,a\nx,2,a\n", "row 3, column price: found 'x', expected a finite"),
+        ("price,item,brand\ninf,2,a\n", "row 2, column price: found 'inf', expected a finite"),
+        ("price,item,brand\n1e39,2,a\n", "row 2, column price: found '1e39', expected a finite"),
+        ('price,item,brand\n1,2,"a\nb"\n1,x,a\n', "row 4, column item: found 'x'"),
+        ("price,item,brand\n1,2\n", "row 2: found 2 columns, expected 3 as in the header"),
+        ("price,item,brand\n1,2,a,b\n", "row 2: found 4 columns, expected 3 as in the header"),
+        ('price,item,brand\n1,2,"a\n', "row 2: not well-formed CSV (unexpected end of data)"),
+        (b"price,item,brand\n1,2,a\n1,2,\xe9\n", "row 3: found byte 0xe9, expected text in UTF-8"),
+        ("price,item,brand\n1,2,a\n".encode("utf-16"), "row 1: found byte 0xff, expected text in"),
+        (
+            "price,item,brand\n1,2,a\n".encode("utf-16-le"),
+            "row 1: found a zero byte, expected text in UTF-8",
+        ),
+        (b"\x00" * 100, "row 1: found a zero byte, expected text in UTF-8"),
+    ],
+)
+def test_a_wrong_file_is_one_line_and_leaves_nothing(command, tmp_path, text, told):
+    output = tmp_path / "scores.csv"
+    # Rows of their own requests: the first ones are scored when the fault is found.
+    code, out, err = command(text, "--output", output, "--batch_size=1")
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {tmp_path}/candidates.csv")
+    assert told in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["candidates.csv"]
+
+
+def test_an_earlier_output_survives_a_failure(command, tmp_path):
+    output = tmp_path / "scores.csv"
+    output.write_text("earlier")
+    assert command("price,item,brand\n1,x,a\n", "--output", output)[0] == 2
+    assert output.read_text() == "earlier"
+    assert command("price,item,brand\n1,1,a\n", "--output", output)[0] == 0
+    assert output.read_text().startswith("ctr,cvr,ctcvr\n")
+
+
+def test_wrong_flags_are_one_line(server, tmp_path, capsys):
+    path = tmp_path / "c.csv"
+    path.write_text("price,item,brand\n1,2,a\n")
+    good = ["--server", server.address, "--model", "m", "--input", path]
+    for flags, told in (
+        ([*good, "--model=other"], "model other: NOT_FOUND: Servable not found for request"),
+        ([*good, "--version=3"], "model m, version 3: NOT_FOUND: Servable not found"),
+        ([*good, "--server=localhost:1"], "localhost:1, model m: UNAVAILABLE: no server answers"),
+        ([*good, "--keep=id"], "column id: the file has no such column, which --keep names"),
+        ([*good, "--input", tmp_path / "none"], "none: No such file or directory"),
+        ([*good, "--input", tmp_path], "Is a directory"),
+        ([*good, "--output", tmp_path], "is a folder, expected a file's name"),
+        ([*good, "--output", tmp_path / "x" / "y.csv"], "is not a folder"),
+        ([*good, "--timeout=0"], "--timeout: found 0, expected more than 0 seconds"),
+        ([*good, "--timeout=nan"], "--timeout: found nan"),
+        ([*good, "--batch_size=0"], "--batch_size: found 0, expected 1 or more"),
+        ([*good, "--version=x"], "--version: invalid int value: 'x'"),
+        ([*good, "--fast"], "unrecognized arguments: --fast"),
+        ([], "the following arguments are required: --model, --input"),
+    ):
+        code, out, err = run(capsys, *flags)
+        assert (code, out) == (2, ""), flags
+        assert err.startswith("error: ")
+        assert told in err
+        assert err.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_full_disk_is_one_line(command, tmp_path, monkeypatch):
+    real_open = open
+
+    def full(path, mode, **options):
+        return real_open("/dev/full" if "x" in mode else path, mode.replace("x", "w"), **options)
+
+    monkeypatch.setattr(client, "open", full, raising=False)
+    code, _, err = command("price,item,brand\n1,2,a\n", "--output", tmp_path / "o.csv")
+    assert (code, err) == (2, f"error: {tmp_path}/o.csv: No space left on device\n")
+
+
+def _process(server, path, *flags, **options):
+    command = [sys.executable, "-m", "pwiser_serving.client", "--server", server.address]
+    command += ["--model=m", f"--input={path}", *flags]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+
+
+def test_an_ended_command_leaves_nothing(server, tmp_path):
+    # A pipe as input: the command cannot finish before it is told to end.
+    read, write = os.pipe()
+    with _process(
+        server, "/dev/stdin", f"--output={tmp_path}/o.csv", "--batch_size=1", stdin=read
+    ) as process:
+        os.write(write, b"price,item,brand\n" + b"1,2,a\n" * 20)
+        deadline = time.monotonic() + 30
+        while not list(tmp_path.iterdir()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=30)
+    os.close(read)
+    os.close(write)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert err == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_closed_pipe_is_no_error(server, tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("price,item,brand\n" + "1,2,a\n" * 20_000)
+    with _process(server, path, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 0
