@@ -7,6 +7,7 @@ import pwiser_tf.quiet  # noqa: F401
 
 # isort: split
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -53,56 +54,94 @@ def predict(
     return joined, np.concatenate(grades), group
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a model predicts for a split, and how well (see metrics.summary)."""
+
+    name: str
+    split: str
+    grade: np.ndarray
+    predictions: dict[str, np.ndarray]
+    summary: dict[str, dict]
+
+    def write(self, folder: str | os.PathLike) -> None:
+        """Writes the split's plot sheet, and its entry in the folder's metrics.json."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        title = f"{self.name}, {self.split} split"
+        plot = folder / f"report-{self.split}.png"
+        report.plot(plot, self.grade, self.predictions, self.summary, title)
+        path = folder / workdir.METRICS_FILE
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        workdir.write_json(path, {**content, self.split: self.summary})
+
+
 def evaluate(
     model: ClickConversionModel,
     data_dir: str | os.PathLike,
     schema: Schema,
     split: str,
-    output_dir: str | os.PathLike,
     name: str,
-) -> dict:
-    """Evaluates one split; writes its plot and its entry in metrics.json, prints its table.
-
-    Returns the metrics (see metrics.summary); `name` titles the table's row and the plot.
-    """
+) -> Evaluation:
+    """Evaluates a model, called `name`, on one split."""
     predictions, grade, group = predict(model, data_dir, schema, split)
     summary = metrics.summary(grade, predictions, group)
-    output_dir = pathlib.Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    plot = output_dir / f"report-{split}.png"
-    report.plot(plot, grade, predictions, summary, title=f"{name}, {split} split")
-    path = output_dir / workdir.METRICS_FILE
-    content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    workdir.write_json(path, {**content, split: summary})
-    print(f"{split} split, {len(grade)} exposures; plots in {plot}")
-    print(report.table({name: summary}))
-    return summary
+    return Evaluation(name, split, grade, predictions, summary)
 
 
 def define_flags() -> None:
-    flags.DEFINE_string("workdir", None, "The folder of a run of pwiser_tf.train.", required=True)
+    """Defines the flags of this command."""
+    flags.DEFINE_list("workdir", None, "One or several folders of runs.", required=True)
     flags.DEFINE_enum("split", "test", SPLITS, "The split to evaluate.")
     flags.DEFINE_string(
         "data_dir", None, "A converted data set with the same schema; default: the run's own."
     )
     flags.DEFINE_string(
-        "output_dir", None, "Where metrics.json and the plots go; default: the workdir."
+        "output_dir",
+        None,
+        "Where metrics and plots go; default: the workdir. Needed for several runs: each gets a "
+        "folder of its name there, and comparison.png shows them side by side.",
     )
 
 
 def main() -> None:
+    """Evaluates as the flags say."""
     args = flags.FLAGS
-    model, settings, schema = workdir.load_best(args.workdir)
-    data_dir = args.data_dir or settings.data_dir
+    if len(args.workdir) > 1 and not args.output_dir:
+        raise DataError("several runs need an --output_dir")
+    with workdir.file_errors():
+        evaluations = {}
+        for folder in map(pathlib.Path, args.workdir):
+            name = folder.resolve().name
+            if name in evaluations:
+                raise DataError(f"two runs are called {name}; their folders need different names")
+            evaluations[name] = _evaluate_run(folder, name, args.split, args.data_dir)
+        for (name, evaluation), folder in zip(evaluations.items(), args.workdir, strict=True):
+            output = pathlib.Path(args.output_dir or folder)
+            evaluation.write(output / name if len(evaluations) > 1 else output)
+        summaries = {name: evaluation.summary for name, evaluation in evaluations.items()}
+        print(report.table(summaries))
+        if len(evaluations) > 1:
+            first, *others = evaluations.values()
+            if any(not np.array_equal(first.grade, other.grade) for other in others):
+                raise DataError("the runs have different data: nothing is compared")
+            predictions = {name: evaluation.predictions for name, evaluation in evaluations.items()}
+            print()
+            print(report.difference_table(first.grade, predictions))
+            report.plot_comparison(pathlib.Path(args.output_dir) / "comparison.png", summaries)
+
+
+def _evaluate_run(folder: pathlib.Path, name: str, split: str, data_dir: str | None) -> Evaluation:
+    """Evaluates the best epoch of a run; on its own data set, or on another of its schema."""
+    model, settings, schema = workdir.load_best(folder)
+    data_dir = data_dir or settings.data_dir
     found = Schema.load(data_dir)
     if found.fingerprint != schema.fingerprint:
         raise DataError(
-            f"not the schema of {args.workdir}/schema.json, with which the model was trained",
+            f"not the schema of {folder / 'schema.json'}, with which the model was trained",
             file=pathlib.Path(data_dir) / "schema.json",
         )
-    evaluate(
-        model, data_dir, found, args.split, args.output_dir or args.workdir, name=settings.model
-    )
+    return evaluate(model, data_dir, found, split, name)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,33 @@ def table(summaries: dict[str, dict]) -> str:
     return "\n".join(lines[1:])
 
 
+def difference_table(grade: np.ndarray, predictions: dict[str, dict[str, np.ndarray]]) -> str:
+    """Each model's AUC less the first model's, on the same rows, as plain text.
+
+    Args:
+      grade: integers [n] in {0, 1, 2}.
+      predictions: model name to its "ctr", "ctcvr" and "cvr", each float [n].
+
+    Returns:
+      A line a task and model, with the 95 percent interval and p-value of the paired DeLong test
+      (`metrics.auc_difference`), which is sharper than two separate intervals.
+    """
+    reference, *others = predictions
+    width = max(map(len, others))
+    lines = [f"AUC less that of {reference} [95% interval], paired DeLong test"]
+    for task in metrics.TASKS:
+        measured, labels = metrics.task_labels(grade, task)
+        for name in others:
+            found = metrics.auc_difference(
+                labels[measured],
+                np.asarray(predictions[name][task])[measured],
+                np.asarray(predictions[reference][task])[measured],
+            )
+            cells = "-" if np.isnan(found[0]) else "{:+.4f} [{:+.4f}, {:+.4f}]  p {:.3f}"
+            lines.append(f"{task.upper():<5}  {name:<{width}}  {cells.format(*found)}")
+    return "\n".join(lines)
+
+
 def plot(
     path: str | os.PathLike,
     grade: np.ndarray,

@@ -23,7 +23,7 @@ import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
-from pwiser_tf import data, workdir
+from pwiser_tf import data, report, workdir
 from pwiser_tf.command_line import run
 from pwiser_tf.evaluate import evaluate, predict
 from pwiser_tf.export import export
@@ -148,7 +148,11 @@ def train(settings: Settings, folder: pathlib.Path, checkpoint_seconds: float = 
     epochs = {"best_epoch": progress.best_epoch + 1, "epochs": progress.history}
     workdir.write_json(folder / workdir.METRICS_FILE, epochs)
     for split in ("validation", "test"):
-        evaluate(model, settings.data_dir, schema, split, folder, name=settings.model)
+        evaluation = evaluate(model, settings.data_dir, schema, split, folder.resolve().name)
+        evaluation.write(folder)
+    print(f"test split, epoch {progress.best_epoch + 1} of {progress.epoch}")
+    print(report.table({evaluation.name: evaluation.summary}))
+    print(f"metrics and plots in {folder}", flush=True)
     return json.loads((folder / workdir.METRICS_FILE).read_text(encoding="utf-8"))
 
 

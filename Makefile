@@ -1,0 +1,42 @@
+# `make demo` and `make test` make their own virtual environment and install what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format bench protos clean
+
+# What the program needs, at the versions it was tested with.
+$(VENV)/installed: setup.py serving/setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[test]' -e './serving[server]'
+	touch $@
+
+# What benchmarks/ compares with.
+$(VENV)/installed-bench: $(VENV)/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+# Generated data, three losses, a table, an export, a server, scored candidates.
+demo: $(VENV)/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/installed-bench
+	for name in convert input loss metrics training; do \
+		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info serving/*.egg-info
