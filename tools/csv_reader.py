@@ -26,7 +26,10 @@ from pwiser_tf.errors import DataError
 MEMORY_LIMIT = "300MB"
 # Larger buffers are not faster, and each thread holds a few.
 BUFFER_BYTES = 8_000_000
-BATCH_ROWS = 20_000
+# A batch's arrays should fit into the processor's cache.
+BATCH_ROWS = 8192
+# So that DuckDB works on while a batch is encoded.
+STREAMING_BYTES = 20_000_000
 # Enough rejected rows to find the first one although several threads report them.
 REJECTED_ROWS = 1000
 
@@ -298,6 +301,7 @@ class Database:
     def _cursor(self):
         """A connection to run one query on, whose failure is explained."""
         with self._connection.cursor() as cursor:
+            cursor.execute(f"SET streaming_buffer_size = '{STREAMING_BYTES}B'")
             cursor.execute("SET enable_progress_bar = true")
             cursor.execute("SET enable_progress_bar_print = false")
             try:

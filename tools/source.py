@@ -100,18 +100,14 @@ def select(expressions: dict[str, str], table: str) -> str:
     )
 
 
-def stable_hash(text: str) -> str:
-    """SQL: 64 bits of the MD5 of an SQL text: the same in every run, version and machine."""
-    return f"md5_number_lower({text})"
-
-
 def group_key(text: str) -> str:
     """SQL: a group's text to an integer in 0..2^63 - 1, the same in every split and run.
 
-    A number in that range that is written plainly is kept, anything else is hashed.
+    A number in that range that is written plainly is kept, anything else is hashed (MD5, because
+    DuckDB's own hash may change with its version).
     """
     number = f"TRY_CAST({text} AS BIGINT)"
     return (
         f"CASE WHEN {number} >= 0 AND CAST({number} AS VARCHAR) = {text} THEN {number} "
-        f"ELSE CAST({stable_hash(text)} >> 1 AS BIGINT) END"
+        f"ELSE CAST(md5_number_lower({text}) >> 1 AS BIGINT) END"
     )
