@@ -53,6 +53,7 @@ def _write(batches: Iterator[Rows], header: Sequence[str], output: pathlib.Path)
     """Writes the CSV aside and moves it into place. Returns the number of rows."""
     aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
     rows = 0
+    _end_on_signals(aside)
     try:
         with open(aside, "x", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
@@ -69,6 +70,23 @@ def _write(batches: Iterator[Rows], header: Sequence[str], output: pathlib.Path)
     finally:
         aside.unlink(missing_ok=True)
     return rows
+
+
+def _end_on_signals(aside: pathlib.Path | None = None) -> None:
+    """SIGINT and SIGTERM end the process at once, after removing the file written aside.
+
+    They raise nothing: an exception in the midst of a gRPC call leaves its channel so that
+    closing it, which the way out does, waits for ever.
+    """
+
+    def end(number, _):
+        if aside:
+            aside.unlink(missing_ok=True)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def _print(batches: Iterator[Rows], header: Sequence[str]) -> int:
@@ -120,8 +138,7 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
     flags = _flags(arguments)
-    # As an exit, so that the file written aside is removed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    _end_on_signals()
     header = [*flags.keep, *OUTPUTS]
     try:
         with contextlib.ExitStack() as stack:
@@ -147,8 +164,6 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CandidateError, FeatureError, ScoringError, OSError) as error:
         command_line.fail(error)
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -56,10 +56,11 @@ def command(server, tmp_path, capsys):
 
 @pytest.fixture(autouse=True)
 def _signals():
-    """The command takes SIGTERM over; give it back."""
-    before = signal.getsignal(signal.SIGTERM)
+    """The command takes these signals over; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def test_scores_are_written_row_by_row(command, tmp_path):
@@ -216,22 +217,28 @@ def _process(server, path, *flags, **options):
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
-def test_an_ended_command_leaves_nothing(server, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_ended_command_leaves_nothing(server, tmp_path, number):
     # A pipe as input: the command cannot finish before it is told to end.
     read, write = os.pipe()
-    with _process(
+    process = _process(
         server, "/dev/stdin", f"--output={tmp_path}/o.csv", "--batch_size=1", stdin=read
-    ) as process:
-        os.write(write, b"price,item,brand\n" + b"1,2,a\n" * 20)
+    )
+    try:
+        os.write(write, b"price,item,brand\n" + b"1,2,a\n" * 200)
         deadline = time.monotonic() + 30
         while not list(tmp_path.iterdir()):
             assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
+            time.sleep(0.002)
+        process.send_signal(number)
         _, err = process.communicate(timeout=30)
-    os.close(read)
-    os.close(write)
-    assert process.returncode == 128 + signal.SIGTERM
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        os.close(read)
+        os.close(write)
+    assert process.returncode == -number
     assert err == ""
     assert list(tmp_path.iterdir()) == []
 

@@ -1,11 +1,13 @@
 """The distribution: light, apart from pwiser_tf, at peace with TensorFlow; and deploy/."""
 
 import ast
+import inspect
 import pathlib
 import subprocess
 import sys
 
 import pytest
+from pwiser_serving import Scorer
 
 SERVING = pathlib.Path(__file__).resolve().parents[1]
 
@@ -187,6 +189,9 @@ def test_batching_config():
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == config.max_batch_size.value
     assert config.num_batch_threads.value >= 1
+    # What the client sends in one request must be allowed in one batch.
+    default = inspect.signature(Scorer).parameters["rows_per_request"].default
+    assert default <= config.max_batch_size.value
 
 
 def test_monitoring_and_ssl_config():
