@@ -8,6 +8,7 @@ version 7, to hold it to the same tests.
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -602,3 +603,47 @@ def test_a_port_in_use_is_one_line(tmp_path):
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert lines == [f"error: --port: {port} is in use, or may not be used"]
     assert "Traceback" not in done.stderr
+
+
+SLOW_SERVER = """
+import sys, time, types
+import numpy as np
+from pwiser_serving import server, tensors
+
+class Slow:
+    signatures = {}
+    def __init__(self, folder): pass
+    def close(self): print("closed", flush=True)
+    def predict(self, request, as_content):
+        print("running", flush=True)
+        time.sleep(1)
+        return {"ctr": tensors.encode(np.zeros(1, np.float32))}
+
+sys.modules["pwiser_serving.saved_model"] = types.SimpleNamespace(SavedModel=Slow)
+server.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_that_runs_is_answered_before_the_server_ends(tmp_path, number):
+    (tmp_path / "1").mkdir()
+    flags = ["--port=0", "--model_name=m", "--model_base_path", str(tmp_path)]
+    command = [sys.executable, "-c", SLOW_SERVER, *flags]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            port = process.stdout.readline().rsplit(":", 1)[1].strip()
+            channel = grpc.insecure_channel(f"localhost:{port}")
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            call = stub.Predict.future(raw_request(), timeout=SECONDS)
+            assert process.stdout.readline() == "running\n"
+            process.send_signal(number)
+            assert list(call.result().outputs) == ["ctr"]
+            out, err = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    # Closed after the answer, and nothing else said.
+    assert (process.returncode, out) == (0, "closed\n")
+    assert "Traceback" not in err
+    channel.close()
