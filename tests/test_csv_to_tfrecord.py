@@ -56,26 +56,13 @@ def write_csv(path, rows, header=HEADER, **options):
 def convert(output_dir, *arguments) -> Schema:
     """Runs the command's own flags and functions in this process; returns the written schema."""
     values = flags.FlagValues()
-    values(["csv_to_tfrecord"])
-    saved, flags.FLAGS = flags.FLAGS, values
+    csv_to_tfrecord.define_flags(values)
+    values(["csv_to_tfrecord", f"--output_dir={output_dir}", *map(str, arguments)])
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
-        defined = {}
-        for kind in ("string", "float", "enum", "list", "integer", "bool"):
-            name = f"DEFINE_{kind}"
-            defined[name] = getattr(flags, name)
-            setattr(
-                flags,
-                name,
-                lambda *a, define=defined[name], **k: define(*a, flag_values=values, **k),
-            )
-        csv_to_tfrecord.define_flags()
-        values(["csv_to_tfrecord", f"--output_dir={output_dir}", *map(str, arguments)])
-        csv_to_tfrecord.main()
+        csv_to_tfrecord.main(values)
     finally:
-        flags.FLAGS = saved
-        for name, define in defined.items():
-            setattr(flags, name, define)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, terminate)
     return Schema.load(output_dir)
 
 
@@ -475,7 +462,7 @@ def test_two_runs_write_the_same_bytes(sample, tmp_path):
     assert digest(tmp_path / "a") == digest(tmp_path / "b")
 
 
-def test_join_drops_and_counts_items_without_user(sample, tmp_path):
+def test_join_drops_and_counts_items_without_user(sample, tmp_path, capsys):
     folder = tmp_path / "XX"
     folder.mkdir()
     for path in (sample / "raw" / "XX").glob("*.csv"):
@@ -492,6 +479,7 @@ def test_join_drops_and_counts_items_without_user(sample, tmp_path):
     assert orphans > 0
     assert schema.notes["train_item_rows_without_user"] == str(orphans)
     assert schema.split("train").rows == 1600 - orphans
+    assert f"train item rows without user: {orphans}\n" in capsys.readouterr().out
 
 
 def test_column_order_and_extra_columns_do_not_matter(sample, processed, tmp_path):
@@ -754,10 +742,10 @@ def test_broken_raw_data(sample, tmp_path, damage):
         message = f"{folder}: found no xx_user_test.csv or xx_user_test.zip"
     elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:-30])
-        message = f"{path}: a whole zip file"
+        message = f"{path}: expected a whole zip file"
     elif damage == "not a zip":
         path.write_bytes(b"search,1,2\n" * 100)
-        message = f"{path}: a whole zip file"
+        message = f"{path}: expected a whole zip file"
     else:
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("readme.txt", "nothing")
@@ -765,6 +753,23 @@ def test_broken_raw_data(sample, tmp_path, damage):
     with pytest.raises(DataError, match=re.escape(message)):
         convert(tmp_path / "out", "--format=aliexpress", f"--input={folder}")
     assert os.listdir(tmp_path) == ["XX"]
+
+
+@pytest.mark.parametrize("bundle", [False, True])
+def test_a_wrong_cell_in_a_zip_is_named_by_the_zip(sample, tmp_path, bundle):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in (sample / "raw" / "XX").glob("*.csv"):
+        rows = [line.split(",") for line in path.read_text().splitlines()]
+        if path.name == "xx_user_test.csv":
+            rows[20][9] = "x"
+        write_csv(source / path.name, rows, None)
+    folder = zipped(source, tmp_path / "XX", bundle)
+    shown = f"{folder}/aliexpress_XX_datasets.zip/" if bundle else f"{folder}/"
+    with pytest.raises(DataError) as error:
+        convert(tmp_path / "out", "--format=aliexpress", f"--input={folder}")
+    place = f"{shown}xx_user_test.zip, row 21, column 10: "
+    assert str(error.value) == place + "found 'x', expected a number"
 
 
 def test_a_raw_file_of_another_width(sample, tmp_path):

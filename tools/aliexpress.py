@@ -5,7 +5,6 @@ a user file without header, zipped or not, joined on the search id. Both give th
 under the same names.
 """
 
-import contextlib
 import dataclasses
 import pathlib
 import re
@@ -28,6 +27,24 @@ USER_CATEGORICAL = (*range(2, 9), 32, 33)
 ITEM_CATEGORICAL = (19, 34, 35, 36, 40, 41, 42)
 USER_NUMERICAL = tuple(range(9, 32))
 ITEM_NUMERICAL = tuple(c for c in range(2, 49) if c not in ITEM_CATEGORICAL)
+# The raw file and column number of each name in the processed layout.
+_RAW_COLUMN = {
+    GROUP: ("item", 1),
+    "click": ("item", RAW_LABEL),
+    "conversion": ("item", RAW_LABEL),
+    **dict(
+        zip(
+            CATEGORICAL + NUMERICAL,
+            [
+                *(("user", c) for c in USER_CATEGORICAL),
+                *(("item", c) for c in ITEM_CATEGORICAL),
+                *(("user", c) for c in USER_NUMERICAL),
+                *(("item", c) for c in ITEM_NUMERICAL),
+            ],
+            strict=True,
+        )
+    ),
+}
 # Columns of larger integers get a list of their values, not a range with mostly unused ids.
 RANGE_LIMIT = 2**20
 # Up to here an integer read as DOUBLE is exact.
@@ -83,23 +100,26 @@ def open_folder(
                 raise DataError("no such file", file=layout.folder / f"{name}.csv")
         parts = [_processed(database, layout.files[name]) for name in ("train", "test")]
         return _source(parts[:1], parts[1:], notes)
-    files = layout.files
-    if layout.kind == "bundle":
-        unpacked = _unpack(files["bundle"], scratch)
+    files, bundle = layout.files, layout.files.get("bundle")
+    if bundle:
+        unpacked = _unpack(bundle, scratch, shown=bundle)
         files = {key: path for path in unpacked if (key := _raw_key(path.name))}
     parts = []
     for split in ("train", "test"):
         pair = []
-        for side in ("item", "user"):
+        for side, columns in (("item", ITEM_COLUMNS), ("user", USER_COLUMNS)):
             if (side, split) not in files:
                 name = f"{layout.country.lower()}_{side}_{split}"
                 raise DataError(
                     f"found no {name}.csv or {name}.zip, expected item and user files of train "
                     "and test",
-                    file=layout.folder,
+                    file=bundle or layout.folder,
                 )
-            pair.append(files[side, split])
-        part, unmatched = _join(database, split, *(_unpacked(path, scratch) for path in pair))
+            path = files[side, split]
+            shown = f"{bundle}/{path.name}" if bundle else path
+            pair.append(_raw_file(_unpacked(path, scratch, shown), side, columns, shown))
+        database.files += pair
+        part, unmatched = _join(database, split, *pair)
         notes[f"{split}_item_rows_without_user"] = str(unmatched)
         parts.append(part)
     expected = "0, 1 or 2"
@@ -171,7 +191,7 @@ class _JoinedPart:
 
     @property
     def name(self) -> str:
-        return f"{self.item.path} joined with {self.user.path}"
+        return f"{self.item.shown} joined with {self.user.shown}"
 
     @property
     def size(self) -> int:
@@ -189,33 +209,8 @@ class _JoinedPart:
         return file.fault(raw_row - 1, str(number), expected)
 
 
-# The raw file and column number of each name in the processed layout.
-_RAW_COLUMN = {
-    GROUP: ("item", 1),
-    "click": ("item", RAW_LABEL),
-    "conversion": ("item", RAW_LABEL),
-    **dict(
-        zip(
-            CATEGORICAL + NUMERICAL,
-            [
-                *(("user", c) for c in USER_CATEGORICAL),
-                *(("item", c) for c in ITEM_CATEGORICAL),
-                *(("user", c) for c in USER_NUMERICAL),
-                *(("item", c) for c in ITEM_NUMERICAL),
-            ],
-            strict=True,
-        )
-    ),
-}
-
-
-def _join(
-    database: Database, split: str, item_path: pathlib.Path, user_path: pathlib.Path
-) -> tuple[_JoinedPart, int]:
+def _join(database: Database, split: str, item: CsvFile, user: CsvFile) -> tuple[_JoinedPart, int]:
     """Joins the two files into a table; returns the part and how many item rows had no user."""
-    item = _raw_file(item_path, ITEM_COLUMNS, ITEM_CATEGORICAL, ITEM_NUMERICAL)
-    user = _raw_file(user_path, USER_COLUMNS, USER_CATEGORICAL, USER_NUMERICAL)
-    database.files += [item, user]
     sides = {"item": item, "user": user}
     label = f"item.{item.column(str(RAW_LABEL))}"
     label = f"CASE WHEN {label} IN (0, 1, 2) THEN {label} END"
@@ -255,12 +250,13 @@ def _join(
     return _JoinedPart(database, table, item, user), items - matched
 
 
-def _raw_file(path, columns: int, categorical, numerical) -> CsvFile:
+def _raw_file(path: pathlib.Path, side: str, columns: int, shown) -> CsvFile:
     kinds: dict[str, Kind] = {"1": TEXT}
-    kinds |= {str(c): INTEGER for c in categorical} | {str(c): NUMBER for c in numerical}
-    if columns == ITEM_COLUMNS:
+    kinds |= {str(n): INTEGER for s, n in map(_RAW_COLUMN.get, CATEGORICAL) if s == side}
+    kinds |= {str(n): NUMBER for s, n in map(_RAW_COLUMN.get, NUMERICAL) if s == side}
+    if side == "item":
         kinds[str(RAW_LABEL)] = Kind(LABEL.sql, "0, 1 or 2")
-    return CsvFile(path, kinds, names=[str(c) for c in range(1, columns + 1)])
+    return CsvFile(path, kinds, names=[str(c) for c in range(1, columns + 1)], shown=shown)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,38 +307,37 @@ def _raw_key(name: str) -> tuple[str, str] | None:
     return (match[2].lower(), match[3].lower()) if match else None
 
 
-def _unpacked(path: pathlib.Path, scratch: pathlib.Path) -> pathlib.Path:
+def _unpacked(path: pathlib.Path, scratch: pathlib.Path, shown) -> pathlib.Path:
     """The CSV file itself, unpacked into the scratch folder where it is zipped."""
     if path.suffix.lower() != ".zip":
         return path
-    files = [p for p in _unpack(path, scratch) if p.suffix.lower() == ".csv"]
+    files = [p for p in _unpack(path, scratch, shown) if p.suffix.lower() == ".csv"]
     if len(files) != 1:
-        raise DataError(f"found {len(files)} CSV files in it, expected one", file=path)
+        raise DataError(f"found {len(files)} CSV files in it, expected one", file=shown)
     return files[0]
 
 
-def _unpack(path: pathlib.Path, scratch: pathlib.Path) -> list[pathlib.Path]:
-    """Streams a zip's files into a folder of its own in the scratch folder."""
+def _unpack(path: pathlib.Path, scratch: pathlib.Path, shown) -> list[pathlib.Path]:
+    """Streams a zip's files into a folder of its own in the scratch folder.
+
+    Args:
+      shown: what messages call the zip; one that lies in the scratch folder is removed afterwards.
+    """
     target = scratch / f"unpacked_{path.stem}"
     target.mkdir()
     files = []
-    with _broken_zip(path), zipfile.ZipFile(path) as archive:
-        for entry in archive.infolist():
-            # Only the name: a path in a zip may lead anywhere.
-            file = target / pathlib.PurePosixPath(entry.filename).name
-            if entry.is_dir() or "__MACOSX" in entry.filename:
-                continue
-            with archive.open(entry) as source, open(file, "wb") as out:
-                shutil.copyfileobj(source, out, 1 << 20)
-            files.append(file)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.is_dir() or "__MACOSX" in entry.filename:
+                    continue
+                # Only the name: a path in a zip may lead anywhere.
+                file = target / pathlib.PurePosixPath(entry.filename).name
+                with archive.open(entry) as source, open(file, "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+                files.append(file)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
+        raise DataError(f"expected a whole zip file ({error})", file=shown) from None
     if path.is_relative_to(scratch):
         path.unlink()
     return files
-
-
-@contextlib.contextmanager
-def _broken_zip(path: pathlib.Path):
-    try:
-        yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"a whole zip file ({error})", file=path) from None

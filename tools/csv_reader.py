@@ -22,8 +22,9 @@ import tqdm
 
 from pwiser_tf.errors import DataError
 
-# What DuckDB may hold; with Python's own 130 MB the process stays well under 600 MB.
-MEMORY_LIMIT = "300MB"
+# What DuckDB's buffers may hold. What it and Python hold besides brings the process to 300 MB for
+# processed files, and to 450 MB for a join of raw files that spills.
+MEMORY_LIMIT = "200MB"
 # Larger buffers are not faster, and each thread holds a few.
 BUFFER_BYTES = 8_000_000
 # A batch's arrays should fit into the processor's cache.
@@ -57,6 +58,7 @@ class CsvFile:
       kinds: the columns that will be read, by name. Others are ignored.
       delimiter: one character.
       names: the names of all columns, for a file without a header.
+      shown: what messages call the file, where its path tells a user nothing.
 
     Raises:
       DataError: the file is empty or not UTF-8 text, or a wanted column is absent or twice there.
@@ -70,8 +72,10 @@ class CsvFile:
         *,
         delimiter: str = ",",
         names: Sequence[str] | None = None,
+        shown: str | os.PathLike | None = None,
     ):
         self.path = pathlib.Path(path)
+        self.shown = shown or self.path
         self.kinds = dict(kinds)
         self.delimiter = delimiter
         self.has_header = names is None
@@ -79,7 +83,7 @@ class CsvFile:
         self.names = first if names is None else list(names)
         if names is not None and len(first) != len(names):
             raise DataError(
-                f"found {len(first)} columns, expected {len(names)}", file=self.path, row=1
+                f"found {len(first)} columns, expected {len(names)}", file=self.shown, row=1
             )
         for name in self.kinds:
             if (count := self.names.count(name)) != 1:
@@ -88,7 +92,7 @@ class CsvFile:
                 raise DataError(
                     f"found {'no such column' if count == 0 else f'{count} columns of that name'}, "
                     f"expected one in the header, which is: {shown}",
-                    file=self.path,
+                    file=self.shown,
                     row=1,
                     column=name,
                 )
@@ -128,7 +132,7 @@ class CsvFile:
         """
         line, record = self._record(row)
         position = self._position[column]
-        place = {"file": self.path, "row": line, "column": column}
+        place = {"file": self.shown, "row": line, "column": column}
         if not record[position]:
             return DataError(f"found an empty cell, expected {expected}", **place)
         return DataError(expected, found=record[position], **place)
@@ -146,13 +150,13 @@ class CsvFile:
                     "csv_line, error_message FROM reject_errors ORDER BY line_byte_position"
                 ).fetchone()
             except duckdb.Error as error:
-                return self._mixed_line_endings() or _first_line(error, self.path)
+                return self._mixed_line_endings() or _first_line(error, self.shown)
         return self._rejected(*rejected) if rejected else None
 
     def _rejected(self, line, start, number, kind, text, message) -> DataError:
         """One row of DuckDB's table of rejected rows, as our error."""
         line, undecodable = self._line_at(start - 1, line)
-        place = {"file": self.path, "row": line}
+        place = {"file": self.shown, "row": line}
         if undecodable or kind == "INVALID ENCODING":
             return DataError("UTF-8 text", found=undecodable or text, **place)
         records = list(csv.reader(io.StringIO(text.lstrip("\r\n")), delimiter=self.delimiter))
@@ -207,15 +211,15 @@ class CsvFile:
                     return start, record
                 row -= bool(record)
                 start = reader.line_num + 1
-        raise IndexError(f"{self.path} has fewer records than were read from it")
+        raise IndexError(f"{self.shown} has fewer records than were read from it")
 
     def _first_record(self) -> list[str]:
         with self._open() as file:
             start = file.read(1 << 16)
         if not start.strip():
-            raise DataError("found an empty file, expected CSV", file=self.path)
+            raise DataError("found an empty file, expected CSV", file=self.shown)
         if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
-            raise DataError("found UTF-16 or binary data, expected UTF-8 text", file=self.path)
+            raise DataError("found UTF-16 or binary data, expected UTF-8 text", file=self.shown)
         try:
             with self._open() as file:
                 # Decoding goes ahead of the first record: what follows is DuckDB's to check.
@@ -224,9 +228,9 @@ class CsvFile:
             "".join(record).encode()
         except UnicodeEncodeError:
             found = self.delimiter.join(record).encode("utf-8", "surrogateescape")
-            raise DataError("UTF-8 text", file=self.path, row=1, found=found) from None
+            raise DataError("UTF-8 text", file=self.shown, row=1, found=found) from None
         except csv.Error as error:
-            raise DataError(f"a CSV file ({error})", file=self.path, row=1) from None
+            raise DataError(f"a CSV file ({error})", file=self.shown, row=1) from None
         return record
 
     def _mixed_line_endings(self) -> DataError | None:
@@ -238,7 +242,7 @@ class CsvFile:
                 if line.endswith(b"\n") and ending != first:
                     return DataError(
                         f"found a line ending in {ending}, expected {first} as in line 1",
-                        file=self.path,
+                        file=self.shown,
                         row=number,
                     )
         return None

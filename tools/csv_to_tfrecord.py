@@ -8,6 +8,7 @@ the folder with shards and schema appears when all of it is written. TensorFlow 
         --categorical=user,item --numerical=price --click=clicked --conversion=bought --time=day
 """
 
+import functools
 import pathlib
 import shutil
 import signal
@@ -31,22 +32,32 @@ _ONLY_COLUMNS = (
 _ONLY_ALIEXPRESS = ("input", "country")
 
 
-def define_flags() -> None:
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of this command line."""
-    string, number = flags.DEFINE_string, flags.DEFINE_float
-    flags.DEFINE_enum("format", None, ["aliexpress", "columns"], "What the input is.")
+    string, number, names, choice, integer, boolean = (
+        functools.partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_float,
+            flags.DEFINE_list,
+            flags.DEFINE_enum,
+            flags.DEFINE_integer,
+            flags.DEFINE_bool,
+        )
+    )
+    choice("format", None, ["aliexpress", "columns"], "What the input is.")
     string("input", None, "aliexpress: the folder of a country, or the folder that holds it.")
     string("country", None, "aliexpress: two letters, where --input holds several countries.")
-    flags.DEFINE_list("train", [], "CSV files or patterns (aliexpress: one processed file).")
-    flags.DEFINE_list("test", [], "Likewise; without it, --test_fraction is cut from --train.")
-    flags.DEFINE_list("categorical", [], "columns: the categorical features.")
-    flags.DEFINE_list("numerical", [], "columns: the numerical features.")
+    names("train", [], "CSV files or patterns (aliexpress: one processed file).")
+    names("test", [], "Likewise; without it, --test_fraction is cut from --train.")
+    names("categorical", [], "columns: the categorical features.")
+    names("numerical", [], "columns: the numerical features.")
     string("click", None, "columns: the label of a click, 0 or 1.")
     string("conversion", None, "columns: the label of a conversion, 0 or 1.")
     string("group", None, "columns: the search or session of a row, for group metrics.")
     string("time", None, "columns: a number or an ISO date or time, for --validation_split=time.")
     string("delimiter", ",", r"columns: between cells, one character; \t is a tab.")
-    flags.DEFINE_integer(
+    integer(
         "min_count",
         2,
         "columns: a category seen fewer times in training is out-of-vocabulary. At 2, values seen "
@@ -54,12 +65,12 @@ def define_flags() -> None:
         lower_bound=1,
     )
     string("output_dir", None, "The folder to make.")
-    flags.DEFINE_bool("overwrite", False, "Replace an earlier data set in --output_dir.")
+    boolean("overwrite", False, "Replace an earlier data set in --output_dir.")
     number(
         "validation_fraction", 0.1, "The share of the training rows held out for choosing; 0: none."
     )
     number("test_fraction", 0.1, "The share cut off as test where there are no test files.")
-    flags.DEFINE_enum(
+    choice(
         "validation_split",
         "auto",
         list(splits.RULES),
@@ -68,10 +79,8 @@ def define_flags() -> None:
         "leak. random: by a hash of the row's number. auto: the first of these that the data has "
         "columns for; so group for aliexpress, whose files carry no time.",
     )
-    flags.DEFINE_integer("seed", 0, "Which groups or rows are held out.")
-    flags.DEFINE_integer(
-        "shards", 16, "Files a split; row i goes to file i % shards.", lower_bound=1
-    )
+    integer("seed", 0, "Which groups or rows are held out.")
+    integer("shards", 16, "Files a split; row i goes to file i % shards.", lower_bound=1)
 
 
 def convert(
@@ -196,7 +205,7 @@ def report(schema: Schema) -> str:
     listed = ", ".join(f"{f.name} ({f.dtype}, {f.size} ids)" for f in schema.categorical)
     lines.append(f"{len(schema.categorical)} categorical: {listed or '-'}")
     lines.append(f"{len(schema.numerical)} numerical")
-    lines.append(f"held out: {schema.notes['held_out']}")
+    lines += [f"{name.replace('_', ' ')}: {value}" for name, value in schema.notes.items()]
     return "\n".join(lines)
 
 
@@ -256,9 +265,8 @@ def _open_source(values: flags.FlagValues) -> Callable[[Database, pathlib.Path],
     )
 
 
-def main() -> None:
+def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """Converts as the flags say and prints the report."""
-    values = flags.FLAGS
     for name in ("format", "output_dir"):
         if not values[name].value:
             raise DataError(f"--{name} is needed; --help shows all flags")

@@ -80,7 +80,7 @@ class CsvPart:
 
     @property
     def name(self) -> str:
-        return str(self.file.path)
+        return str(self.file.shown)
 
     @property
     def size(self) -> int:
