@@ -24,12 +24,12 @@ setuptools.setup(
         "tensorboard>=2.18",
         "tensorflow>=2.18,<2.22",
         "tensorflow-recommenders>=0.7.3",
+        "tensorflow-serving-api>=2.18,<2.22",
         "tf_keras>=2.18,<2.22",
         "tqdm>=4.66",
     ],
     extras_require={
-        # The tests speak to the server as a stranger would: with TF Serving's own stubs.
-        "test": ["pytest>=8", "ruff>=0.6", "scikit-learn>=1.4", "tensorflow-serving-api>=2.18,<2.22"],
+        "test": ["pytest>=8", "pyyaml>=6", "ruff>=0.6", "scikit-learn>=1.4"],
         # The rivals that benchmarks/ runs beside us.
         "bench": ["scikit-learn>=1.4", "torch>=2.4"],
     },

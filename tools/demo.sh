@@ -11,7 +11,7 @@ say() { printf '$ %s\n' "$*"; "$@"; }
 rm -rf "$folder"
 
 step "1. Generate exposure logs in the AliExpress layout; half of the clicks are accidental"
-say python -m tools.make_sample --output_dir="$folder/csv" --rows=300000 \
+say python -m tools.make_sample --output_dir="$folder/csv" --rows=600000 \
     --accidental_clicks=$accidental --seed=1
 
 step "2. Raw CSV to TFRecords and schema.json"
