@@ -30,13 +30,12 @@ def to_arrays(
     Raises:
       FeatureError: a feature is missing, unknown, of another type, shape or length.
     """
-    names = list(features.keys())
-    for name in inputs:
-        if name not in names:
+    names = set(features.keys())
+    if names != inputs.keys():
+        for name in sorted(inputs.keys() - names):
             raise FeatureError(name, f"missing; the model takes {_listed(inputs)}")
-    for name in names:
-        if name not in inputs:
-            raise FeatureError(str(name), f"unknown to the model, which takes {_listed(inputs)}")
+        for name in sorted(map(str, names - inputs.keys())):
+            raise FeatureError(name, f"unknown to the model, which takes {_listed(inputs)}")
     arrays, rows, first = {}, None, None
     for name, info in sorted(inputs.items()):
         array = _CONVERSIONS.get(info.dtype, _other)(name, _as_array(name, features[name]), info)
