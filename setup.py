@@ -16,7 +16,7 @@ setuptools.setup(
     install_requires=[
         "absl-py>=2.1",
         "crc32c>=2.7",
-        "duckdb>=1.3",
+        "duckdb>=2.0",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pandas>=2.2",

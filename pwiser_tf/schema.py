@@ -225,7 +225,9 @@ class Schema:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             detail = f"{type(error).__name__}: {error}"
-            raise DataError(f"not a schema written by the converter ({detail})", file=path) from None
+            raise DataError(
+                f"not a schema written by the converter ({detail})", file=path
+            ) from None
         if fingerprint != schema.fingerprint:
             raise DataError(
                 "features and vocabularies as written by the converter: a file was changed or "

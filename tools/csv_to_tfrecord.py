@@ -31,6 +31,10 @@ _ONLY_COLUMNS = (
 )  # fmt: skip
 _ONLY_ALIEXPRESS = ("input", "country")
 
+# About 200,000 rows of the AliExpress layout. All files of a split are open at once, hence a most.
+_BYTES_A_SHARD = 128 << 20
+_FEWEST_SHARDS, _MOST_SHARDS = 4, 500
+
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of this command line."""
@@ -80,7 +84,14 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "columns for; so group for aliexpress, whose files carry no time.",
     )
     integer("seed", 0, "Which groups or rows are held out.")
-    integer("shards", 16, "Files a split; row i goes to file i % shards.", lower_bound=1)
+    integer(
+        "shards",
+        None,
+        "Files a split; row i goes to file i % shards. Training holds two of them in memory; "
+        f"default: one for each {_BYTES_A_SHARD >> 20} MB of training CSV, {_FEWEST_SHARDS} at "
+        "least.",
+        lower_bound=1,
+    )
 
 
 def convert(
@@ -92,7 +103,7 @@ def convert(
     test_fraction: float = 0.1,
     validation_split: str = "auto",
     seed: int = 0,
-    shards: int = 16,
+    shards: int | None = None,
 ) -> Schema:
     """Converts a source into a data set's folder; returns its schema.
 
@@ -131,6 +142,9 @@ def convert(
             )
             categorical, numerical = source.learn(database, kept)
             encoder = Encoder(source, categorical, numerical)
+            if shards is None:
+                wanted = sum(part.size for part in source.train) // _BYTES_A_SHARD
+                shards = min(max(wanted, _FEWEST_SHARDS), _MOST_SHARDS)
             written = _write(database, source, cut, encoder, folder, shards)
         shutil.rmtree(scratch)
         train = written["train"]
