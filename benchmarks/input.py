@@ -26,6 +26,7 @@ from pwiser_tf import data, records
 from pwiser_tf.models import MODELS, ModelConfig
 from pwiser_tf.schema import Categorical, Numerical, Schema, Shard, Split
 from pwiser_tf.tasks import LossConfig
+from pwiser_tf.train import share_cores
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("rows", 400_000, "Rows to read.")
@@ -107,6 +108,7 @@ def _rows_trained_per_second(folder: pathlib.Path, schema: Schema) -> float:
 
 def main(_) -> None:
     """Prints a Markdown table."""
+    share_cores()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         schema = _generate(folder)

@@ -38,7 +38,7 @@ def _batches() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, numbers, grades
 
 
-def _run_tensorflow(embedding_dim: int, pwiser_weight: float) -> list[float]:
+def _run_tensorflow(embedding_dim: int, pwiser_weight: float, mixed_precision: bool) -> list[float]:
     """Seconds of each timed step under `fit`."""
     import pwiser_tf.quiet  # noqa: F401
 
@@ -50,7 +50,9 @@ def _run_tensorflow(embedding_dim: int, pwiser_weight: float) -> list[float]:
     from pwiser_tf.models import MODELS, ModelConfig
     from pwiser_tf.schema import Categorical, Numerical, Schema, Split
     from pwiser_tf.tasks import LossConfig
+    from pwiser_tf.train import share_cores
 
+    share_cores()
     schema = Schema(
         dataset="generated",
         # Id 0 is one of the sizes, as in the rival's tables.
@@ -62,9 +64,8 @@ def _run_tensorflow(embedding_dim: int, pwiser_weight: float) -> list[float]:
         splits={"train": Split(1000, 50, 5, 0, ())},
     )
     loss = LossConfig(pwiser_weight=pwiser_weight)
-    model = MODELS["mmoe"](
-        schema, ModelConfig(embedding_dim=embedding_dim), {"ctr": loss, "ctcvr": loss}
-    )
+    config = ModelConfig(embedding_dim=embedding_dim, mixed_precision=mixed_precision)
+    model = MODELS["mmoe"](schema, config, {"ctr": loss, "ctcvr": loss})
     model.compile(optimizer=keras.optimizers.legacy.Adam(1e-3))
     ids, numbers, grades = _batches()
     dataset = tf.data.Dataset.from_tensor_slices(
@@ -84,7 +85,7 @@ def _run_tensorflow(embedding_dim: int, pwiser_weight: float) -> list[float]:
     return np.diff(clock.times[_WARM_UP_STEPS:]).tolist()
 
 
-def _run_torch(embedding_dim: int) -> list[float]:
+def _run_torch(embedding_dim: int, mixed_precision: bool) -> list[float]:
     """Seconds of each timed step of MTReclib's loop."""
     import torch
     from torch import nn
@@ -129,7 +130,9 @@ def _run_torch(embedding_dim: int) -> list[float]:
     times = []
     for step in range(_WARM_UP_STEPS + FLAGS.steps + 1):
         batch = step % len(ids)
-        outputs = model(ids[batch], numbers[batch])
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed_precision):
+            outputs = model(ids[batch], numbers[batch])
+        outputs = [output.float() for output in outputs]
         labels = [(grades[batch] >= grade).float() for grade in (1, 2)]
         losses = [criterion(p, y) for p, y in zip(outputs, labels, strict=True)]
         loss = sum(losses) / len(losses)
@@ -142,9 +145,11 @@ def _run_torch(embedding_dim: int) -> list[float]:
 
 
 _WORKERS = {
-    "MTReclib's MMoE, PyTorch": lambda dim: _run_torch(dim),
-    "pwiser-tf, BCE": lambda dim: _run_tensorflow(dim, 0.0),
-    "pwiser-tf, BCE + PWiseR": lambda dim: _run_tensorflow(dim, 0.1),
+    "MTReclib's MMoE, PyTorch": lambda dim: _run_torch(dim, False),
+    "the same, under torch.autocast to bfloat16": lambda dim: _run_torch(dim, True),
+    "pwiser-tf, BCE": lambda dim: _run_tensorflow(dim, 0.0, False),
+    "pwiser-tf, BCE + PWiseR": lambda dim: _run_tensorflow(dim, 0.1, False),
+    "pwiser-tf, BCE + PWiseR, --mixed_precision": lambda dim: _run_tensorflow(dim, 0.1, True),
 }
 
 

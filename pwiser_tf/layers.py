@@ -110,26 +110,42 @@ class Block(keras.layers.Layer):
 
     The matrix product is the library's; all that follows it is one fused function forward and
     one backward (in training compiled by XLA), with a dropout mask of one random byte a unit.
-    benchmarks/training.py has the comparison with the stock layers. The mask depends on
-    (salt, count) alone, both variables: a run that resumes from a checkpoint draws the masks that
-    it would have drawn without the interruption.
+    benchmarks/training.py has the comparison with PyTorch. The mask depends on (salt, count)
+    alone, both variables: a run that resumes from a checkpoint draws the masks that it would have
+    drawn without the interruption.
 
-    Call: float32 [B, inputs] to float32 [B, units].
+    With `mixed_precision`, training multiplies and passes on bfloat16 (as Keras's mixed_bfloat16
+    does); weights, statistics and inference stay float32.
+
+    Call: float [B, inputs] to float [B, units].
     """
 
-    def __init__(self, units: int, dropout: float = 0.0, weight_decay: float = 0.0, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(
+        self,
+        units: int,
+        dropout: float = 0.0,
+        weight_decay: float = 0.0,
+        mixed_precision: bool = False,
+        **kwargs,
+    ):
+        # Without autocast: Keras would widen what the block before passes on.
+        super().__init__(autocast=False, **kwargs)
         self._units = units
         # The mask compares a byte with a threshold: the rate is rounded to a multiple of 1/256.
         self._threshold = round(dropout * 256)
         if not 0 <= self._threshold < 256:
             raise ValueError(f"dropout: found {dropout}, expected a rate in [0, 1)")
-        # Batch normalisation takes any constant away again: the product needs no bias.
-        self._dense = keras.layers.Dense(
-            units, use_bias=False, kernel_regularizer=_regularizer(weight_decay)
-        )
+        self._regularizer = _regularizer(weight_decay)
+        self._training_dtype = tf.bfloat16 if mixed_precision else tf.float32
 
     def build(self, input_shape):
+        # Batch normalisation takes any constant away again: the product needs no bias.
+        self.kernel = self.add_weight(
+            "kernel",
+            [input_shape[-1], self._units],
+            initializer=keras.initializers.GlorotUniform(),
+            regularizer=self._regularizer,
+        )
         vector = [self._units]
         self.gamma = self.add_weight("gamma", vector, initializer="ones")
         self.beta = self.add_weight("beta", vector, initializer="zeros")
@@ -147,10 +163,12 @@ class Block(keras.layers.Layer):
         super().build(input_shape)
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
-        x = self._dense(inputs)  # [B, units]
         if not training:
             scale = self.gamma * tf.math.rsqrt(self.variance + _BATCH_NORM_EPSILON)
+            x = tf.matmul(inputs, self.kernel)  # [B, units]
             return tf.nn.relu(x * scale + (self.beta - self.mean * scale))
+        dtype = self._training_dtype
+        x = tf.matmul(tf.cast(inputs, dtype), tf.cast(self.kernel, dtype))  # [B, units]
         y, mean, variance = _normalize_relu_dropout(
             x, self.gamma, self.beta, self._random_bytes(tf.shape(x)[0]), self._threshold
         )
@@ -172,11 +190,18 @@ class Block(keras.layers.Layer):
 
 
 class MLP(keras.layers.Layer):
-    """Blocks in a row. Call: float32 [B, inputs] to float32 [B, units[-1]]."""
+    """Blocks in a row. Call: float [B, inputs] to float [B, units[-1]]."""
 
-    def __init__(self, units: Sequence[int], dropout: float, weight_decay: float, **kwargs):
-        super().__init__(**kwargs)
-        self._blocks = [Block(size, dropout, weight_decay) for size in units]
+    def __init__(
+        self,
+        units: Sequence[int],
+        dropout: float,
+        weight_decay: float,
+        mixed_precision: bool,
+        **kwargs,
+    ):
+        super().__init__(autocast=False, **kwargs)
+        self._blocks = [Block(size, dropout, weight_decay, mixed_precision) for size in units]
 
     def call(self, inputs: tf.Tensor, training: bool = False) -> tf.Tensor:
         for block in self._blocks:
@@ -187,7 +212,8 @@ class MLP(keras.layers.Layer):
 class Gate(keras.layers.Layer):
     """Mixes experts with softmax weights that depend on the input.
 
-    Call: (input float32 [B, inputs], experts float32 [B, E, units]) to float32 [B, units].
+    Call: input float32 [B, inputs] and a list of E experts' outputs, float [B, units] each, to
+    float32 [B, units].
     """
 
     def __init__(self, experts: int, weight_decay: float, **kwargs):
@@ -196,13 +222,25 @@ class Gate(keras.layers.Layer):
             experts, activation="softmax", kernel_regularizer=_regularizer(weight_decay)
         )
 
-    def call(self, inputs: tf.Tensor, experts: tf.Tensor) -> tf.Tensor:
-        return tf.einsum("be,beu->bu", self._weights(inputs), experts)
+    def call(
+        self, inputs: tf.Tensor, experts: list[tf.Tensor], training: bool = False
+    ) -> tf.Tensor:
+        # Compiled, the stack of all experts is never written to memory.
+        mix = _compiled_mix if training else _mix
+        return mix(self._weights(inputs), experts)
 
 
 def _regularizer(weight_decay: float) -> keras.regularizers.Regularizer | None:
     """L2 whose gradient is weight_decay * weight: what PyTorch's Adam calls weight decay."""
     return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
+
+
+def _mix(weights: tf.Tensor, experts: list[tf.Tensor]) -> tf.Tensor:
+    experts = tf.cast(tf.stack(experts, axis=1), weights.dtype)  # [B, E, units]
+    return tf.einsum("be,beu->bu", weights, experts)
+
+
+_compiled_mix = tf.function(_mix, jit_compile=True)
 
 
 def _normalize_relu_dropout(x, gamma, beta, mask_bytes, threshold: int):
@@ -233,21 +271,25 @@ def _keep(values, mask_bytes, threshold):
 
 @tf.function(jit_compile=True)
 def _forward(x, gamma, beta, mask_bytes, threshold):
+    """All arithmetic is float32; y has the type of x."""
+    dtype, x = x.dtype, tf.cast(x, tf.float32)
     mean = tf.reduce_mean(x, axis=0)
     variance = tf.reduce_mean(tf.square(x - mean), axis=0)
     scale = gamma * tf.math.rsqrt(variance + _BATCH_NORM_EPSILON)
     y = _keep(tf.nn.relu((x - mean) * scale + beta), mask_bytes, threshold)
-    return y, mean, variance
+    return tf.cast(y, dtype), mean, variance
 
 
 @tf.function(jit_compile=True)
 def _backward(x, gamma, beta, mask_bytes, threshold, mean, variance, dy):
+    """Gradients of x (in its type), gamma and beta."""
+    dtype, x, dy = x.dtype, tf.cast(x, tf.float32), tf.cast(dy, tf.float32)
     inverse = tf.math.rsqrt(variance + _BATCH_NORM_EPSILON)
     normalized = (x - mean) * inverse
     dz = _keep(dy, mask_bytes, threshold)
     dz = tf.where(normalized * gamma + beta > 0, dz, 0.0)
     dbeta = tf.reduce_sum(dz, axis=0)
     dgamma = tf.reduce_sum(dz * normalized, axis=0)
-    rows = tf.cast(tf.shape(x)[0], x.dtype)
+    rows = tf.cast(tf.shape(x)[0], tf.float32)
     dx = gamma * inverse * (dz - (dbeta + normalized * dgamma) / rows)
-    return dx, dgamma, dbeta
+    return tf.cast(dx, dtype), dgamma, dbeta

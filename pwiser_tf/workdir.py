@@ -40,6 +40,7 @@ class Settings:
     experts: int
     dropout: float
     weight_decay: float
+    mixed_precision: bool
     batch_size: int
     epochs: int
     patience: int

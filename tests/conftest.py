@@ -76,6 +76,7 @@ def settings(dataset):
         experts=2,
         dropout=0.1,
         weight_decay=1e-6,
+        mixed_precision=False,
         batch_size=64,
         epochs=2,
         patience=2,

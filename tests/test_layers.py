@@ -91,7 +91,7 @@ def _stock_block(block: layers.Block, inputs: int) -> keras.Sequential:
         ]
     )
     stock.build([None, inputs])
-    kernel = block._dense.kernel
+    kernel = block.kernel
     stock.set_weights(
         [
             kernel.numpy(),
@@ -141,6 +141,28 @@ def test_normalization_survives_a_mean_far_from_zero(block):
     np.testing.assert_allclose(variance, exact.var(axis=0), rtol=1e-2)
     expected = np.maximum((exact - exact.mean(axis=0)) / exact.std(axis=0), 0)
     np.testing.assert_allclose(y, expected, atol=2e-2)
+
+
+def test_mixed_precision_is_float32_to_the_digits_of_bfloat16():
+    """Outputs and gradients agree to bfloat16's 8 bits; weights and inference are float32."""
+    x = tf.random.stateless_normal([64, 16], [1, 1])
+    results = []
+    for mixed in (False, True):
+        keras.utils.set_random_seed(0)
+        mlp = layers.MLP((12, 8), dropout=0.2, weight_decay=0.0, mixed_precision=mixed)
+        served = mlp(x)
+        with tf.GradientTape() as tape:
+            y = mlp(x, training=True)
+            loss = tf.reduce_mean(tf.square(tf.cast(y, tf.float32)))
+        gradients = tape.gradient(loss, mlp.trainable_weights)
+        assert y.dtype == (tf.bfloat16 if mixed else tf.float32)
+        assert {g.dtype for g in gradients} == {tf.float32}
+        results.append((served, tf.cast(y, tf.float32), gradients))
+    np.testing.assert_array_equal(results[0][0], results[1][0])
+    assert (results[0][1].numpy() != results[1][1].numpy()).any()
+    np.testing.assert_allclose(results[0][1], results[1][1], atol=0.1)
+    for exact, mixed in zip(results[0][2], results[1][2], strict=True):
+        assert np.linalg.norm(exact - mixed) < 0.1 * np.linalg.norm(exact)
 
 
 def test_dropout_drops_its_rate_and_keeps_the_mean():
@@ -194,12 +216,14 @@ def test_gate_mixes_experts_with_softmax_weights():
     gate = layers.Gate(experts=3, weight_decay=0.0)
     x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
     experts = np.random.default_rng(1).normal(size=(5, 3, 2)).astype(np.float32)
-    found = gate(x, experts)
+    found = gate(x, list(np.moveaxis(experts, 1, 0)))
     kernel, bias = (weight.numpy() for weight in gate.weights)
     logits = np.exp(x @ kernel + bias)
     weights = logits / logits.sum(axis=1, keepdims=True)
     expected = sum(weights[:, e : e + 1] * experts[:, e] for e in range(3))
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    trained = gate(x, list(np.moveaxis(experts, 1, 0)), training=True)
+    np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_weight_decay_is_a_gradient_of_so_much_times_the_weight():
@@ -207,5 +231,5 @@ def test_weight_decay_is_a_gradient_of_so_much_times_the_weight():
     block(tf.zeros([1, 2]))
     with tf.GradientTape() as tape:
         loss = tf.add_n(block.losses)
-    kernel = block._dense.kernel
+    kernel = block.kernel
     np.testing.assert_allclose(tape.gradient(loss, kernel), 0.3 * kernel.numpy(), rtol=1e-6)

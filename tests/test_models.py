@@ -39,7 +39,7 @@ def _model(name, head="direct", seed=0, **config):
 
 def _numpy_mlp(mlp, x):
     for block in mlp._blocks:
-        x = x @ block._dense.kernel.numpy()
+        x = x @ block.kernel.numpy()
         x = (x - block.mean.numpy()) / np.sqrt(block.variance.numpy() + 1e-5)
         x = np.maximum(x * block.gamma.numpy() + block.beta.numpy(), 0)
     return x
@@ -159,8 +159,8 @@ def test_one_seed_one_initialisation(name):
 
 def test_experts_and_towers_start_different():
     model = _model("mmoe")
-    kernels = [expert._blocks[0]._dense.kernel.numpy() for expert in model._experts]
-    kernels_of_towers = [tower._blocks[0]._dense.kernel.numpy() for tower in model._towers.values()]
+    kernels = [expert._blocks[0].kernel.numpy() for expert in model._experts]
+    kernels_of_towers = [tower._blocks[0].kernel.numpy() for tower in model._towers.values()]
     for group in (kernels, kernels_of_towers):
         for i, a in enumerate(group):
             for b in group[:i]:

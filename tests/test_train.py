@@ -82,6 +82,7 @@ CHANGES = {
     "tower_units": (8,),
     "dropout": 0.5,
     "weight_decay": 0.01,
+    "mixed_precision": True,
     "batch_size": 32,
     "epochs": 1,
     "learning_rate": 0.001,

@@ -31,6 +31,7 @@ class ModelConfig:
       embedding_dim: size of an embedding. bottom_units: MLP sizes of a bottom or expert.
       tower_units: MLP sizes of a tower. experts: how many, where the architecture has them.
       dropout: rate, in every block. weight_decay: L2 on embeddings and dense kernels.
+      mixed_precision: train with bfloat16 matrix products (see layers.Block).
       conversion_head: "direct" or "product" (see above).
     """
 
@@ -40,6 +41,7 @@ class ModelConfig:
     experts: int = 8
     dropout: float = 0.2
     weight_decay: float = 1e-6
+    mixed_precision: bool = False
     conversion_head: str = "direct"
 
     def __post_init__(self):
@@ -132,7 +134,8 @@ class ClickConversionModel(tfrs.Model):
         return Encoder(self._schema, self._config.embedding_dim, self._config.weight_decay)
 
     def _mlp(self, units: tuple[int, ...]) -> MLP:
-        return MLP(units, self._config.dropout, self._config.weight_decay)
+        config = self._config
+        return MLP(units, config.dropout, config.weight_decay, config.mixed_precision)
 
 
 def _base_rates(schema: Schema, conversion_head: str) -> dict[str, tuple[int, int]]:

@@ -17,6 +17,5 @@ class MMoE(ClickConversionModel):
 
     def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
         x = self._shared_encoder(features)  # [B, fields * D]
-        outputs = [expert(x, training) for expert in self._experts]
-        experts = tf.stack(outputs, axis=1)  # [B, E, units]
-        return {tower: self._gates[tower](x, experts) for tower in TOWERS}
+        experts = [expert(x, training) for expert in self._experts]  # E times [B, units]
+        return {tower: self._gates[tower](x, experts, training) for tower in TOWERS}
