@@ -226,20 +226,22 @@ def _describe(settings: Settings, schema: Schema) -> None:
     if not split.conversions:
         print("loss: BCE + PWiseR, but without conversions there are no pairs", flush=True)
         return
-    ratio = strength(
-        settings.pwiser_weight,
-        settings.margin_click,
-        settings.margin_nonclick,
-        split.conversions / split.clicks,
-    )
+    # BCE pushes a conversion of the CTCVR head as hard as all its positives: there the CVR is 1.
+    cvr = {"ctr": split.conversions / split.clicks, "ctcvr": 1.0}
+    margins = settings.margin_click, settings.margin_nonclick
+    strengths = {
+        task: strength(settings.pwiser_weight, *margins, cvr[task])
+        for task in settings.pwiser_tasks
+    }
+    shown = ", ".join(f"{task} {value:.2f}" for task, value in strengths.items())
     print(
-        f"loss: BCE + {settings.pwiser_weight:g} x PWiseR on {', '.join(settings.pwiser_tasks)}; "
-        f"strength {ratio:.2f} (useful between about 0.4 and 1.7)",
+        f"loss: BCE + {settings.pwiser_weight:g} x PWiseR; strength {shown} (on the CTR task useful "
+        "between about 0.4 and 1.7)",
         flush=True,
     )
-    if ratio > _HARMFUL_STRENGTH:
+    if max(strengths.values(), default=0) > _HARMFUL_STRENGTH:
         print(
-            f"warning: strength {ratio:.2f} is above {_HARMFUL_STRENGTH:g}: expect worse AUC and "
+            f"warning: strength {shown}: above {_HARMFUL_STRENGTH:g} expect worse AUC and "
             "calibration; lower --pwiser_weight or the margins",
             file=sys.stderr,
         )

@@ -95,3 +95,32 @@ def test_a_truncated_record_file_is_named(trained, dataset, tmp_path):
 
 def test_tensorflow_is_keras_2_here():
     assert tf.keras.Model.__module__.startswith("tf_keras")
+
+
+def test_several_runs_are_compared_with_the_first(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "again")
+    result = _evaluate(
+        f"--workdir={trained},{tmp_path / 'again'}", f"--output_dir={tmp_path / 'out'}"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "CTR    again  +0.0000 [+0.0000, +0.0000]  p 1.000" in result.stdout
+    made = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.*")}
+    assert made == {
+        "comparison.png",
+        "workdir/metrics.json",
+        "workdir/report-test.png",
+        "again/metrics.json",
+        "again/report-test.png",
+    }
+
+
+def test_several_runs_need_names_and_a_place(trained, tmp_path):
+    for arguments, message in (
+        ([f"--workdir={trained},{trained}"], "several runs need an --output_dir"),
+        ([f"--workdir={trained},{trained}", f"--output_dir={tmp_path}"], "two runs are called"),
+    ):
+        result = _evaluate(*arguments)
+        assert result.returncode == 2
+        assert message in result.stderr
+        assert result.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -302,3 +302,24 @@ assert [matplotlib.rcParams[name] for name in names] == before
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+def test_difference_table_has_the_paired_test_of_each_task_against_the_first():
+    grade = np.array([0, 0, 0, 1, 1, 2, 2, 0, 1, 2])
+    random = np.random.default_rng(0)
+    predictions = {
+        name: {task: random.random(10) for task in ("ctr", "ctcvr", "cvr")} for name in ("a", "b")
+    }
+    lines = report.difference_table(grade, predictions).split("\n")
+    assert len(lines) == 1 + 3
+    assert "less that of a" in lines[0]
+    clicked = grade >= 1
+    rows = {"CTR": (clicked, slice(None)), "CTCVR": (grade == 2, slice(None))}
+    rows["CVR"] = ((grade == 2)[clicked], clicked)
+    for line in lines[1:]:
+        task, name, *cells = line.split()
+        labels, chosen = rows[task]
+        scores = [predictions[model][task.lower()][chosen] for model in ("b", "a")]
+        difference, low, high, p = metrics.auc_difference(labels, *scores)
+        assert name == "b"
+        assert cells == [f"{difference:+.4f}", f"[{low:+.4f},", f"{high:+.4f}]", "p", f"{p:.3f}"]

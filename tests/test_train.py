@@ -131,7 +131,9 @@ def test_a_data_set_smaller_than_a_batch_trains(tmp_path, settings):
 
 def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
     long = dataclasses.replace(settings, epochs=6, patience=9, batch_size=16, model="mmoe")
-    expected = train(long, tmp_path / "whole")
+    whole = _run(_command(long, tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    expected = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     command = _command(long, tmp_path / "killed", "--checkpoint_seconds=0")
     resumed = 0
     # Once in the first epoch, once a few epochs later: as soon as so many states were saved.

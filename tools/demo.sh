@@ -41,7 +41,7 @@ for _ in $(seq 300); do
     sleep 0.2
 done
 [ -n "$address" ] || { cat "$folder/server.log" >&2; exit 1; }
-cat "$folder/server.log"
+tail -n 1 "$folder/server.log"
 
 step "5. Test metrics side by side; share of accidental clicks in the data: $accidental"
 runs=$folder/runs
