@@ -235,8 +235,8 @@ def _describe(settings: Settings, schema: Schema) -> None:
     }
     shown = ", ".join(f"{task} {value:.2f}" for task, value in strengths.items())
     print(
-        f"loss: BCE + {settings.pwiser_weight:g} x PWiseR; strength {shown} (on the CTR task useful "
-        "between about 0.4 and 1.7)",
+        f"loss: BCE + {settings.pwiser_weight:g} x PWiseR; strength {shown} (on the CTR task "
+        "useful between about 0.4 and 1.7)",
         flush=True,
     )
     if max(strengths.values(), default=0) > _HARMFUL_STRENGTH:
