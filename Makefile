@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench protos clean
+.PHONY: demo test lint format bench clean
 
 # What the program needs, at the versions it was tested with.
 $(VENV)/installed: setup.py serving/setup.py constraints.txt

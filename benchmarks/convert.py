@@ -1,6 +1,6 @@
 """CSV to TFRecord against the csv module with tf.train.Example, at the same record layout.
 
-    python -m benchmarks.convert [--rows=300000]
+    python -m benchmarks.convert [--rows=600000]
 
 The file is generated (tools.make_sample), 82 columns. Ours is the command line from start to end:
 interpreter, imports, scan, vocabularies, validation split, checks, shards, schema. The baseline is
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 def define_flags() -> None:
     """Defines the flags of this command line."""
-    flags.DEFINE_integer("rows", 300_000, "Rows of the generated file.", lower_bound=1)
+    flags.DEFINE_integer("rows", 600_000, "Rows of the generated file.", lower_bound=1)
     flags.DEFINE_integer("repeats", 3, "Runs of each; the fastest counts.", lower_bound=1)
     flags.DEFINE_bool("baseline_too", True, "Whether to run the baseline, which is slow.")
     # For the processes that this one starts.

@@ -19,8 +19,8 @@ from absl import app, flags
 FLAGS = flags.FLAGS
 flags.DEFINE_list("embedding_dims", ["16", "128"], "Embedding sizes to compare at.")
 flags.DEFINE_integer("batch_size", 2048, "Rows a batch.")
-flags.DEFINE_integer("steps", 40, "Timed steps a turn.")
-flags.DEFINE_integer("turns", 5, "Turns of each.")
+flags.DEFINE_integer("steps", 20, "Timed steps a turn.")
+flags.DEFINE_integer("turns", 3, "Turns of each.")
 flags.DEFINE_string("worker", None, "Used by the benchmark itself: which one this process runs.")
 
 _WARM_UP_STEPS = 5
