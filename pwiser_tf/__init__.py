@@ -7,8 +7,6 @@ makes sure that TensorFlow's Keras will be the Keras 2 line, which TensorFlow Re
 import os
 import sys
 
-__version__ = "0.1.0"
-
 # What goes wrong on TensorFlow's C++ side reaches Python as an exception; the rest is chatter.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
