@@ -9,5 +9,4 @@ Nothing here imports TensorFlow, but for what `python -m pwiser_serving.server` 
 from pwiser_serving.errors import FeatureError, ScoringError, ServerUnavailable
 from pwiser_serving.scorer import Scorer
 
-__version__ = "0.1.0"
 __all__ = ["FeatureError", "Scorer", "ScoringError", "ServerUnavailable"]
