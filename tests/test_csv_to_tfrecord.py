@@ -342,6 +342,35 @@ def test_statistics_come_from_training_rows_alone(tmp_path):
     assert "test" not in schema.splits
 
 
+def test_a_fault_below_a_very_long_cell_is_placed(files):
+    rows = [["a" * 200_000, *TRAIN[0][1:]], [*TRAIN[1][:3], "5", *TRAIN[1][4:]]]
+    write_csv(files / "long.csv", rows)
+    with pytest.raises(DataError, match=r"long\.csv, row 3, column click: found '5', expected 0"):
+        convert(files / "out", *COLUMNS, f"--train={files / 'long.csv'}")
+
+
+@pytest.mark.parametrize("rows", [20, 200_000])
+@pytest.mark.parametrize("foreign", [True, False])
+def test_a_damaged_gzip_file_is_named(files, rows, foreign):
+    import gzip
+
+    text = write_csv(files / "plain.csv", TRAIN[:1] * rows).read_bytes()
+    damaged = files / "damaged.csv.gz"
+    damaged.write_bytes(text if foreign else gzip.compress(text)[:-20])
+    with pytest.raises(DataError, match=r"(?i)gzip .*damaged\.csv|damaged\.csv.* gzip"):
+        convert(files / "out", *COLUMNS, f"--train={damaged}")
+    assert not (files / "out").exists()
+
+
+def test_a_carriage_return_alone_is_told_from_one_in_a_quoted_cell(files):
+    lines = [",".join(HEADER), ",".join(TRAIN[0]), '"a\r\nb",' + ",".join(TRAIN[1][1:])]
+    (files / "cr.csv").write_text(
+        "\n".join([*lines, "a\rb," + ",".join(TRAIN[2][1:]), ""]), newline=""
+    )
+    with pytest.raises(DataError, match="row 5: found a line ending in CR alone, expected LF"):
+        convert(files / "out", *COLUMNS, f"--train={files / 'cr.csv'}")
+
+
 def test_iso_times_of_mixed_precision(files):
     rows = [
         [*row[:6], day, row[7]]

@@ -14,6 +14,9 @@ import gzip
 import io
 import os
 import pathlib
+import re
+import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import duckdb
@@ -33,6 +36,11 @@ BATCH_ROWS = 8192
 STREAMING_BYTES = 20_000_000
 # Enough rejected rows to find the first one although several threads report them.
 REJECTED_ROWS = 1000
+
+_LINE_ENDINGS = {b"\r\n": "CRLF", b"\r": "CR alone", b"\n": "LF"}
+
+# A cell that DuckDB reads must not be too long for the module that names its place.
+csv.field_size_limit(sys.maxsize)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -234,22 +242,32 @@ class CsvFile:
         return record
 
     def _mixed_line_endings(self) -> DataError | None:
-        first = None
+        first, quoted = None, False
         with self._open() as file:
             for number, line in enumerate(file, 1):
-                ending = "CRLF" if line.endswith(b"\r\n") else "LF"
-                first = first or ending
-                if line.endswith(b"\n") and ending != first:
-                    return DataError(
-                        f"found a line ending in {ending}, expected {first} as in line 1",
-                        file=self.shown,
-                        row=number,
-                    )
+                # What a quoted cell holds ends no line.
+                parts = line.split(b'"')
+                outside = parts[quoted::2]
+                quoted ^= len(parts) % 2 == 0
+                for ending in re.findall(rb"\r\n|\r|\n", b"".join(outside)):
+                    first = first or ending
+                    if ending != first:
+                        found, expected = _LINE_ENDINGS[ending], _LINE_ENDINGS[first]
+                        return DataError(
+                            f"found a line ending in {found}, expected {expected} as in line 1",
+                            file=self.shown,
+                            row=number,
+                        )
         return None
 
-    def _open(self):
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[io.BufferedIOBase]:
         opener = gzip.open if self.path.suffix == ".gz" else open
-        return opener(self.path, "rb")
+        with opener(self.path, "rb") as file:
+            try:
+                yield file
+            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+                raise DataError(f"a whole gzip file ({error})", file=self.shown) from None
 
 
 class Database:

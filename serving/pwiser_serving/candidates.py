@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import pathlib
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -13,6 +14,8 @@ from pwiser_serving.features import MISSING_FLOAT, MISSING_INTEGER
 from pwiser_serving.protos import tensor_pb2
 
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
+# A text may be as long as it likes: the converter has no limit either.
+csv.field_size_limit(sys.maxsize)
 
 
 class CandidateError(ValueError):
@@ -63,26 +66,23 @@ class Batch:
 
 
 class CandidateFile:
-    """A CSV with a header, in UTF-8. Use it in a `with`.
+    """A CSV with a header, in UTF-8, its cells separated by the delimiter. Use it in a `with`.
 
     Raises:
-      CandidateError: no such file, no header, a column twice, text that is not UTF-8.
+      CandidateError: no such file, no header, text that is not UTF-8.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, delimiter: str = ","):
         self.path = path
         try:
             self._file = open(path, "rb")  # noqa: SIM115  (closed by __exit__)
         except OSError as error:
             raise CandidateError(error.strerror, file=path) from None
-        self._reader = csv.reader(self._lines(), strict=True)
+        self._reader = csv.reader(self._lines(), strict=True, delimiter=delimiter)
         try:
             self.header: list[str] = next(self._rows(), [])
             if not any(self.header):
                 raise CandidateError("the file is empty, expected a header", file=path)
-            for position, name in enumerate(self.header):
-                if name in self.header[:position]:
-                    raise CandidateError("each column once", file=path, row=1, found=name)
         except CandidateError:
             self._file.close()
             raise
@@ -94,8 +94,10 @@ class CandidateFile:
         self._file.close()
 
     def require(self, names: Sequence[str], reason: str) -> None:
-        """CandidateError where a column is absent; the reason says who needs it."""
+        """CandidateError where a column is absent or twice there; the reason says who needs it."""
         for name in names:
+            if self.header.count(name) > 1:
+                raise CandidateError("each column once", file=self.path, row=1, found=name)
             if name not in self.header:
                 have = ", ".join(self.header)
                 raise CandidateError(

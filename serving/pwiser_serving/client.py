@@ -118,6 +118,7 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="the model's name on the server")
     parser.add_argument("--version", type=int, help="the model's version; the newest by default")
     parser.add_argument("--input", required=True, type=pathlib.Path, help="CSV with a header")
+    parser.add_argument("--delimiter", default=",", help=r"between cells; \t is a tab")
     parser.add_argument("--output", type=pathlib.Path, help="CSV to write; a table by default")
     parser.add_argument("--keep", default="", help="columns of the input to repeat, a,b,c")
     parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one request")
@@ -131,6 +132,9 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--output: {flags.output.parent} is not a folder")
     if flags.output and flags.output.is_dir():
         parser.error(f"--output: {flags.output} is a folder, expected a file's name")
+    flags.delimiter = flags.delimiter.replace(r"\t", "\t")
+    if len(flags.delimiter) != 1 or flags.delimiter in '"\r\n':
+        parser.error(f"--delimiter: found {flags.delimiter!r}, expected one character")
     flags.keep = [name for name in flags.keep.split(",") if name]
     return flags
 
@@ -142,7 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     header = [*flags.keep, *OUTPUTS]
     try:
         with contextlib.ExitStack() as stack:
-            candidates = stack.enter_context(CandidateFile(flags.input))
+            candidates = stack.enter_context(CandidateFile(flags.input, flags.delimiter))
             scorer = stack.enter_context(
                 Scorer(
                     flags.server,

@@ -4,14 +4,14 @@ The only room that needs TensorFlow. Checks, their order and their messages are 
 Serving (servables/tensorflow/predict_util.cc).
 """
 
+import pwiser_serving.quiet  # noqa: F401
+
+# isort: split
+
 import functools
 import logging
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
-
-# TensorFlow reads this when it is imported; its notes about the CPU are not the server's.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf

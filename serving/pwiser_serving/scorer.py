@@ -49,7 +49,7 @@ class Scorer:
       version: the version to use; None for the newest.
       timeout: seconds that one request may take, retries included.
       signature: the signature to call. None chooses by the features' names: `predict` for
-        `categorical` and `numerical` ids, else `predict_raw`.
+        `categorical` and `numerical`, unless raw features are called so, else `predict_raw`.
       rows_per_request: larger calls are split into requests of so many rows.
       requests_in_flight: how many of them are on their way at once.
     """
@@ -171,7 +171,8 @@ class Scorer:
         signature = self.signature
         if signature is None:
             ids = self.inputs(ID_SIGNATURE)
-            by_ids = bool(ids) and set(features.keys()) == set(ids)
+            names = set(features.keys())
+            by_ids = bool(ids) and names == set(ids) != set(self.inputs(RAW_SIGNATURE))
             signature = ID_SIGNATURE if by_ids else RAW_SIGNATURE
         inputs = self.inputs(signature)
         if not inputs:

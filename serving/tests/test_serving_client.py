@@ -120,6 +120,27 @@ def test_spreadsheet_text_is_read(command):
     assert len(out.splitlines()) == 3
 
 
+@pytest.mark.parametrize(("flag", "delimiter"), [(r"--delimiter=\t", "\t"), ("--delimiter=;", ";")])
+def test_another_delimiter_is_named(command, flag, delimiter):
+    text = f'id,price,item,brand\na,0.5,3,acme\n"b{delimiter}",1,2,zorg\n'
+    plain = command(text, "--keep=price")
+    assert plain[0] == 0
+    assert command(text.replace(",", delimiter), "--keep=price", flag) == plain
+
+
+def test_a_wrong_delimiter(command):
+    code, out, err = command(CANDIDATES, "--delimiter=;;")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --delimiter: found ';;', expected one character")
+
+
+def test_long_text_and_columns_twice_that_nobody_reads(command):
+    code, out, err = command(f",price,item,brand,,\n0,0.5,3,acme,{'x' * 200_000},\n")
+    assert (code, err) == (0, "")
+    wanted = serving_model.expected("acme", 3, 0.5, bias=0.0)
+    assert out.split()[3:] == [f"{wanted[name]:.6f}" for name in ("ctr", "cvr", "ctcvr")]
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [

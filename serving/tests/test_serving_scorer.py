@@ -306,6 +306,19 @@ def test_several_requests_are_on_their_way_but_not_all(fake):
     assert most == 3
 
 
+def test_raw_features_that_are_called_as_ids_are(fake):
+    address, model = fake
+    model.set_inputs(numerical=tensor_pb2.DT_FLOAT)
+    ids = model.signatures["predict"] = tensor_pb2.Signature()
+    ids.inputs["numerical"].dtype = tensor_pb2.DT_FLOAT
+    for size in (-1, 1):
+        ids.inputs["numerical"].tensor_shape.dim.add(size=size)
+    with Scorer(address, "m") as scorer:
+        assert scorer.score({"numerical": [0.5]})["ctr"].tolist() == [0.5]
+    with Scorer(address, "m", signature="predict") as scorer, pytest.raises(FeatureError):
+        scorer.score({"numerical": [0.5]})
+
+
 def test_a_model_that_was_replaced_is_asked_again(fake):
     address, model = fake
     with Scorer(address, "m") as scorer:
