@@ -136,11 +136,14 @@ def _spec(name: str, dtype: tf.DType, *inner: int) -> tf.TensorSpec:
 
 
 def _aliases(names: Iterable[str]) -> dict[str, str]:
-    """Raw feature names to names that TensorFlow takes for a tensor, most of them the same."""
+    """Raw feature names to names that TensorFlow takes for a tensor, most of them the same.
+
+    TensorFlow writes them in lower case: two names may differ by case alone.
+    """
     names = list(names)
     aliases = {}
     for position, name in enumerate(names):
-        alias = name if re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name) else f"feature_{position}"
+        alias = name if re.fullmatch("[a-z][a-z0-9_]*", name) else f"feature_{position}"
         while alias != name and alias in names:
             alias += "_"
         aliases[name] = alias

@@ -391,5 +391,8 @@ def _save(figure: Figure, path: str | os.PathLike) -> None:
     try:
         figure.savefig(partial, format="png")
         os.replace(partial, path)
+    except OSError as error:
+        # A failed write names no file, and the partial one's name tells a user nothing.
+        raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -211,3 +211,9 @@ def test_the_command_exports(trained, tmp_path):
 def test_aliases_never_meet_a_feature_of_that_name():
     aliases = export._aliases(["feature_1", "a b", "ok"])
     assert aliases == {"feature_1": "feature_1", "a b": "feature_1_", "ok": "ok"}
+
+
+def test_aliases_differ_by_more_than_case():
+    # TensorFlow refuses to save two inputs whose names are the same in lower case.
+    aliases = export._aliases(["Click", "click", "CLICK"])
+    assert aliases == {"Click": "feature_0", "click": "click", "CLICK": "feature_2"}

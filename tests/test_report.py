@@ -1,3 +1,5 @@
+import errno
+import os
 import subprocess
 import sys
 import warnings
@@ -323,3 +325,14 @@ def test_difference_table_has_the_paired_test_of_each_task_against_the_first():
         difference, low, high, p = metrics.auc_difference(labels, *scores)
         assert name == "b"
         assert cells == [f"{difference:+.4f}", f"[{low:+.4f},", f"{high:+.4f}]", "p", f"{p:.3f}"]
+
+
+def test_a_full_disk_names_the_sheet_and_leaves_nothing(tmp_path, monkeypatch):
+    def fill(figure, path, **_):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report.Figure, "savefig", fill)
+    with pytest.raises(OSError, match=r"No space left on device: '.*sheet\.png'"):
+        report._save(report.Figure(), tmp_path / "sheet.png")
+    assert list(tmp_path.iterdir()) == []
