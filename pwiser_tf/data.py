@@ -103,7 +103,7 @@ def explain(error: tf.errors.OpError, folder: str | os.PathLike, schema: Schema,
       itself, which then has another cause.
     """
     spec = records.parse_spec(schema)
-    for shard in schema.split(split).shards:
+    for shard in check(folder, schema, split).shards:
         path = pathlib.Path(folder) / shard.file
         for number, record in enumerate(records.read(path), start=1):
             try:

@@ -8,7 +8,6 @@ import pwiser_tf.quiet  # noqa: F401
 # isort: split
 
 import dataclasses
-import json
 import os
 import pathlib
 
@@ -68,11 +67,11 @@ class Evaluation:
         """Writes the split's plot sheet, and its entry in the folder's metrics.json."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        path = folder / workdir.METRICS_FILE
+        content = workdir.read_json(path) if path.exists() else {}
         title = f"{self.name}, {self.split} split"
         plot = folder / f"report-{self.split}.png"
         report.plot(plot, self.grade, self.predictions, self.summary, title)
-        path = folder / workdir.METRICS_FILE
-        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         workdir.write_json(path, {**content, self.split: self.summary})
 
 

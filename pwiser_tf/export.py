@@ -21,7 +21,6 @@ import os
 import pathlib
 import re
 import shutil
-import tempfile
 from collections.abc import Iterable
 
 import numpy as np
@@ -38,6 +37,8 @@ from pwiser_tf.schema import MISSING_INTEGER, MISSING_STRING, Schema
 
 OUTPUTS = ("ctr", "cvr", "ctcvr")
 _MISSING = {"int64": MISSING_INTEGER, "string": MISSING_STRING}
+# A version being written; a killed export leaves it behind, and the next one removes it.
+_PARTIAL = "partial-"
 # Files beside the graph, which TF Serving leaves alone but for the warm-up requests.
 _EXTRA_ASSETS = "assets.extra"
 _WARM_UP_FILE = "tf_serving_warmup_requests"
@@ -91,7 +92,14 @@ class ServedModel(tf.Module):
         return self._features(self._raw_features(raw))
 
     def _features(self, features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        outputs = self._call_model(features)
+        # A server does not hold requests to a signature's shapes, and one column would broadcast.
+        widths = {"categorical": self._schema.categorical, "numerical": self._schema.numerical}
+        outputs = self._call_model(
+            {
+                name: tf.ensure_shape(values, [None, len(widths[name])])
+                for name, values in features.items()
+            }
+        )
         return {name: outputs[name] for name in OUTPUTS}
 
 
@@ -111,10 +119,19 @@ def export(
     row = _one_row(schema)
     base = pathlib.Path(export_dir) / model_name
     base.mkdir(parents=True, exist_ok=True)
+    with workdir.locked(base):
+        return _write_version(base, model, served, schema, model_name, row)
+
+
+def _write_version(base, model, served, schema, model_name, row) -> pathlib.Path:
+    """Writes the next version's folder; see export. Nobody else does while the base is locked."""
+    for abandoned in base.glob(f"{_PARTIAL}*"):
+        shutil.rmtree(abandoned)
     versions = [int(path.name) for path in base.iterdir() if path.name.isdecimal()]
     version = max(versions, default=0) + 1
     # In the same folder, so that a rename suffices; servers look at numbers alone.
-    aside = pathlib.Path(tempfile.mkdtemp(prefix=f"partial-{version}-", dir=base))
+    aside = base / f"{_PARTIAL}{version}"
+    aside.mkdir()
     try:
         tf.saved_model.save(served, str(aside), signatures=served.functions)
         _restore_names(aside, served.aliases)
@@ -123,7 +140,6 @@ def export(
         schema.save(extra)
         _write_warm_up(extra / _WARM_UP_FILE, model_name, row)
         _check(aside, model, row)
-        aside.chmod(0o755)
         aside.rename(base / str(version))
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)

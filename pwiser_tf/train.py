@@ -20,19 +20,21 @@ import pathlib
 import sys
 import time
 
+import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
 from pwiser_tf import data, report, workdir
 from pwiser_tf.command_line import run
+from pwiser_tf.errors import DataError
 from pwiser_tf.evaluate import evaluate, predict
 from pwiser_tf.export import export
 from pwiser_tf.losses import strength
 from pwiser_tf.metrics import summary
 from pwiser_tf.models import MODELS
 from pwiser_tf.models.base import CONVERSION_HEADS
-from pwiser_tf.schema import Schema
+from pwiser_tf.schema import SPLITS, Schema
 from pwiser_tf.tasks import TASKS
 from pwiser_tf.workdir import Settings
 
@@ -58,18 +60,22 @@ class Progress(tf.train.experimental.PythonState):
 
     Attributes:
       epoch: the one under way, from 0; step: batches of it already trained on.
+      losses: the means over those batches, by name.
       history: of each finished epoch, its training losses and validation metrics.
       best_epoch, best_value: the best epoch so far by validation, and its monitored value.
     """
 
+    _SAVED = ("epoch", "step", "losses", "history", "best_epoch", "best_value")
+
     def __init__(self):
         super().__init__()
         self.epoch = self.step = 0
+        self.losses = {}
         self.history = []
         self.best_epoch, self.best_value = None, -math.inf
 
     def serialize(self) -> str:
-        return json.dumps(vars(self), default=lambda _: None)
+        return json.dumps({name: getattr(self, name) for name in self._SAVED})
 
     def deserialize(self, string_value: str) -> None:
         vars(self).update(json.loads(string_value))
@@ -86,12 +92,22 @@ class Housekeeping(keras.callbacks.Callback):
         self._checkpoint_seconds = checkpoint_seconds
         self._saved_at = time.monotonic()
 
+    def on_train_begin(self, logs=None):
+        self._means = [metric.get_weights() for metric in self.model.metrics]
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # fit has just set the running means of the losses to 0; an epoch resumed goes on with them.
+        if self._progress.step:
+            for metric, mean in zip(self.model.metrics, self._means, strict=True):
+                metric.set_weights(mean)
+
     def on_epoch_end(self, epoch, logs=None):
         # fit is told of all epochs, for its progress line, but runs one at a time.
         self.model.stop_training = True
 
     def on_train_batch_end(self, batch, logs=None):
         self._progress.step += 1
+        self._progress.losses = {name: float(value) for name, value in logs.items()}
         step = int(self.model.optimizer.iterations)
         if step % _LOG_EVERY_STEPS == 0:
             with self._writer.as_default(step):
@@ -106,29 +122,38 @@ def train(settings: Settings, folder: pathlib.Path, checkpoint_seconds: float = 
     """Runs or resumes the run in `folder` to its end. Returns what metrics.json then holds.
 
     Raises:
-      DataError: data that is missing, damaged or of another schema; a folder of another run.
+      DataError: data that is missing, damaged or of another schema; a folder of another run, or
+      in which another process is at work; a damaged checkpoint; a model that predicts NaN.
     """
     schema = Schema.load(settings.data_dir)
-    rows = data.check(settings.data_dir, schema, "train").rows
-    for split in ("validation", "test"):
+    for split in SPLITS:
         data.check(settings.data_dir, schema, split)
-    workdir.begin(folder, settings, schema)
-    _describe(settings, schema)
+    folder.mkdir(parents=True, exist_ok=True)
+    with workdir.locked(folder):
+        workdir.begin(folder, settings, schema)
+        _describe(settings, schema)
+        model = settings.build_model(schema)
+        progress = _fit(model, settings, schema, folder, checkpoint_seconds)
+        return _judge(model, settings, schema, folder, progress)
 
-    model = settings.build_model(schema)
+
+def _fit(model, settings, schema, folder, checkpoint_seconds) -> Progress:
+    """Trains until the last epoch, or until patience ends. The model is left at its best epoch."""
     # The legacy optimiser is the faster one: one fused operation a variable.
     model.compile(optimizer=keras.optimizers.legacy.Adam(settings.learning_rate))
     progress = Progress()
     state = tf.train.Checkpoint(model=model, optimizer=model.optimizer, progress=progress)
-    manager = tf.train.CheckpointManager(state, str(folder / "checkpoints"), max_to_keep=2)
-    if manager.restore_or_initialize():
-        print(f"going on at epoch {progress.epoch + 1}, step {progress.step}", flush=True)
+    manager = workdir.state_checkpoint(folder, state)
     best = workdir.best_checkpoint(folder, model)
+    if manager.latest_checkpoint:
+        workdir.restore_state(manager)
+        print(f"going on at epoch {progress.epoch + 1}, step {progress.step}", flush=True)
     writer = tf.summary.create_file_writer(str(folder / "logs"))
     housekeeping = Housekeeping(progress, manager, writer, checkpoint_seconds)
 
     # A data set smaller than a batch is one batch; elsewhere the odd rows of an epoch are left
     # out (others in each epoch), since batch normalisation needs batches of a size.
+    rows = schema.split("train").rows
     batch_size = min(settings.batch_size, rows)
     while progress.epoch < settings.epochs and not _waited_enough(progress, settings.patience):
         batches = data.batches(
@@ -140,10 +165,9 @@ def train(settings: Settings, folder: pathlib.Path, checkpoint_seconds: float = 
             skip_rows=progress.step * batch_size,
             drop_remainder=True,
         )
-        losses = {}
         if progress.step < rows // batch_size:
             try:
-                fitted = model.fit(
+                model.fit(
                     batches,
                     initial_epoch=progress.epoch,
                     epochs=settings.epochs,
@@ -153,11 +177,14 @@ def train(settings: Settings, folder: pathlib.Path, checkpoint_seconds: float = 
                 )
             except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
                 data.explain(error, settings.data_dir, schema, "train")
-            losses = {name: float(values[-1]) for name, values in fitted.history.items()}
-        _finish_epoch(model, settings, schema, progress, losses, best, writer)
+        _finish_epoch(model, settings, schema, progress, best, writer)
         manager.save()
+    workdir.restore_best(best)
+    return progress
 
-    best.checkpoint.read(best.latest_checkpoint).assert_existing_objects_matched()
+
+def _judge(model, settings, schema, folder, progress) -> dict:
+    """Evaluates the best epoch on validation and, this once, test; returns what it wrote."""
     epochs = {"best_epoch": progress.best_epoch + 1, "epochs": progress.history}
     workdir.write_json(folder / workdir.METRICS_FILE, epochs)
     for split in ("validation", "test"):
@@ -166,12 +193,17 @@ def train(settings: Settings, folder: pathlib.Path, checkpoint_seconds: float = 
     print(f"test split, epoch {progress.best_epoch + 1} of {progress.epoch}")
     print(report.table({evaluation.name: evaluation.summary}))
     print(f"metrics and plots in {folder}", flush=True)
-    return json.loads((folder / workdir.METRICS_FILE).read_text(encoding="utf-8"))
+    return workdir.read_json(folder / workdir.METRICS_FILE)
 
 
-def _finish_epoch(model, settings, schema, progress, losses, best, writer) -> None:
+def _finish_epoch(model, settings, schema, progress, best, writer) -> None:
     """Validates; keeps the weights if they are the best so far; moves on to the next epoch."""
     predictions, grade, group = predict(model, settings.data_dir, schema, "validation")
+    if not all(np.isfinite(values).all() for values in predictions.values()):
+        raise DataError(
+            f"training diverged: after epoch {progress.epoch + 1} the model predicts NaN; lower "
+            "--learning_rate, and begin in another --workdir"
+        )
     validation = summary(grade, predictions, group)
     value = _monitored(validation)
     epoch = progress.epoch
@@ -185,9 +217,14 @@ def _finish_epoch(model, settings, schema, progress, losses, best, writer) -> No
         progress.best_epoch, progress.best_value = epoch, value
         best.save(checkpoint_number=epoch + 1)
     progress.history.append(
-        {"epoch": epoch + 1, "monitored": value, "train": losses, "validation": validation}
+        {
+            "epoch": epoch + 1,
+            "monitored": value,
+            "train": progress.losses,
+            "validation": validation,
+        }
     )
-    progress.epoch, progress.step = epoch + 1, 0
+    progress.epoch, progress.step, progress.losses = epoch + 1, 0, {}
     shown = ", ".join(
         f"{task} AUC {values['auc']:.4f}" if values["auc"] is not None else f"{task} AUC undefined"
         for task, values in validation.items()
@@ -220,7 +257,7 @@ def _describe(settings: Settings, schema: Schema) -> None:
         f"a batch of {settings.batch_size} holds no conversion with probability "
         f"{(1 - ctcvr) ** min(settings.batch_size, split.rows):.2f}"
     )
-    if not settings.pwiser_weight:
+    if not (settings.pwiser_weight and settings.pwiser_tasks):
         print("loss: BCE", flush=True)
         return
     if not split.conversions:

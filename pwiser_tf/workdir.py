@@ -11,20 +11,26 @@ report-SPLIT.png   plots of an evaluation
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import math
 import os
 import pathlib
+import typing
+from collections.abc import Iterator
 
 import tensorflow as tf
 import tf_keras as keras
 
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import MODELS, ClickConversionModel, ModelConfig
+from pwiser_tf.models.base import CONVERSION_HEADS
 from pwiser_tf.schema import Schema
 from pwiser_tf.tasks import TASKS, LossConfig
 
 FLAGS_FILE = "flags.json"
 METRICS_FILE = "metrics.json"
+_CHECKPOINTS = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,18 @@ class Settings:
     margin_nonclick: float
     pwiser_tasks: tuple[str, ...]
     seed: int
+
+    def __post_init__(self):
+        """DataError for what no run can have: NaN passes a flag's bounds, flags.json was edited."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), typing.get_origin(field.type) or field.type
+            if type(value) is not kind and (kind, type(value)) != (float, int):
+                raise DataError(f"--{field.name}={value}: expected type {kind.__name__}")
+            if kind is float and not math.isfinite(value):
+                raise DataError(f"--{field.name}={value}: expected a finite number")
+        for name, names in (("model", MODELS), ("conversion_head", CONVERSION_HEADS)):
+            if getattr(self, name) not in names:
+                raise DataError(f"--{name}={getattr(self, name)}: expected one of {list(names)}")
 
     def losses(self) -> dict[str, LossConfig]:
         """How each task is learnt, by its name."""
@@ -84,7 +102,7 @@ class Settings:
 
 
 def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> None:
-    """Makes the folder ready for a run, or checks that the run in it is the one asked for.
+    """Makes the folder, which exists, ready for a run; or checks that its run is the one asked for.
 
     Raises:
       DataError: the folder holds a run with other flags or data.
@@ -92,7 +110,12 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
     workdir = pathlib.Path(workdir)
     path = workdir / FLAGS_FILE
     if not path.exists():
-        workdir.mkdir(parents=True, exist_ok=True)
+        if (workdir / _CHECKPOINTS).exists():
+            raise DataError(
+                "no such file, but there are checkpoints beside it: their run cannot be told; "
+                "give another --workdir",
+                file=path,
+            )
         schema.save(workdir)
         write_json(path, dataclasses.asdict(settings))
         return
@@ -115,41 +138,112 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
 def load(workdir: str | os.PathLike) -> tuple[Settings, Schema]:
     """The settings and schema of a run; DataError where the folder holds none."""
     path = pathlib.Path(workdir) / FLAGS_FILE
+    if not path.exists():
+        raise DataError("no such file; --workdir must be a run of pwiser_tf.train", file=path)
+    content = read_json(path)
+    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
-        return Settings(**{**content, **lists}), Schema.load(workdir)
-    except FileNotFoundError:
-        raise DataError(
-            "no such file; --workdir must be a run of pwiser_tf.train", file=path
-        ) from None
+        settings = Settings(**{**content, **lists})
     except (ValueError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
         raise DataError(f"not written by pwiser_tf.train ({error})", file=path) from None
+    return settings, Schema.load(workdir)
+
+
+def state_checkpoint(workdir: str | os.PathLike, state: tf.train.Checkpoint):
+    """The manager of the newest states."""
+    return _manager(pathlib.Path(workdir) / _CHECKPOINTS, state, keep=2, name="ckpt")
 
 
 def best_checkpoint(workdir: str | os.PathLike, model: ClickConversionModel):
     """The manager of the best epoch's weights."""
-    return tf.train.CheckpointManager(
-        tf.train.Checkpoint(model=model),
-        str(pathlib.Path(workdir) / "best"),
-        max_to_keep=1,
-        checkpoint_name="epoch",
-    )
+    state = tf.train.Checkpoint(model=model)
+    return _manager(pathlib.Path(workdir) / "best", state, keep=1, name="epoch")
+
+
+def _manager(folder: pathlib.Path, state: tf.train.Checkpoint, keep: int, name: str):
+    try:
+        return tf.train.CheckpointManager(state, str(folder), keep, checkpoint_name=name)
+    except ValueError as error:
+        raise DataError(f"not written by pwiser_tf.train ({error})", file=folder) from None
+
+
+def restore_state(manager: tf.train.CheckpointManager) -> None:
+    """Restores the newest state; DataError where its files are damaged."""
+    with _sound_checkpoint(manager) as path:
+        manager.checkpoint.restore(path).expect_partial()
+
+
+def restore_best(manager: tf.train.CheckpointManager) -> None:
+    """Restores the best epoch's weights.
+
+    Raises:
+      DataError: there is none, its files are damaged, or it is of a model with other flags.
+    """
+    with _sound_checkpoint(manager) as path:
+        manager.checkpoint.restore(path).expect_partial().assert_existing_objects_matched()
+
+
+@contextlib.contextmanager
+def _sound_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
+    """Gives the newest checkpoint's path; DataError where it, or what is done with it, fails."""
+    path = manager.latest_checkpoint
+    if not path:
+        raise DataError(
+            "no model: no epoch has been finished yet, or files were removed",
+            file=manager.directory,
+        )
+    try:
+        # Read whole: an optimiser's tensor would else be looked at, and missed, in mid-training.
+        reader = tf.train.load_checkpoint(path)
+        for name in reader.get_variable_to_shape_map():
+            reader.get_tensor(name)
+        yield path
+    except AssertionError:
+        raise DataError(
+            f"not of the model that {FLAGS_FILE} beside it describes", file=path
+        ) from None
+    except (tf.errors.OpError, IndexError, RuntimeError, ValueError) as error:
+        detail = str(error).strip().split("\n")[0][:200]
+        raise DataError(
+            f"damaged, or not of the model that {FLAGS_FILE} beside it describes ({detail})",
+            file=path,
+        ) from None
 
 
 def load_best(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Settings, Schema]:
     """The model of a run with the weights of its best epoch."""
     settings, schema = load(workdir)
     model = settings.build_model(schema)
-    manager = best_checkpoint(workdir, model)
-    if not manager.latest_checkpoint:
-        raise DataError("no epoch has been finished yet", file=workdir)
-    manager.checkpoint.read(
-        manager.latest_checkpoint
-    ).expect_partial().assert_existing_objects_matched()
+    restore_best(best_checkpoint(workdir, model))
     return model, settings, schema
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike):
+    """Keeps a folder to this process. The lock ends with the process, however that ends.
+
+    Raises:
+      DataError: another process has it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise DataError("another process is at work in this folder", file=folder) from None
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: pathlib.Path) -> dict:
+    """Reads a JSON object; DataError where the file holds something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"not JSON ({error})", file=path) from None
+    if not isinstance(content, dict):
+        raise DataError(f"not a JSON object but a {type(content).__name__}", file=path)
+    return content
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:

@@ -7,9 +7,11 @@ import sys
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import config_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from pwiser_tf import export, records, workdir
+from pwiser_tf.errors import DataError
 from pwiser_tf.schema import MISSING_INTEGER, Schema
 
 RAW = {
@@ -217,3 +219,30 @@ def test_aliases_differ_by_more_than_case():
     # TensorFlow refuses to save two inputs whose names are the same in lower case.
     aliases = export._aliases(["Click", "click", "CLICK"])
     assert aliases == {"Click": "feature_0", "click": "click", "CLICK": "feature_2"}
+
+
+def test_a_killed_export_is_cleared_away_and_two_at_a_time_are_refused(trained, tmp_path):
+    base = tmp_path / "m"
+    (base / "partial-7" / "variables").mkdir(parents=True)
+    with workdir.locked(base), pytest.raises(DataError, match="another process is at work"):
+        export.export(trained, tmp_path, "m")
+    export.export(trained, tmp_path, "m")
+    assert [path.name for path in base.iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("name", ["categorical", "numerical"])
+def test_one_column_does_not_stand_for_all(name, exported):
+    """Fed as a server does it, which unlike Session.run does not look at a signature's shapes."""
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(exported))
+        signature = loaded.signature_def["predict"]
+        arrays = {"categorical": np.ones([2, 3], np.int64), "numerical": np.ones([2, 2], "float32")}
+        options = config_pb2.CallableOptions(
+            feed=[signature.inputs[key].name for key in arrays],
+            fetch=[signature.outputs["ctr"].name],
+        )
+        run = session._make_callable_from_options(options)
+        assert run(*arrays.values())[0].shape == (2,)
+        arrays[name] = arrays[name][:, :1]
+        with pytest.raises(tf.errors.InvalidArgumentError, match="not compatible"):
+            run(*arrays.values())
