@@ -19,14 +19,13 @@ import pwiser_tf.quiet  # noqa: F401
 
 import os
 import pathlib
-import re
 import shutil
 from collections.abc import Iterable
 
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from pwiser_tf import workdir
@@ -152,18 +151,11 @@ def _spec(name: str, dtype: tf.DType, *inner: int) -> tf.TensorSpec:
 
 
 def _aliases(names: Iterable[str]) -> dict[str, str]:
-    """Raw feature names to names that TensorFlow takes for a tensor, most of them the same.
+    """Raw feature names to names that TensorFlow takes for a tensor.
 
-    TensorFlow writes them in lower case: two names may differ by case alone.
+    It takes few: no blanks, no `self`, no two that differ by case alone.
     """
-    names = list(names)
-    aliases = {}
-    for position, name in enumerate(names):
-        alias = name if re.fullmatch("[a-z][a-z0-9_]*", name) else f"feature_{position}"
-        while alias != name and alias in names:
-            alias += "_"
-        aliases[name] = alias
-    return aliases
+    return {name: f"feature_{position}" for position, name in enumerate(names)}
 
 
 def _restore_names(folder: pathlib.Path, aliases: dict[str, str]) -> None:
@@ -171,10 +163,14 @@ def _restore_names(folder: pathlib.Path, aliases: dict[str, str]) -> None:
     path = folder / "saved_model.pb"
     saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
     inputs = saved_model.meta_graphs[0].signature_def["predict_raw"].inputs
+    # Taken out first: a feature may have the name of another one's alias.
+    infos = {}
     for name, alias in aliases.items():
-        if name != alias:
-            inputs[name].CopyFrom(inputs[alias])
-            del inputs[alias]
+        infos[name] = meta_graph_pb2.TensorInfo()
+        infos[name].CopyFrom(inputs[alias])
+    inputs.clear()
+    for name, info in infos.items():
+        inputs[name].CopyFrom(info)
     path.write_bytes(saved_model.SerializeToString(deterministic=True))
 
 

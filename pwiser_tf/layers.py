@@ -27,7 +27,8 @@ class RawFeatures(tf.Module):
         self._schema = schema
         self._tables = {}
         for feature in schema.categorical:
-            if not isinstance(feature.vocabulary, range):
+            # TensorFlow refuses a table without entries.
+            if feature.vocabulary and not isinstance(feature.vocabulary, range):
                 keys = tf.constant(feature.vocabulary, feature.dtype, [len(feature.vocabulary)])
                 ids = tf.range(1, feature.size, dtype=tf.int64)
                 initializer = tf.lookup.KeyValueTensorInitializer(keys, ids)
@@ -51,6 +52,8 @@ class RawFeatures(tf.Module):
     def _ids(self, feature, values: tf.Tensor) -> tf.Tensor:
         if feature.name in self._tables:
             return self._tables[feature.name].lookup(values)
+        if not feature.vocabulary:
+            return tf.fill(tf.shape(values), tf.constant(OUT_OF_VOCABULARY, tf.int64))
         known = (values >= 0) & (values < len(feature.vocabulary))
         return tf.where(known, values + 1, OUT_OF_VOCABULARY)
 

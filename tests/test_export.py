@@ -12,7 +12,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from pwiser_tf import export, records, workdir
 from pwiser_tf.errors import DataError
-from pwiser_tf.schema import MISSING_INTEGER, Schema
+from pwiser_tf.schema import MISSING_INTEGER, Categorical, Schema
 
 RAW = {
     "page": np.array([0, 5, 99, MISSING_INTEGER]),
@@ -210,15 +210,35 @@ def test_the_command_exports(trained, tmp_path):
     assert result.stderr == ""
 
 
-def test_aliases_never_meet_a_feature_of_that_name():
-    aliases = export._aliases(["feature_1", "a b", "ok"])
-    assert aliases == {"feature_1": "feature_1", "a b": "feature_1_", "ok": "ok"}
+def test_columns_of_any_name_are_served_under_it(tmp_path):
+    # TensorFlow takes none of these for inputs: blanks, `self`, two that differ by case alone; and
+    # feature_0 is what another one is called in the graph.
+    names = ["self", "Click", "click", "a b", "日本", "feature_0", "a/b"]
+    schema = Schema(
+        "columns",
+        tuple(Categorical(name, "int64", (position,)) for position, name in enumerate(names)),
+        (),
+        "clicked",
+        "bought",
+        None,
+    )
 
+    def model(features, training):
+        # Which columns hold the value they know, as bits.
+        scores = tf.cast(features["categorical"], tf.float32) @ (2.0 ** np.arange(7)[:, None])
+        return dict.fromkeys(export.OUTPUTS, scores[:, 0])
 
-def test_aliases_differ_by_more_than_case():
-    # TensorFlow refuses to save two inputs whose names are the same in lower case.
-    aliases = export._aliases(["Click", "click", "CLICK"])
-    assert aliases == {"Click": "feature_0", "click": "click", "CLICK": "feature_2"}
+    served = export.ServedModel(model, schema)
+    tf.saved_model.save(served, str(tmp_path), signatures=served.functions)
+    export._restore_names(tmp_path, served.aliases)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(tmp_path))
+        signature = loaded.signature_def["predict_raw"]
+        assert set(signature.inputs) == set(names)
+        for position, name in enumerate(names):
+            feed = {signature.inputs[other].name: [-1] for other in names}
+            feed[signature.inputs[name].name] = [position]
+            assert session.run(signature.outputs["ctr"].name, feed).tolist() == [2.0**position]
 
 
 def test_a_killed_export_is_cleared_away_and_two_at_a_time_are_refused(trained, tmp_path):

@@ -4,7 +4,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from pwiser_tf import layers
-from pwiser_tf.schema import MISSING_INTEGER
+from pwiser_tf.schema import MISSING_INTEGER, Categorical, Schema
 from tests.conftest import SCHEMA
 
 RAW = {
@@ -30,6 +30,19 @@ def test_raw_features_agree_with_the_schema():
         present = np.isfinite(RAW[feature.name])
         np.testing.assert_array_equal(found[present], expected[present])
         assert not np.isfinite(found[~present]).any()
+
+
+@pytest.mark.parametrize("dtype", ["int64", "string"])
+def test_an_empty_vocabulary_knows_nothing(dtype):
+    feature = Categorical("f", dtype, ())
+    schema = Schema("columns", (feature,), (), "click", "buy", None)
+    values = np.array(
+        [3, 0] if dtype == "int64" else ["a", ""], dtype if dtype == "int64" else object
+    )
+    features = layers.RawFeatures(schema)({"f": tf.constant(values)})
+    assert features["categorical"].dtype == tf.int64
+    assert features["categorical"].numpy().tolist() == [[0], [0]]
+    assert feature.ids(values).tolist() == [0, 0]
 
 
 def _encoder():
