@@ -92,6 +92,10 @@ def columns(folder, *more, test=True):
 # ---- columns: values
 
 
+def csv_text(rows):
+    return "".join(",".join(row) + "\n" for row in (["a", "b", "x", "y"], *rows))
+
+
 def test_columns_row_by_row(files):
     schema = convert(files / "out", *columns(files, "--min_count=1", "--group=search"))
     # The dropped row takes no part: cid and 12 are unknown, and the mean is of 1, 3 and 5.
@@ -119,6 +123,21 @@ def test_columns_row_by_row(files):
     }
     assert counts == {"train": (5, 2, 1, 1), "test": (3, 1, 0, 0)}
     assert (schema.click, schema.conversion, schema.group) == ("click", "buy", "search")
+
+
+def test_a_fraction_is_no_integer_category(tmp_path):
+    rows = [[str(i % 3 + 1), "1", "0", "0"] for i in range(6)]
+    (tmp_path / "train.csv").write_text(csv_text(rows))
+    odd = [[text, "1", "0", "0"] for text in ("2.5", "2.0", "1e0", "1.4", " ")]
+    (tmp_path / "test.csv").write_text(csv_text(odd))
+    schema = convert(
+        *(tmp_path / "out", "--format=columns", f"--train={tmp_path / 'train.csv'}"),
+        *(f"--test={tmp_path / 'test.csv'}", "--categorical=a", "--numerical=b"),
+        *("--click=x", "--conversion=y", "--validation_fraction=0"),
+    )
+    assert schema.categorical[0].vocabulary == (1, 2, 3)
+    ids = read(tmp_path / "out", schema, "test")["categorical"][:, 0]
+    np.testing.assert_array_equal(ids, [0, 2, 1, 0, 0])
 
 
 def test_records_agree_with_the_schema_rules(files):

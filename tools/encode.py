@@ -51,13 +51,15 @@ class Encoder:
         """The SQL query whose batches `encode` takes, from one with a Part's columns and split."""
         columns = []
         for i, feature in enumerate(self._categorical):
-            # A text that is no integer is an unknown value of an integer feature: NULL.
-            integer = feature.dtype == "int64"
-            columns.append(
-                f"TRY_CAST(categorical_{i} AS BIGINT) AS categorical_{i}"
-                if integer
-                else f"categorical_{i}"
-            )
+            column = f"categorical_{i}"
+            if feature.dtype == "int64" and self._source.missing:
+                # A text that is no integer ("x", and "2.5", which a cast alone would round) is an
+                # unknown value of an integer feature: NULL. "7.0" is the integer 7.
+                integer = f"TRY_CAST({column} AS BIGINT)"
+                whole = f"{integer} = TRY_CAST({column} AS DOUBLE)"
+                columns.append(f"CASE WHEN {whole} THEN {integer} END AS {column}")
+            else:
+                columns.append(column)
         columns += [f"numerical_{i}" for i in range(len(self._numerical))]
         columns += ["click", "conversion", "CAST(split AS TINYINT) AS split"]
         if self._source.group:
