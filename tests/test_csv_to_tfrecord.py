@@ -944,6 +944,8 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
         [sys.executable, "-m", "tools.csv_to_tfrecord", *columns(tmp_path, test=False),
          f"--output_dir={tmp_path / 'out'}"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        # A job in the background inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     # The signal comes while it works: its partial folder is there.
     while not glob.glob(f"{tmp_path}/.out.*.partial/*") and process.poll() is None:
