@@ -32,7 +32,6 @@ MAX_GROUP = 2 ** (7 * _GROUP_BYTES) - 1
 # TFRecord frame: length (uint64), its masked CRC32C, the data, the data's masked CRC32C.
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
-FRAME_BYTES = _HEADER.size + _FOOTER.size
 
 
 def parse_spec(schema: Schema) -> dict:
