@@ -1,4 +1,4 @@
-"""Layers: raw values to features, features to a vector (encoder), MLP and gate.
+"""Layers: raw values to features, features to a vector (encoder), MLP, gate, head.
 
 Shapes: B rows in a batch, C categorical and N numerical features, D = embedding_dim.
 """
@@ -231,6 +231,34 @@ class Gate(keras.layers.Layer):
         # Compiled, the stack of all experts is never written to memory.
         mix = _compiled_mix if training else _mix
         return mix(self._weights(inputs), experts)
+
+
+class Head(keras.layers.Layer):
+    """The end of a tower: its logit and, where asked for, an energy beside it (see JRC).
+
+    The energy starts at 0 and draws no random number, so that with it or without it a model of
+    one seed starts as the same function.
+
+    Call: float [B, units] to float32 [B, 1], or [B, 2] with the energy in the second column.
+    """
+
+    def __init__(self, bias: float, weight_decay: float, energy: bool = False, **kwargs):
+        super().__init__(**kwargs)
+        regularizer = _regularizer(weight_decay)
+        self._columns = [
+            keras.layers.Dense(
+                1,
+                kernel_regularizer=regularizer,
+                bias_initializer=keras.initializers.Constant(bias),
+            )
+        ]
+        if energy:
+            self._columns.append(
+                keras.layers.Dense(1, kernel_initializer="zeros", kernel_regularizer=regularizer)
+            )
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        return tf.concat([column(inputs) for column in self._columns], axis=1)
 
 
 def _regularizer(weight_decay: float) -> keras.regularizers.Regularizer | None:

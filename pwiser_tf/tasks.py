@@ -29,6 +29,7 @@ class LossConfig:
 
     weight: float = 0.5
     conversion_weight: float = 1.0
+    loss: str = "bce"
     pwiser_weight: float = 0.0
     margin_click: float = 0.05
     margin_nonclick: float = 0.1
@@ -48,6 +49,8 @@ class TaskLoss(keras.losses.Loss):
         self._pwiser = PWiseRLoss(config.margin_click, config.margin_nonclick, from_logits=True)
 
     def call(self, grade: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+        if isinstance(grade, dict):
+            grade, logits = grade["grade"], logits["logits"]
         labels = tf.cast(grade >= self._positive_grade, logits.dtype)
         losses = tf.nn.sigmoid_cross_entropy_with_logits(labels, logits)
         if self._config.conversion_weight != 1:

@@ -88,7 +88,11 @@ class Settings:
     def build_model(self, schema: Schema) -> ClickConversionModel:
         """A model with all variables made, initialised from the seed."""
         config = ModelConfig(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
+            **{
+                field.name: getattr(self, field.name)
+                for field in dataclasses.fields(ModelConfig)
+                if hasattr(self, field.name)
+            }
         )
         keras.utils.set_random_seed(self.seed)
         model = MODELS[self.model](schema, config, self.losses())

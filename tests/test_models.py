@@ -82,7 +82,7 @@ def test_outputs_are_those_of_the_papers_equations(name, head):
     model = _model(name, head)
     logits = {}
     for tower, x in _numpy_tower_inputs(model, name).items():
-        kernel, bias = (weight.numpy() for weight in model._logits[tower].weights)
+        kernel, bias = (weight.numpy() for weight in model._heads[tower].weights)
         logits[tower] = (_numpy_mlp(model._towers[tower], x) @ kernel + bias)[:, 0]
     ctr, second = (1 / (1 + np.exp(-logits[tower])) for tower in ("click", "conversion"))
     ctcvr = np.minimum(second, ctr) if head == "direct" else ctr * second
@@ -110,9 +110,10 @@ def test_outputs_are_nested_even_at_extreme_logits(name, head):
 
 def test_product_heads_task_logit_is_that_of_the_product():
     model = _model("shared_bottom", "product")
-    outputs, logits = model(FEATURES), model.task_logits(FEATURES)
-    np.testing.assert_allclose(tf.sigmoid(logits["ctcvr"]), outputs["ctcvr"], rtol=1e-5)
-    np.testing.assert_allclose(tf.sigmoid(logits["ctr"]), outputs["ctr"], rtol=1e-5)
+    outputs = model(FEATURES)
+    predictions = model._task_predictions(model.tower_logits(FEATURES, training=False))
+    for task, prediction in predictions.items():
+        np.testing.assert_allclose(tf.sigmoid(prediction["logits"]), outputs[task], rtol=1e-5)
 
 
 def test_log1mexp_agrees_with_float64_and_has_finite_gradients():

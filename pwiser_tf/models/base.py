@@ -15,12 +15,14 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 import tf_keras as keras
 
-from pwiser_tf.layers import MLP, Encoder
+from pwiser_tf.layers import MLP, Encoder, Head
 from pwiser_tf.schema import Schema
 from pwiser_tf.tasks import LossConfig, TaskLoss
 
 CLICK, CONVERSION = TOWERS = ("click", "conversion")
 CONVERSION_HEADS = ("direct", "product")
+# The tower whose output a task reads first.
+TOWER_OF_TASK = {"ctr": CLICK, "ctcvr": CONVERSION}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,19 +32,23 @@ class ModelConfig:
     Attributes:
       embedding_dim: size of an embedding. bottom_units: MLP sizes of a bottom or expert.
       tower_units: MLP sizes of a tower. experts: how many, where the architecture has them.
-      dropout: rate, in every block. weight_decay: L2 on embeddings and dense kernels.
+      critics: how many, for MetaHeac. dropout: rate, in every block.
+      weight_decay: L2 on embeddings and dense kernels.
       mixed_precision: train with bfloat16 matrix products (see layers.Block).
       conversion_head: "direct" or "product" (see above).
+      auxiliary_weight: of the architecture's own extra term, where it has one; else 0.
     """
 
     embedding_dim: int = 128
     bottom_units: tuple[int, ...] = (512, 256)
     tower_units: tuple[int, ...] = (128, 64)
     experts: int = 8
+    critics: int = 5
     dropout: float = 0.2
     weight_decay: float = 1e-6
     mixed_precision: bool = False
     conversion_head: str = "direct"
+    auxiliary_weight: float = 0.0
 
     def __post_init__(self):
         if self.conversion_head not in CONVERSION_HEADS:
@@ -52,12 +58,24 @@ class ModelConfig:
 class ClickConversionModel(tfrs.Model):
     """Base of the architectures. Called with features (see data.batches), it gives probabilities.
 
-    A subclass builds its layers in __init__ and defines `tower_inputs`.
+    A subclass builds its layers in __init__ and defines `tower_inputs`, or else `tower_logits`.
+    What it may state besides, as class attributes:
+
+      conversion_heads: the heads that its paper leaves open; the first is the default.
+      auxiliary_weight: None, or the weight in its paper of a term of its own, `auxiliary_loss`.
+      towers: the towers that `tower_inputs` feeds.
 
     Args:
       schema: the data set's; config: the sizes.
       losses: how each task is learnt, by its name; needed to train, not to predict.
+
+    Raises:
+      ValueError: a config that the architecture cannot have.
     """
+
+    conversion_heads: tuple[str, ...] = CONVERSION_HEADS
+    auxiliary_weight: float | None = None
+    towers: tuple[str, ...] = TOWERS
 
     def __init__(
         self,
@@ -66,43 +84,58 @@ class ClickConversionModel(tfrs.Model):
         losses: dict[str, LossConfig] | None = None,
     ):
         super().__init__()
+        if config.conversion_head not in self.conversion_heads:
+            raise ValueError(
+                f"conversion_head: {config.conversion_head}, {type(self).__name__} has "
+                + " or ".join(self.conversion_heads)
+            )
+        if config.auxiliary_weight and self.auxiliary_weight is None:
+            raise ValueError(
+                f"auxiliary_weight: {config.auxiliary_weight}, {type(self).__name__} has no "
+                "auxiliary loss"
+            )
         self._schema = schema
         self._config = config
-        self._towers = {name: self._mlp(config.tower_units) for name in TOWERS}
-        self._logits = {
-            name: keras.layers.Dense(
-                1,
-                kernel_regularizer=keras.regularizers.L2(config.weight_decay / 2),
-                bias_initializer=keras.initializers.Constant(_log_odds(rate)),
-            )
-            for name, rate in _base_rates(schema, config.conversion_head).items()
-        }
         self._task_losses = dict(losses or {})
+        self._rates = _base_rates(schema, config.conversion_head)
+        self._energies = {
+            TOWER_OF_TASK[task] for task, loss in self._task_losses.items() if loss.loss == "jrc"
+        }
+        self._towers = {tower: self._mlp(config.tower_units) for tower in self.towers}
+        self._heads = {tower: self._head(tower) for tower in self.towers}
         self._tasks = {
             name: tfrs.tasks.Ranking(
                 loss=TaskLoss(name, loss), loss_metrics=[keras.metrics.Mean(f"{name}_loss")]
             )
             for name, loss in self._task_losses.items()
         }
+        if self.auxiliary_weight is not None:
+            self._auxiliary_metric = keras.metrics.Mean("auxiliary_loss")
 
     def tower_inputs(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
-        """Features to {tower: float32 [B, units]}, for both TOWERS."""
+        """Features to {tower: float32 [B, units]}, for all of `towers`."""
         raise NotImplementedError
 
-    def task_logits(
-        self, features: dict[str, tf.Tensor], training: bool = False
-    ) -> dict[str, tf.Tensor]:
-        """Features to {task: float32 [B]}: what each task's loss is computed on."""
-        click, conversion = self._tower_logits(features, training)
-        if self._config.conversion_head == "product":
-            # The logit of sigmoid(click) * sigmoid(conversion), without leaving log space.
-            log_product = tf.math.log_sigmoid(click) + tf.math.log_sigmoid(conversion)
-            conversion = log_product - _log1mexp(log_product)
-        return {"ctr": click, "ctcvr": conversion}
+    def tower_logits(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
+        """Features to {tower: float32 [B, width]}, for both TOWERS and what else there is.
+
+        Column 0 is the logit. The second column, where a task of the tower is learnt by JRC, is
+        the energy: class logits (f0, f1) are (energy, energy + logit). It shapes the loss alone.
+        """
+        inputs = self.tower_inputs(features, training)
+        return {
+            tower: self._heads[tower](self._towers[tower](inputs[tower], training))
+            for tower in self.towers
+        }
+
+    def auxiliary_loss(self, logits: dict[str, tf.Tensor], grade: tf.Tensor) -> tf.Tensor:
+        """What `tower_logits` gave, and grades [B], to the architecture's own term, a scalar."""
+        raise NotImplementedError
 
     def call(self, features: dict[str, tf.Tensor], training: bool = False) -> dict[str, tf.Tensor]:
         """Features to probabilities {"ctr", "cvr", "ctcvr"}, float32 [B], ctcvr = ctr * cvr."""
-        click, conversion = self._tower_logits(features, training)
+        logits = self.tower_logits(features, training)
+        click, conversion = (logits[tower][:, 0] for tower in TOWERS)
         ctr = tf.sigmoid(click)
         if self._config.conversion_head == "product":
             cvr = tf.sigmoid(conversion)
@@ -113,22 +146,42 @@ class ClickConversionModel(tfrs.Model):
         return {"ctr": ctr, "cvr": cvr, "ctcvr": ctr * cvr}
 
     def compute_loss(self, inputs, training: bool = False) -> tf.Tensor:
-        """The weighted sum of the tasks' losses over a batch (features, grade), a scalar."""
-        features, grade = inputs
-        logits = self.task_logits(features, training)
-        return tf.add_n(
-            [
-                self._task_losses[name].weight * task(labels=grade, predictions=logits[name])
-                for name, task in self._tasks.items()
-            ]
-        )
+        """The loss of a batch (features, grade), a scalar.
 
-    def _tower_logits(self, features, training) -> list[tf.Tensor]:
-        inputs = self.tower_inputs(features, training)
-        return [
-            tf.squeeze(self._logits[name](self._towers[name](inputs[name], training)), axis=1)
-            for name in TOWERS
+        It is the sum over the tasks of weight * loss, and of the auxiliary loss, if there is one.
+        In the papers that have one every task counts once beside it. So it is scaled by the mean
+        of the tasks' weights: with the usual halves, all is half of the paper's sum.
+        """
+        features, grade = inputs
+        logits = self.tower_logits(features, training)
+        predictions = self._task_predictions(logits)
+        labels = {"grade": grade}
+        if "group" in features:
+            labels["group"] = features["group"]
+        terms = [
+            self._task_losses[name].weight * task(labels=labels, predictions=predictions[name])
+            for name, task in self._tasks.items()
         ]
+        if self.auxiliary_weight is not None:
+            auxiliary = self.auxiliary_loss(logits, grade)
+            self._auxiliary_metric.update_state(auxiliary)
+            weights = [loss.weight for loss in self._task_losses.values()]
+            scale = self._config.auxiliary_weight * sum(weights) / len(weights)
+            terms.append(scale * auxiliary)
+        return tf.add_n(terms)
+
+    def _task_predictions(self, logits: dict[str, tf.Tensor]) -> dict[str, dict[str, tf.Tensor]]:
+        """What each task's loss is computed on: {task: {"logits": [B], "energy": [B]}}."""
+        click, conversion = (logits[tower][:, 0] for tower in TOWERS)
+        if self._config.conversion_head == "product":
+            # The logit of sigmoid(click) * sigmoid(conversion), without leaving log space.
+            log_product = tf.math.log_sigmoid(click) + tf.math.log_sigmoid(conversion)
+            conversion = log_product - _log1mexp(log_product)
+        predictions = {"ctr": {"logits": click}, "ctcvr": {"logits": conversion}}
+        for task, tower in TOWER_OF_TASK.items():
+            if tower in self._energies:
+                predictions[task]["energy"] = logits[tower][:, 1]
+        return predictions
 
     def _encoder(self) -> Encoder:
         return Encoder(self._schema, self._config.embedding_dim, self._config.weight_decay)
@@ -137,13 +190,15 @@ class ClickConversionModel(tfrs.Model):
         config = self._config
         return MLP(units, config.dropout, config.weight_decay, config.mixed_precision)
 
+    def _head(self, tower: str) -> Head:
+        # Models start at the base rates: calibrated from the first step, instead of spending
+        # hundreds of steps on walking there from 1/2.
+        bias = log_odds(self._rates[tower]) if tower in self._rates else 0.0
+        return Head(bias, self._config.weight_decay, energy=tower in self._energies)
+
 
 def _base_rates(schema: Schema, conversion_head: str) -> dict[str, tuple[int, int]]:
-    """What each tower learns at a first glance: tower to (positives, rows) of the training split.
-
-    A model whose logits start at these rates is calibrated from its first step, instead of
-    spending hundreds of steps on walking there from 1/2.
-    """
+    """What each tower learns first: tower to (positives, rows) of the training split."""
     if "train" not in schema.splits:
         return dict.fromkeys(TOWERS, (0, 0))
     split = schema.splits["train"]
@@ -151,7 +206,8 @@ def _base_rates(schema: Schema, conversion_head: str) -> dict[str, tuple[int, in
     return {CLICK: (split.clicks, split.rows), CONVERSION: (split.conversions, converted_of)}
 
 
-def _log_odds(rate: tuple[int, int]) -> float:
+def log_odds(rate: tuple[int, int]) -> float:
+    """The logit of a rate given as (positives, rows)."""
     positives, rows = rate
     # Half a row each way keeps a split without positives, or without negatives, finite.
     return math.log((positives + 0.5) / (rows - positives + 0.5))
