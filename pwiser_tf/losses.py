@@ -20,6 +20,17 @@ What the paper (Durmus et al.) leaves open, and what is done here:
   loss then grows with the number of conversions in the batch, and its best weight changes with
   the batch size. The default is the mean over pairs; `normalization="negatives"` is the formula
   as printed.
+
+The losses that PWiseR is compared with stand below it, each a function of logits:
+
+    pairwise_logistic   RankNet, on PWiseR's own pairs
+    combined_pair       RankNet, on the pairs of one binary label          (arXiv 2403.14144)
+    jrc                 softmax among the rows of one group, per class     (arXiv 2208.06164)
+    listce              softmax cross-entropy of a group's probabilities   (arXiv 2211.01494)
+    focal               cross-entropy that looks away from easy rows       (arXiv 1708.02002)
+
+All but focal are terms to be added to BCE with a weight. Where a paper mixes alpha * BCE +
+(1 - alpha) * term, that is the same up to scale as BCE + (1 - alpha) / alpha * term.
 """
 
 import math
@@ -28,6 +39,9 @@ import tensorflow as tf
 import tf_keras as keras
 
 NORMALIZATIONS = ("pairs", "negatives")
+
+# Upper rows whose pairs with all others are in memory at a time.
+_PAIR_BLOCK = 8
 
 
 def pwiser(
@@ -78,20 +92,10 @@ def pwiser(
         sizes that turn out unequal only when a graph runs give InvalidArgumentError.
     """
     _check_settings(margin_click, margin_nonclick, normalization)
-    scores, grade = _vector(scores, "scores"), _vector(grade, "grade")
-    if not scores.dtype.is_floating:
-        raise TypeError(f"scores: found {scores.dtype.name}, expected a floating-point type")
-    if not scores.shape.is_compatible_with(grade.shape):
-        raise ValueError(f"grade: found shape {grade.shape}, expected {scores.shape} as the scores")
-    if None in (scores.shape[0], grade.shape[0]):
-        # A graph knows sizes only when it runs: one score must not be broadcast to many grades.
-        message = "grade: expected as many as there are scores"
-        tf.debugging.assert_equal(tf.size(grade), tf.size(scores), message)
-    grade = tf.cast(tf.round(grade) if grade.dtype.is_floating else grade, tf.int32)
-
-    counts = tf.raw_ops.DenseBincount(input=grade, size=3, weights=tf.zeros([0], tf.float64))
-    divisor = counts[:2] * counts[2] if normalization == "pairs" else counts[:2]
-    weight_of_grade = tf.concat([tf.math.divide_no_nan(1.0, divisor), tf.zeros([1], tf.float64)], 0)
+    scores = _scores(scores)
+    grade = _classes(grade, "grade", scores)
+    counts = _count(grade, 3)
+    weight_of_grade = _weights_of_lower_classes(counts, normalization)
     margin_of_grade = tf.constant([margin_nonclick, margin_click, 0.0], tf.float64)
     weight = tf.gather(weight_of_grade, grade)  # [batch]; 0 for conversions
     margin = tf.gather(margin_of_grade, grade)  # [batch]
@@ -132,25 +136,38 @@ def pwiser(
     return loss_of(scores)
 
 
-@keras.utils.register_keras_serializable(package="pwiser_tf")
-class PWiseRLoss(keras.losses.Loss):
-    """`pwiser` as a Keras (tf_keras) loss: y_true is the grade, y_pred one head's output.
+class PairLoss(keras.losses.Loss):
+    """Base of the Keras (tf_keras) losses below: a batch's loss is one number, a mean over pairs.
 
-    The loss of a batch is one number, not one for each row. So every `reduction` (AUTO, SUM, NONE,
-    SUM_OVER_BATCH_SIZE) gives that number itself. Under a tf.distribute strategy each replica has
-    the number of its own pairs, whose mean over replicas is wanted: `compile` and `fit` divide by
-    the number of replicas with AUTO; in a loop of one's own Keras refuses AUTO, so pass SUM or
-    NONE and divide by `strategy.num_replicas_in_sync` (not by the global batch size: the number
-    is a mean already).
+    It is not one for each row. So every `reduction` (AUTO, SUM, NONE, SUM_OVER_BATCH_SIZE) gives
+    that number itself. Under a tf.distribute strategy each replica has the number of its own
+    pairs, whose mean over replicas is wanted: `compile` and `fit` divide by the number of replicas
+    with AUTO; in a loop of one's own Keras refuses AUTO, so pass SUM or NONE and divide by
+    `strategy.num_replicas_in_sync` (not by the global batch size: the number is a mean already).
+
+    Calling it takes y_true and y_pred, [batch] or [batch, 1] each, and raises what the function
+    raises, and ValueError for a `sample_weight`: weights belong to rows, this loss to pairs.
+    """
+
+    def __call__(self, y_true, y_pred, sample_weight=None) -> tf.Tensor:
+        if sample_weight is not None:
+            raise ValueError(
+                f"{type(self).__name__} takes no sample_weight (nor class_weight): weights belong "
+                "to rows, this loss to pairs. Weight the cross-entropy, or scale this loss as a "
+                "whole."
+            )
+        return super().__call__(y_true, y_pred)
+
+
+@keras.utils.register_keras_serializable(package="pwiser_tf")
+class PWiseRLoss(PairLoss):
+    """`pwiser` as a Keras loss: y_true is the grade, y_pred one head's output. See `PairLoss`.
 
     Args:
       margin_click, margin_nonclick, normalization: see `pwiser`.
       from_logits: y_pred holds logits. Their sigmoid is taken first, in float32 at least; the
         margins stay in units of probability.
       reduction, name: as in every Keras loss.
-
-    Calling it takes y_true and y_pred, [batch] or [batch, 1] each, and raises what `pwiser`
-    raises, and ValueError for a `sample_weight`: weights belong to rows, this loss to pairs.
     """
 
     def __init__(
@@ -168,14 +185,6 @@ class PWiseRLoss(keras.losses.Loss):
         self.margin_nonclick = margin_nonclick
         self.from_logits = from_logits
         self.normalization = normalization
-
-    def __call__(self, y_true, y_pred, sample_weight=None) -> tf.Tensor:
-        if sample_weight is not None:
-            raise ValueError(
-                "PWiseRLoss takes no sample_weight (nor class_weight): weights belong to rows, "
-                "this loss to pairs. Weight the cross-entropy, or scale this loss as a whole."
-            )
-        return super().__call__(y_true, y_pred)
 
     def call(self, y_true, y_pred) -> tf.Tensor:
         y_pred = tf.convert_to_tensor(y_pred)
@@ -217,6 +226,288 @@ def strength(weight: float, margin_click: float, margin_nonclick: float, cvr: fl
     return 2 * weight * (margin_click + margin_nonclick) / cvr
 
 
+def pairwise_logistic(logits: tf.Tensor, grade: tf.Tensor) -> tf.Tensor:
+    """RankNet (Burges et al. 2005; BPR is the same) on PWiseR's own pairs, every one of the batch.
+
+        1/(N1 M) sum_{i: grade 1} sum_{j: grade 2} log(1 + exp(-(s_j - s_i)))
+      + 1/(N0 M) sum_{k: grade 0} sum_{j: grade 2} log(1 + exp(-(s_j - s_k)))
+
+    RankNet takes any pairs; these are those of PWiseR, so that only the shape of the loss differs.
+    It has no margins: a pair pushes on, however far apart it is, with sigmoid(-(s_j - s_i)).
+
+    Unlike a squared hinge this sum has no prefix sums: the pairs are computed one by one, some
+    conversions against all rows at a time, in time O(n M) and memory O(n). Sums are float64. For
+    what else holds (terms without pairs, values that are not finite, second derivatives) see
+    `pwiser`.
+
+    Args:
+      logits: float [batch] or [batch, 1], any float type.
+      grade: integer or float [batch] or [batch, 1] in {0, 1, 2}. Another value is an error on
+        CPU (InvalidArgumentError).
+
+    Returns:
+      The loss, a scalar of the logits' type.
+
+    Raises:
+      TypeError: logits that are not floating point.
+      ValueError: other shapes.
+    """
+    logits = _scores(logits, "logits")
+    grade = _classes(grade, "grade", logits)
+    weight = tf.gather(_weights_of_lower_classes(_count(grade, 3), "pairs"), grade)
+    return _logistic(logits, weight, tf.equal(grade, 2))
+
+
+def combined_pair(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+    """The ranking term of Combined-Pair (Lin et al., arXiv 2403.14144), over every pair.
+
+        1/(P N) sum_{i: label 1} sum_{j: label 0} log(1 + exp(-(s_i - s_j)))
+
+    It is RankNet between the positives P and the negatives N of the label that BCE learns, mean
+    over pairs (as in the authors' code). The paper mixes alpha * BCE + (1 - alpha) * this.
+
+    Computed as `pairwise_logistic` is, in time O(N P).
+
+    Args:
+      logits: float [batch] or [batch, 1], any float type.
+      labels: bool, integer or float [batch] or [batch, 1] in {0, 1}. Another value is an error on
+        CPU (InvalidArgumentError).
+
+    Returns:
+      The loss, a scalar of the logits' type.
+
+    Raises:
+      TypeError: logits that are not floating point.
+      ValueError: other shapes.
+    """
+    logits = _scores(logits, "logits")
+    labels = _classes(labels, "labels", logits)
+    weight = tf.gather(_weights_of_lower_classes(_count(labels, 2), "pairs"), labels)
+    return _logistic(logits, weight, tf.equal(labels, 1))
+
+
+def jrc(logits: tf.Tensor, energy: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
+    """The ranking term of JRC (Sheng et al., arXiv 2208.06164): a row's share of its group.
+
+    A head has a logit for each class, f0 = energy and f1 = energy + logit, so that sigmoid(f1 -
+    f0) is the probability and BCE does not see the energy. With y the label of row i, in group g:
+
+        mean over rows i of  -log( exp(f_y(i)) / sum_{j in g} exp(f_y(j)) )
+
+    All rows of the group stand in the denominator, those of the same label too, and negatives
+    compete among themselves through f0 as positives do through f1: so the paper's equation has
+    it. The mean over rows is what Alibaba's EasyRec computes; the mixture in the paper is alpha *
+    BCE + (1 - alpha) * this. A group ("context") is a session there; of which rows a batch holds
+    the paper says nothing: a row that is alone in the batch costs 0, so keep groups together.
+
+    Time O(n), by segments; log-sum-exp about each group's maximum, in float64.
+
+    Args:
+      logits: float [batch] or [batch, 1], any float type.
+      energy: the same, of the logits' type.
+      labels: bool, integer or float [batch] or [batch, 1] in {0, 1}. Another value is an error on
+        CPU (InvalidArgumentError).
+      group: integer [batch] or [batch, 1], any values.
+
+    Returns:
+      The loss, a scalar of the logits' type; 0 for an empty batch, NaN where a logit or an energy
+      is not finite.
+
+    Raises:
+      TypeError: logits or energies that are not floating point.
+      ValueError: other shapes.
+    """
+    logits, energy = _scores(logits, "logits"), _scores(_beside(energy, "energy", logits), "energy")
+    labels = _classes(labels, "labels", logits)
+    counts = _count(labels, 2)
+    index, groups = _groups(group, logits)
+    f0 = tf.cast(energy, tf.float64)
+    f1 = f0 + tf.cast(logits, tf.float64)
+    share = tf.where(
+        tf.equal(labels, 1), _log_share(f1, index, groups), _log_share(f0, index, groups)
+    )
+    loss = tf.math.divide_no_nan(-tf.reduce_sum(share), tf.reduce_sum(counts))
+    return tf.cast(loss + _nan_unless_finite(f1), logits.dtype)
+
+
+def listce(logits: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
+    """Regression-compatible ListCE (Bai et al., arXiv 2211.01494), with the sigmoid.
+
+    For a group of rows with labels y, C of them positive, and probabilities p = sigmoid(s):
+
+        -1/C sum_i y_i log( p_i / sum_j p_j )
+
+    Softmax cross-entropy, with log p in the place of the logits: its minimum is where p is
+    proportional to y, which BCE's minimum is too. Groups without a positive have no loss. The
+    mean is over the groups with a positive: that is our choice (the paper writes one group's loss).
+    The paper mixes (1 - alpha) * BCE + alpha * this.
+
+    Time O(n), by segments; log p and log-sum-exp never leave log space, in float64. Rows that are
+    alone in the batch cost 0, so keep groups together.
+
+    Args:
+      logits: float [batch] or [batch, 1], any float type.
+      labels: bool, integer or float [batch] or [batch, 1] in {0, 1}. Another value is an error on
+        CPU (InvalidArgumentError).
+      group: integer [batch] or [batch, 1], any values.
+
+    Returns:
+      The loss, a scalar of the logits' type; 0 without positives, NaN where a logit is not finite.
+
+    Raises:
+      TypeError: logits that are not floating point.
+      ValueError: other shapes.
+    """
+    logits = _scores(logits, "logits")
+    labels = _classes(labels, "labels", logits)
+    _count(labels, 2)  # refuses other labels
+    index, groups = _groups(group, logits)
+    y = tf.cast(labels, tf.float64)
+    share = _log_share(tf.math.log_sigmoid(tf.cast(logits, tf.float64)), index, groups)
+    positives = tf.math.unsorted_segment_sum(y, index, groups)  # [groups]: each one's C
+    cost = tf.math.divide_no_nan(tf.math.unsorted_segment_sum(-y * share, index, groups), positives)
+    counted = tf.math.count_nonzero(positives, dtype=tf.float64)
+    loss = tf.math.divide_no_nan(tf.reduce_sum(cost), counted)
+    return tf.cast(loss + _nan_unless_finite(logits, tf.float64), logits.dtype)
+
+
+def focal(logits: tf.Tensor, labels: tf.Tensor, gamma: float = 2.0) -> tf.Tensor:
+    """Focal loss (Lin et al., arXiv 1708.02002): (1 - p_t)^gamma * cross-entropy, one a row.
+
+    p_t is the probability given to the row's own label. It takes the place of
+    `tf.nn.sigmoid_cross_entropy_with_logits`, and has its shape: it is a loss of rows, not of
+    pairs. gamma 0 is cross-entropy. The paper's alpha, a weight for each class, is left out (for
+    rare positives it found a weight below 1/2 for them best, with gamma 2). The minimum is not at
+    the true probability: focal pulls predictions to 1/2. Keras has BinaryFocalCrossentropy, which
+    clips probabilities; this one stays in log space, with finite gradients at any logit.
+
+    Args:
+      logits: float [batch] or [batch, 1], any float type.
+      labels: bool, integer or float [batch] or [batch, 1] in {0, 1}.
+      gamma: how much easy rows are turned down, >= 0.
+
+    Returns:
+      The losses, [batch], of the logits' type.
+
+    Raises:
+      TypeError: logits that are not floating point.
+      ValueError: other shapes; a gamma that is negative or not finite.
+    """
+    if not (math.isfinite(gamma) and gamma >= 0):
+        raise ValueError(f"gamma: found {gamma}, expected a finite number of at least 0")
+    logits = _scores(logits, "logits")
+    labels = _classes(labels, "labels", logits)
+    towards = tf.where(tf.equal(labels, 1), logits, -logits)  # the log-odds of the row's own label
+    cross_entropy = tf.nn.softplus(-towards)
+    return tf.exp(gamma * tf.math.log_sigmoid(-towards)) * cross_entropy
+
+
+@keras.utils.register_keras_serializable(package="pwiser_tf")
+class PairwiseLogisticLoss(PairLoss):
+    """`pairwise_logistic` as a Keras loss: y_true is the grade, y_pred logits. See `PairLoss`."""
+
+    def __init__(
+        self, reduction: str = keras.losses.Reduction.AUTO, name: str = "pairwise_logistic"
+    ):
+        super().__init__(reduction=reduction, name=name)
+
+    def call(self, y_true, y_pred) -> tf.Tensor:
+        return pairwise_logistic(y_pred, y_true)
+
+
+@keras.utils.register_keras_serializable(package="pwiser_tf")
+class CombinedPairLoss(PairLoss):
+    """`combined_pair` as a Keras loss: y_true is the label, y_pred logits. See `PairLoss`."""
+
+    def __init__(self, reduction: str = keras.losses.Reduction.AUTO, name: str = "combined_pair"):
+        super().__init__(reduction=reduction, name=name)
+
+    def call(self, y_true, y_pred) -> tf.Tensor:
+        return combined_pair(y_pred, y_true)
+
+
+def _logistic(logits: tf.Tensor, weight: tf.Tensor, upper: tf.Tensor) -> tf.Tensor:
+    """sum_b weight_b sum_{j: upper} log(1 + exp(logits_b - logits_j)), a scalar of their type.
+
+    Args:
+      logits: float [batch]. weight: float64 [batch], 0 for the upper rows. upper: bool [batch].
+    """
+    upper_rows = tf.where(upper)  # [M, 1]
+
+    @tf.custom_gradient
+    def loss_of(logits):
+        half = logits.dtype in (tf.float16, tf.bfloat16)
+        # No tape sees what is inside: the gradient is known, and XLA could not keep a tape's notes.
+        x = tf.stop_gradient(tf.cast(logits, tf.float32) if half else logits)
+        above = tf.gather_nd(x, upper_rows)
+        count = tf.size(above)
+        # XLA compiles for one size of each input: only the batch's may matter, not M.
+        above = tf.pad(above, [[0, tf.size(x) - count + _PAIR_BLOCK]])
+        loss, slope, upper_slope = _logistic_blocks(x, weight, above, count)
+
+        def gradient(upstream):
+            total = tf.tensor_scatter_nd_sub(slope, upper_rows, upper_slope[:count])
+            # Multiplied before the cast: half precision needs its loss scale applied first.
+            total = tf.cast(tf.cast(upstream, tf.float64) * total, logits.dtype)
+            return tf.raw_ops.PreventGradient(
+                input=total, message="pairwise losses have no second derivatives"
+            )
+
+        return tf.cast(loss + _nan_unless_finite(x, tf.float64), logits.dtype), gradient
+
+    return loss_of(logits)
+
+
+@tf.function(jit_compile=True, reduce_retracing=True)
+def _logistic_blocks(x, weight, above, count):
+    """The pairs of `_logistic`, _PAIR_BLOCK upper rows against all rows at a time.
+
+    Elementwise float32 (for float32 logits), summed in float64.
+
+    Args:
+      x: float [batch]. weight: float64 [batch]. above: float [batch + _PAIR_BLOCK], the upper
+      rows' logits, then anything finite. count: M, an int32 scalar.
+
+    Returns:
+      The loss, float64; dloss/dx without the upper rows' own part, float64 [batch]; minus
+      dloss/dabove, float64 [batch + _PAIR_BLOCK], of which the first M count.
+    """
+
+    def add_block(start, losses, slopes, upper_slopes):
+        positions = start + tf.range(_PAIR_BLOCK)
+        difference = x - tf.slice(above, [start], [_PAIR_BLOCK])[:, tf.newaxis]  # [block, batch]
+        small = tf.exp(-tf.abs(difference))
+        loss = tf.nn.relu(difference) + tf.math.log1p(small)
+        slope = tf.where(difference >= 0, tf.ones_like(small), small) / (1 + small)
+        loss, slope = tf.cast(loss, tf.float64), tf.cast(slope, tf.float64)
+        counted = tf.cast(positions < count, tf.float64)[:, tf.newaxis]
+        return (
+            start + _PAIR_BLOCK,
+            losses + tf.reduce_sum(counted * loss, axis=0),
+            slopes + tf.reduce_sum(counted * slope, axis=0),
+            tf.tensor_scatter_nd_update(
+                upper_slopes, positions[:, tf.newaxis], tf.reduce_sum(weight * slope, axis=1)
+            ),
+        )
+
+    none = tf.zeros_like(weight)
+    _, losses, slopes, upper_slopes = tf.while_loop(
+        lambda start, *_: start < count,
+        add_block,
+        (0, none, none, tf.zeros_like(above, tf.float64)),
+    )
+    return tf.tensordot(weight, losses, 1), weight * slopes, upper_slopes
+
+
+def _log_share(values: tf.Tensor, index: tf.Tensor, groups: tf.Tensor) -> tf.Tensor:
+    """Log-softmax of each value, float [batch], among those of its own group."""
+    # About a constant: it cancels in the result, and so in the gradient.
+    highest = tf.stop_gradient(tf.math.unsorted_segment_max(values, index, groups))
+    values -= tf.gather(highest, index)
+    total = tf.math.unsorted_segment_sum(tf.exp(values), index, groups)
+    return values - tf.gather(tf.math.log(total), index)
+
+
 def _sum_above(weights: tf.Tensor, below: tf.Tensor, conversions: tf.Tensor) -> tf.Tensor:
     """For sorted conversion j, the sum of the weights of the rows with below > j.
 
@@ -234,6 +525,64 @@ def _sum_above(weights: tf.Tensor, below: tf.Tensor, conversions: tf.Tensor) -> 
         input=below[tf.newaxis], size=conversions + 1, weights=weights[tf.newaxis]
     )[0]
     return tf.cumsum(totals[1:], reverse=True)
+
+
+def _weights_of_lower_classes(counts: tf.Tensor, normalization: str) -> tf.Tensor:
+    """What one pair counts with each lower class, given the rows of each class, the upper last.
+
+    Args:
+      counts: float64 [classes]. normalization: see `pwiser`.
+
+    Returns:
+      float64 [classes]; 0 for the upper class, and where there are no pairs.
+    """
+    divisor = counts[:-1] * counts[-1] if normalization == "pairs" else counts[:-1]
+    return tf.pad(tf.math.divide_no_nan(tf.constant(1.0, tf.float64), divisor), [[0, 1]])
+
+
+def _count(classes: tf.Tensor, size: int) -> tf.Tensor:
+    """The rows of each class, float64 [size]; an InvalidArgumentError on CPU for other classes."""
+    return tf.raw_ops.DenseBincount(input=classes, size=size, weights=tf.zeros([0], tf.float64))
+
+
+def _scores(values, name: str = "scores") -> tf.Tensor:
+    """Floating-point [batch] or [batch, 1] to [batch]."""
+    values = _vector(values, name)
+    if not values.dtype.is_floating:
+        raise TypeError(f"{name}: found {values.dtype.name}, expected a floating-point type")
+    return values
+
+
+def _beside(values, name: str, scores: tf.Tensor) -> tf.Tensor:
+    """[batch] or [batch, 1] to [batch], as many as there are scores."""
+    values = _vector(values, name)
+    if not scores.shape.is_compatible_with(values.shape):
+        found = f"{name}: found shape {values.shape}"
+        raise ValueError(f"{found}, expected {scores.shape} as the scores")
+    if None in (scores.shape[0], values.shape[0]):
+        # A graph knows sizes only when it runs: one score must not be broadcast to many grades.
+        message = f"{name}: expected as many as there are scores"
+        tf.debugging.assert_equal(tf.size(values), tf.size(scores), message)
+    return values
+
+
+def _classes(values, name: str, scores: tf.Tensor) -> tf.Tensor:
+    """Grades or labels of any type, [batch] or [batch, 1], to int32 [batch]."""
+    values = _beside(values, name, scores)
+    return tf.cast(tf.round(values) if values.dtype.is_floating else values, tf.int32)
+
+
+def _groups(group, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Each row's group as an index, int32 [batch], and how many groups there are, a scalar."""
+    values, index = tf.unique(_beside(group, "group", scores))
+    return index, tf.size(values)
+
+
+def _nan_unless_finite(values: tf.Tensor, dtype=None) -> tf.Tensor:
+    """0 where all values are finite, else NaN: a scalar, without gradients."""
+    dtype = dtype or values.dtype
+    zero, nan = tf.constant(0, dtype), tf.constant(math.nan, dtype)
+    return tf.where(tf.reduce_all(tf.math.is_finite(values)), zero, nan)
 
 
 def _vector(values, name: str) -> tf.Tensor:
