@@ -78,7 +78,8 @@ class Settings:
             task: LossConfig(
                 weight={"ctr": self.ctr_weight, "ctcvr": self.ctcvr_weight}[task],
                 conversion_weight=self.conversion_weight,
-                pwiser_weight=self.pwiser_weight if task in self.pwiser_tasks else 0.0,
+                loss="pwiser" if task in self.pwiser_tasks else "bce",
+                pwiser_weight=self.pwiser_weight,
                 margin_click=self.margin_click,
                 margin_nonclick=self.margin_nonclick,
             )
