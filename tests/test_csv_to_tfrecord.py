@@ -746,7 +746,15 @@ def test_nothing_to_train_on(files):
         ("--format=aliexpress --input=a --train=b", "either --input or --train"),
         ("--format=aliexpress --input=a --test=b", "--test goes with --train"),
         ("--format=aliexpress --train=a --time=b", "--time says nothing"),
-        ("--format=aliexpress --train=a,b", "takes one file"),
+        ("--format=aliexpress --input=a --validation=b", "--validation goes with --train"),
+        ("--format=aliexpress --train=a --fields=b", "--fields says nothing"),
+        ("--format=aliexpress --train=a --min_count=2", "--min_count says nothing"),
+        ("--format=columns --train=a --fields=b", "--fields says nothing"),
+        ("--format=aliccp", "either --input or --train"),
+        ("--format=aliccp --input=a --train=b", "either --input or --train"),
+        ("--format=aliccp --input=a --country=b", "--country says nothing"),
+        ("--format=aliccp --input=absent", "absent: no such folder"),
+        ("--format=aliccp --train=absent.csv", "absent.csv: no such file"),
         ("--format=aliexpress --input=absent", "absent: no such folder"),
         ("--format=aliexpress --input=. --validation_fraction=1", "--validation_fraction: found 1"),
         ("--format=aliexpress --input=. --validation_fraction=.5 --test_fraction=.5", "found 1.0"),
@@ -928,7 +936,7 @@ def test_command_ends_with_0_or_with_one_line_and_2(files):
 def test_tensorflow_is_not_imported(files):
     code = (
         "import sys; from tools import csv_to_tfrecord as c, columns;"
-        f"c.convert(lambda d, s: columns.open_files(d, [{str(files / 'train.csv')!r}], [], "
+        f"c.convert(lambda d, s: columns.open_files(d, [{str(files / 'train.csv')!r}], [], [], "
         "categorical=['user'], numerical=['price'], click='click', conversion='buy'), "
         f"{str(files / 'out')!r}, validation_fraction=0, test_fraction=0);"
         "assert not [m for m in sys.modules if 'tensorflow' in m or 'keras' in m]; print('fine')"

@@ -8,15 +8,13 @@ under the same names.
 import dataclasses
 import pathlib
 import re
-import shutil
-import zipfile
-import zlib
+from collections.abc import Sequence
 
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Categorical, Numerical
-from tools import learn
+from tools import archives, learn
 from tools.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from tools.source import CsvPart, Source, group_key, select
+from tools.source import CsvPart, Source, group_key, integer, paths, select
 
 CATEGORICAL = tuple(f"categorical_{i}" for i in range(1, 17))
 NUMERICAL = tuple(f"numerical_{i}" for i in range(1, 64))
@@ -47,8 +45,6 @@ _RAW_COLUMN = {
 }
 # Columns of larger integers get a list of their values, not a range with mostly unused ids.
 RANGE_LIMIT = 2**20
-# Up to here an integer read as DOUBLE is exact.
-_EXACT = 2**53
 
 _LAYOUTS = (
     "AliExpress_{CC}/train.csv and test.csv, or {CC}/ or aliexpress_{CC}_datasets/ with "
@@ -60,11 +56,18 @@ _BUNDLE = re.compile(r"(?:aliexpress_)?([a-z]{2})_datasets\.zip", re.IGNORECASE)
 _RAW = re.compile(r"(?:([a-z]{2})_)?(item|user)_(train|test)\.(csv|zip)", re.IGNORECASE)
 
 
-def open_files(database: Database, train: str, test: str | None) -> Source:
-    """The processed layout, as two files; without `test` it is cut from `train`."""
-    paths = [pathlib.Path(path) for path in (train, test) if path]
-    parts = tuple(_processed(database, path) for path in paths)
-    return _source(parts[:1], parts[1:], {"layout": "processed"})
+def open_files(
+    database: Database, train: Sequence[str], validation: Sequence[str], test: Sequence[str]
+) -> Source:
+    """The processed layout, as paths or patterns.
+
+    Without validation or test files, those splits are cut from `train`.
+    """
+    parts = [
+        [_processed(database, pathlib.Path(path)) for path in paths(patterns)]
+        for patterns in (train, validation, test)
+    ]
+    return _source(*parts, {"layout": "processed"})
 
 
 def open_folder(
@@ -99,10 +102,10 @@ def open_folder(
             if name not in layout.files:
                 raise DataError("no such file", file=layout.folder / f"{name}.csv")
         parts = [_processed(database, layout.files[name]) for name in ("train", "test")]
-        return _source(parts[:1], parts[1:], notes)
+        return _source(parts[:1], [], parts[1:], notes)
     files, bundle = layout.files, layout.files.get("bundle")
     if bundle:
-        unpacked = _unpack(bundle, scratch, shown=bundle)
+        unpacked = archives.unpack(bundle, scratch, bundle)
         files = {key: path for path in unpacked if (key := _raw_key(path.name))}
     parts = []
     for split in ("train", "test"):
@@ -123,10 +126,10 @@ def open_folder(
         notes[f"{split}_item_rows_without_user"] = str(unmatched)
         parts.append(part)
     expected = "0, 1 or 2"
-    return dataclasses.replace(_source(parts[:1], parts[1:], notes), expected_label=expected)
+    return dataclasses.replace(_source(parts[:1], [], parts[1:], notes), expected_label=expected)
 
 
-def _source(train, test, notes: dict[str, str]) -> Source:
+def _source(train, validation, test, notes: dict[str, str]) -> Source:
     return Source(
         dataset="aliexpress",
         categorical=CATEGORICAL,
@@ -136,6 +139,7 @@ def _source(train, test, notes: dict[str, str]) -> Source:
         group=GROUP,
         time=None,
         train=tuple(train),
+        validation=tuple(validation),
         test=tuple(test),
         learn=_learn,
         missing=False,
@@ -161,20 +165,12 @@ def _learn(database: Database, rows: str) -> tuple[tuple[Categorical, ...], tupl
     return categorical, numerical
 
 
-def _integer(column: str) -> str:
-    """SQL: an INTEGER column as BIGINT, NULL where it is no integer."""
-    return (
-        f"CASE WHEN {column} = trunc({column}) AND abs({column}) < {_EXACT} "
-        f"THEN CAST({column} AS BIGINT) END"
-    )
-
-
 def _processed(database: Database, path: pathlib.Path) -> CsvPart:
     kinds: dict[str, Kind] = {GROUP: TEXT, "click": LABEL, "conversion": LABEL}
     kinds |= dict.fromkeys(CATEGORICAL, INTEGER) | dict.fromkeys(NUMERICAL, NUMBER)
     file = CsvFile(path, kinds)
     database.files.append(file)
-    expressions = {f"categorical_{i}": _integer(file.column(n)) for i, n in enumerate(CATEGORICAL)}
+    expressions = {f"categorical_{i}": integer(file.column(n)) for i, n in enumerate(CATEGORICAL)}
     expressions |= {f"numerical_{i}": file.column(n) for i, n in enumerate(NUMERICAL)}
     expressions |= {name: file.column(name) for name in ("click", "conversion")}
     return CsvPart(file, expressions | {"row_group": group_key(file.column(GROUP))})
@@ -218,7 +214,7 @@ def _join(database: Database, split: str, item: CsvFile, user: CsvFile) -> tuple
     for position, name in enumerate(CATEGORICAL):
         side, number = _RAW_COLUMN[name]
         column = f'"{side}".{sides[side].column(str(number))}'
-        expressions[f"categorical_{position}"] = _integer(column)
+        expressions[f"categorical_{position}"] = integer(column)
     for position, name in enumerate(NUMERICAL):
         side, number = _RAW_COLUMN[name]
         expressions[f"numerical_{position}"] = f'"{side}".{sides[side].column(str(number))}'
@@ -311,33 +307,7 @@ def _unpacked(path: pathlib.Path, scratch: pathlib.Path, shown) -> pathlib.Path:
     """The CSV file itself, unpacked into the scratch folder where it is zipped."""
     if path.suffix.lower() != ".zip":
         return path
-    files = [p for p in _unpack(path, scratch, shown) if p.suffix.lower() == ".csv"]
+    files = [p for p in archives.unpack(path, scratch, shown) if p.suffix.lower() == ".csv"]
     if len(files) != 1:
         raise DataError(f"found {len(files)} CSV files in it, expected one", file=shown)
     return files[0]
-
-
-def _unpack(path: pathlib.Path, scratch: pathlib.Path, shown) -> list[pathlib.Path]:
-    """Streams a zip's files into a folder of its own in the scratch folder.
-
-    Args:
-      shown: what messages call the zip; one that lies in the scratch folder is removed afterwards.
-    """
-    target = scratch / f"unpacked_{path.stem}"
-    target.mkdir()
-    files = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for entry in archive.infolist():
-                if entry.is_dir() or "__MACOSX" in entry.filename:
-                    continue
-                # Only the name: a path in a zip may lead anywhere.
-                file = target / pathlib.PurePosixPath(entry.filename).name
-                with archive.open(entry) as source, open(file, "wb") as out:
-                    shutil.copyfileobj(source, out, 1 << 20)
-                files.append(file)
-    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"expected a whole zip file ({error})", file=shown) from None
-    if path.is_relative_to(scratch):
-        path.unlink()
-    return files

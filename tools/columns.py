@@ -1,19 +1,20 @@
 """Anybody's CSV, its columns named by flags, as a Source."""
 
-import glob
-import os
 from collections.abc import Sequence
 
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Numerical
 from tools import learn
 from tools.csv_reader import LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from tools.source import CsvPart, Source, group_key
+from tools.source import CsvPart, Source, group_key, paths
+
+DEFAULT_MINIMUM_COUNT = 2
 
 
 def open_files(
     database: Database,
     train: Sequence[str],
+    validation: Sequence[str],
     test: Sequence[str],
     *,
     categorical: Sequence[str],
@@ -23,7 +24,7 @@ def open_files(
     group: str | None = None,
     time: str | None = None,
     delimiter: str = ",",
-    minimum_count: int = 2,
+    minimum_count: int = DEFAULT_MINIMUM_COUNT,
 ) -> Source:
     """CSV files with a header each, in any order of columns; other columns are ignored.
 
@@ -31,7 +32,7 @@ def open_files(
     mean. Vocabularies are as `learn.vocabularies` makes them; numbers are standardized.
 
     Args:
-      train, test: paths or patterns; without `test` it is cut from `train`.
+      train, validation, test: paths or patterns; without the last two they are cut from `train`.
       categorical, numerical, click, conversion, group, time: column names.
       minimum_count: a category seen fewer times in training has id 0 too, which is how the
         model learns what an unknown value is like.
@@ -52,8 +53,8 @@ def open_files(
             raise DataError(f"column {name} is named by both {seen[name]} and {flag}")
         seen[name], kinds[name] = flag, kind
     parts = []
-    for patterns in (train, test):
-        files = [CsvFile(path, kinds, delimiter=delimiter) for path in _paths(patterns)]
+    for patterns in (train, validation, test):
+        files = [CsvFile(path, kinds, delimiter=delimiter) for path in paths(patterns)]
         database.files += files
         parts.append(
             tuple(_part(f, categorical, numerical, click, conversion, group, time) for f in files)
@@ -80,7 +81,8 @@ def open_files(
         group=group or None,
         time=time or None,
         train=parts[0],
-        test=parts[1],
+        validation=parts[1],
+        test=parts[2],
         learn=learn_features,
         missing=True,
     )
@@ -95,14 +97,3 @@ def _part(file: CsvFile, categorical, numerical, click, conversion, group, time)
     if time:
         expressions["moment"] = file.column(time)
     return CsvPart(file, expressions)
-
-
-def _paths(patterns: Sequence[str]) -> list[str]:
-    """Each pattern's files in order; a path that exists is taken as it is, whatever its name."""
-    paths = []
-    for pattern in patterns:
-        found = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
-        if not found:
-            raise DataError("no such file", file=pattern)
-        paths += found
-    return paths

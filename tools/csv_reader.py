@@ -138,12 +138,16 @@ class CsvFile:
           column: the column's name.
           expected: what the cell should have held.
         """
-        line, record = self._record(row)
-        position = self._position[column]
+        line, found = self.cell(row, column)
         place = {"file": self.shown, "row": line, "column": column}
-        if not record[position]:
+        if not found:
             return DataError(f"found an empty cell, expected {expected}", **place)
-        return DataError(expected, found=record[position], **place)
+        return DataError(expected, found=found, **place)
+
+    def cell(self, row: int, column: str) -> tuple[int, str]:
+        """The line at which a record starts, and its cell; arguments as `fault`."""
+        line, record = self._record(row)
+        return line, record[self._position[column]]
 
     def find_fault(self, connection: duckdb.DuckDBPyConnection) -> DataError | None:
         """The first thing in the file that DuckDB cannot read, or None."""

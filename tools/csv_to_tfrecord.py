@@ -20,16 +20,20 @@ from absl import flags
 from pwiser_tf import command_line
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import SPLITS, Schema, Split
-from tools import aliexpress, columns, output, splits
+from tools import aliccp, aliexpress, columns, output, splits
 from tools.csv_reader import Database
 from tools.encode import Encoder
 from tools.source import Source
 
-# Flags that say nothing outside their format; there they are refused.
-_ONLY_COLUMNS = (
-    "categorical", "numerical", "click", "conversion", "group", "time", "delimiter", "min_count",
-)  # fmt: skip
-_ONLY_ALIEXPRESS = ("input", "country")
+# The flags that only some formats read; elsewhere they are refused.
+_FLAGS = {
+    "aliccp": ("input", "fields", "min_count"),
+    "aliexpress": ("input", "country"),
+    "columns": (
+        "categorical", "numerical", "click", "conversion", "group", "time", "delimiter",
+        "min_count",
+    ),
+}  # fmt: skip
 
 # About 200,000 rows of the AliExpress layout. All files of a split are open at once, hence a most.
 _BYTES_A_SHARD = 128 << 20
@@ -49,10 +53,22 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             flags.DEFINE_bool,
         )
     )
-    choice("format", None, ["aliexpress", "columns"], "What the input is.")
-    string("input", None, "aliexpress: the folder of a country, or the folder that holds it.")
+    choice("format", None, sorted(_FLAGS), "What the input is.")
+    string(
+        "input",
+        None,
+        "aliexpress: the folder of a country, or the folder that holds it. aliccp: the folder of "
+        "the raw files. Processed files can be named by --train instead.",
+    )
     string("country", None, "aliexpress: two letters, where --input holds several countries.")
-    names("train", [], "CSV files or patterns (aliexpress: one processed file).")
+    names(
+        "fields",
+        list(aliccp.DEFAULT_FIELDS),
+        f"aliccp: the fields that become features: some of {', '.join(aliccp.CATEGORIES)}, and of "
+        f"the values {', '.join(aliccp.VALUES)}. Default: the 18 of AITM.",
+    )
+    names("train", [], "CSV files or patterns.")
+    names("validation", [], "Likewise; without it, --validation_fraction is cut from --train.")
     names("test", [], "Likewise; without it, --test_fraction is cut from --train.")
     names("categorical", [], "columns: the categorical features.")
     names("numerical", [], "columns: the numerical features.")
@@ -63,15 +79,20 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     string("delimiter", ",", r"columns: between cells, one character; \t is a tab.")
     integer(
         "min_count",
-        2,
-        "columns: a category seen fewer times in training is out-of-vocabulary. At 2, values seen "
-        "once teach the model what an unknown value is like; at 1 nothing does.",
+        None,
+        "columns, aliccp: a category seen fewer times in training is out-of-vocabulary. At 2, "
+        "values seen once teach the model what an unknown value is like; at 1 nothing does. "
+        f"Default: {columns.DEFAULT_MINIMUM_COUNT}; aliccp {aliccp.DEFAULT_MINIMUM_COUNT}, about "
+        "AITM's.",
         lower_bound=1,
     )
     string("output_dir", None, "The folder to make.")
     boolean("overwrite", False, "Replace an earlier data set in --output_dir.")
     number(
-        "validation_fraction", 0.1, "The share of the training rows held out for choosing; 0: none."
+        "validation_fraction",
+        0.1,
+        "The share of the training rows held out for choosing, where there are no validation "
+        "files; 0: none.",
     )
     number("test_fraction", 0.1, "The share cut off as test where there are no test files.")
     choice(
@@ -81,7 +102,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "How rows are held out. time: the last by --time, as a model is used on what comes after "
         "its training. group: by a hash of the group, as rows of one search are alike and would "
         "leak. random: by a hash of the row's number. auto: the first of these that the data has "
-        "columns for; so group for aliexpress, whose files carry no time.",
+        "columns for; so group for aliexpress and raw aliccp, whose files carry no time.",
     )
     integer("seed", 0, "Which groups or rows are held out.")
     integer(
@@ -131,7 +152,7 @@ def convert(
                 database,
                 source,
                 validation_split,
-                validation_fraction,
+                0 if source.validation else validation_fraction,
                 0 if source.test else test_fraction,
                 seed,
             )
@@ -178,7 +199,7 @@ def _write(
 ) -> dict[str, Split]:
     """Encodes all rows and writes their shards; returns the splits."""
     writers = [output.SplitWriter(folder, name, shards) for name in SPLITS]
-    for part in (*source.train, *source.test):
+    for part in source.parts:
         row = 0
         query = encoder.project(cut.rows(source, part))
         for batch in database.batches(query, "writing", part.size):
@@ -238,24 +259,34 @@ def _warnings(schema: Schema, validation_fraction: float) -> list[str]:
 
 def _open_source(values: flags.FlagValues) -> Callable[[Database, pathlib.Path], Source]:
     """The chosen format's Source, from the flags; refuses flags that it does not read."""
-    wrong = _ONLY_COLUMNS if values.format == "aliexpress" else _ONLY_ALIEXPRESS
-    for name in wrong:
+    for name in sorted(set().union(*_FLAGS.values()) - set(_FLAGS[values.format])):
         if values[name].present:
             raise DataError(f"--{name} says nothing with --format={values.format}")
+    files = values.train, values.validation, values.test
+    if values.format == "columns":
+        return _open_columns(values, files)
+    if bool(values.input) == bool(values.train):
+        raise DataError(f"--format={values.format} needs either --input or --train")
+    for name in ("validation", "test"):
+        if values.input and values[name].value:
+            raise DataError(f"--{name} goes with --train, not with --input")
     if values.format == "aliexpress":
-        if bool(values.input) == bool(values.train):
-            raise DataError("--format=aliexpress needs either --input or --train")
         if values.input:
-            if values.test:
-                raise DataError("--test goes with --train, not with --input")
             return lambda database, scratch: aliexpress.open_folder(
                 database, values.input, values.country, scratch
             )
-        for name in ("train", "test"):
-            if len(values[name].value) > 1:
-                raise DataError(f"--{name}: --format=aliexpress takes one file")
-        test = values.test[0] if values.test else None
-        return lambda database, _: aliexpress.open_files(database, values.train[0], test)
+        return lambda database, _: aliexpress.open_files(database, *files)
+    choice = values.fields, values.min_count or aliccp.DEFAULT_MINIMUM_COUNT
+    if values.input:
+        return lambda database, scratch: aliccp.open_folder(
+            database, values.input, scratch, *choice
+        )
+    return lambda database, _: aliccp.open_files(database, *files, *choice)
+
+
+def _open_columns(
+    values: flags.FlagValues, files: tuple[list[str], ...]
+) -> Callable[[Database, pathlib.Path], Source]:
     for name in ("train", "click", "conversion"):
         if not values[name].value:
             raise DataError(f"--format=columns needs --{name}")
@@ -266,8 +297,7 @@ def _open_source(values: flags.FlagValues) -> Callable[[Database, pathlib.Path],
         raise DataError(f"--delimiter: found {values.delimiter!r}, expected one character")
     return lambda database, _: columns.open_files(
         database,
-        values.train,
-        values.test,
+        *files,
         categorical=values.categorical,
         numerical=values.numerical,
         click=values.click,
@@ -275,7 +305,7 @@ def _open_source(values: flags.FlagValues) -> Callable[[Database, pathlib.Path],
         group=values.group,
         time=values.time,
         delimiter=delimiter,
-        minimum_count=values.min_count,
+        minimum_count=values.min_count or columns.DEFAULT_MINIMUM_COUNT,
     )
 
 

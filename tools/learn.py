@@ -50,7 +50,11 @@ def settled(mean: float | None, std: float | None) -> tuple[float, float]:
 
 
 def vocabularies(
-    database: Database, rows: str, names: dict[int, str], minimum_count: int
+    database: Database,
+    rows: str,
+    names: dict[int, str],
+    minimum_count: int,
+    integers: bool = False,
 ) -> dict[int, Categorical]:
     """Lists the values of categorical columns.
 
@@ -61,27 +65,25 @@ def vocabularies(
     Args:
       rows: an SQL query with categorical_<position> columns.
       names: the features' names, by position.
+      integers: the columns are BIGINT; otherwise it is to be found out.
     """
     if not names:
         return {}
-    values = ", ".join(f"CAST(categorical_{position} AS VARCHAR)" for position in names)
+    kind = "BIGINT" if integers else "VARCHAR"
+    values = ", ".join(f"CAST(categorical_{position} AS {kind})" for position in names)
     database.query(
         f"CREATE OR REPLACE TABLE seen AS SELECT position, value, count(*) AS count FROM ("
         f"SELECT unnest([{values}]) AS value, unnest({list(names)}) AS position FROM ({rows})"
         f") WHERE value IS NOT NULL GROUP BY ALL",
         "counting values",
     )
-    # The smallest integer stands for a missing one (schema.MISSING_INTEGER).
-    number = "TRY_CAST(value AS BIGINT)"
-    plain = f"CAST({number} AS VARCHAR) = value AND {number} > -9223372036854775808"
-    integer = dict(
-        database.query(
-            f"SELECT position, bool_and(({plain}) IS TRUE) FROM seen GROUP BY position", "typing"
-        )
-    )
+    if integers:
+        number, are_integers = "value", dict.fromkeys(names, True)
+    else:
+        number, are_integers = _typed(database)
     found = {}
     for position, name in names.items():
-        is_integer = integer.get(position, False)
+        is_integer = are_integers.get(position, False)
         value = number if is_integer else "value"
         listed = database.query(
             f"SELECT {value} AS listed FROM seen WHERE position = {position} "
@@ -93,3 +95,16 @@ def vocabularies(
         found[position] = Categorical(name, dtype, vocabulary, minimum_count)
     database.query("DROP TABLE seen", "clearing up")
     return found
+
+
+def _typed(database: Database) -> tuple[str, dict[int, bool]]:
+    """SQL of a seen text as an integer, and whether all texts of a position are integers."""
+    # The smallest integer stands for a missing one (schema.MISSING_INTEGER).
+    number = "TRY_CAST(value AS BIGINT)"
+    plain = f"CAST({number} AS VARCHAR) = value AND {number} > -9223372036854775808"
+    integer = dict(
+        database.query(
+            f"SELECT position, bool_and(({plain}) IS TRUE) FROM seen GROUP BY position", "typing"
+        )
+    )
+    return number, integer

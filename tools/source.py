@@ -1,15 +1,21 @@
 """What a format must give: its features, its labels, and its rows as SQL. See `Source`.
 
-A format is one file that makes a Source (aliexpress.py, columns.py); nothing else knows formats.
+A format is one file that makes a Source (aliccp.py, aliexpress.py, columns.py); nothing else knows
+formats.
 """
 
 import dataclasses
-from collections.abc import Callable
+import glob
+import os
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Categorical, Numerical
 from tools.csv_reader import CsvFile, Database
+
+# Up to here an integer read as DOUBLE is exact.
+_EXACT = 2**53
 
 
 class Part(Protocol):
@@ -49,7 +55,8 @@ class Source:
       dataset: the format's name.
       categorical, numerical: the raw columns, in the order of the record's arrays.
       click, conversion, group, time: the raw columns; None where there is none.
-      train, test: the parts; `test` is empty where it is to be cut from `train`.
+      train, validation, test: the parts; the last two are empty where they are to be cut from
+        `train`.
       learn: learns vocabularies and statistics from the training rows.
       missing: whether a feature may be missing; if not, an empty cell is an error.
       expected_label: what a message calls a right label.
@@ -64,11 +71,17 @@ class Source:
     group: str | None
     time: str | None
     train: tuple[Part, ...]
+    validation: tuple[Part, ...]
     test: tuple[Part, ...]
     learn: Learn
     missing: bool
     expected_label: str = "0 or 1"
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All parts, those to learn from first."""
+        return (*self.train, *self.validation, *self.test)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +110,25 @@ def select(expressions: dict[str, str], table: str) -> str:
     """SELECT expression AS name, ... FROM table."""
     return (
         f"SELECT {', '.join(f'{sql} AS {name}' for name, sql in expressions.items())} FROM {table}"
+    )
+
+
+def paths(patterns: Sequence[str]) -> list[str]:
+    """Each pattern's files in order; a path that exists is taken as it is, whatever its name."""
+    found = []
+    for pattern in patterns:
+        files = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
+        if not files:
+            raise DataError("no such file", file=pattern)
+        found += files
+    return found
+
+
+def integer(column: str) -> str:
+    """SQL: an INTEGER column as BIGINT, NULL where it is no integer."""
+    return (
+        f"CASE WHEN {column} = trunc({column}) AND abs({column}) < {_EXACT} "
+        f"THEN CAST({column} AS BIGINT) END"
     )
 
 

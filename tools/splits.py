@@ -31,8 +31,9 @@ class Cut:
 
     def rows(self, source: Source, part: Part) -> str:
         """The SQL query of a part's relation with one more column, `split`, in its order."""
-        if part in source.test:
-            return f"SELECT *, {_TEST} AS split FROM ({part.relation()})"
+        for split, parts in ((_VALIDATION, source.validation), (_TEST, source.test)):
+            if part in parts:
+                return f"SELECT *, {split} AS split FROM ({part.relation()})"
         relation = part.relation()
         if self.rule == "random":
             number = source.train.index(part)
