@@ -1,7 +1,7 @@
 """TFRecord files to tf.data: shards are read whole, parsed whole and shuffled whole.
 
-The converter deals its rows out to the shards in turn, so each shard is an even sample of the
-data set. A shuffled order of shards, each shuffled whole, therefore mixes as a shuffle of
+The converter deals its rows out to the shards in turn (whole groups by a hash, where there are
+groups), so each shard is an even sample of the data set. A shuffled order of shards, each shuffled whole, therefore mixes as a shuffle of
 everything does, at the price of holding two shards in memory; and a position in an epoch is a
 number of rows, from which reading goes on without replaying what came before.
 """
@@ -24,6 +24,7 @@ def batches(
     batch_size: int,
     *,
     shuffle_seed: tuple[int, int] | None = None,
+    keep_groups: bool = False,
     skip_rows: int = 0,
     drop_remainder: bool = False,
 ) -> tf.data.Dataset:
@@ -34,6 +35,8 @@ def batches(
       split: "train", "validation" or "test".
       batch_size: rows a batch; the last one has fewer, or is dropped by `drop_remainder`.
       shuffle_seed: (seed, epoch), which fix the order; None keeps the files' own order.
+      keep_groups: shuffle whole groups, so that the rows of one come one after the other (but a
+        batch may end amid a group). The schema must have a group.
       skip_rows: begin after so many rows of that same order.
 
     Returns:
@@ -62,7 +65,8 @@ def batches(
         parsed = tf.io.parse_example(serialized.get_single_element(), spec)
         chosen = tf.range(rows)
         if shuffle_seed is not None:
-            chosen = tf.random.experimental.stateless_shuffle(chosen, seed)
+            shuffle = tf.random.experimental.stateless_shuffle
+            chosen = _shuffled(parsed["group"], seed) if keep_groups else shuffle(chosen, seed)
         features = {name: tf.gather(values, chosen[skip:]) for name, values in parsed.items()}
         return features, features.pop("grade")
 
@@ -71,6 +75,14 @@ def batches(
     # One shard ahead of the one in use; more would only hold more memory.
     dataset = dataset.map(load).prefetch(1)
     return dataset.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(4)
+
+
+def _shuffled(group: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
+    """The positions [rows] of a shard's rows in random order, those of one group together."""
+    _, number = tf.unique(group)  # [rows], groups counted from 0
+    groups = tf.reduce_max(number) + 1
+    rank = tf.random.experimental.stateless_shuffle(tf.range(groups), seed)  # [groups]
+    return tf.argsort(tf.gather(rank, number), stable=True)
 
 
 def check(folder: str | os.PathLike, schema: Schema, split: str) -> Split:

@@ -12,13 +12,16 @@ import pwiser_tf.quiet  # noqa: F401
 
 # isort: split
 
+import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
 import pathlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import tensorflow as tf
@@ -32,10 +35,10 @@ from pwiser_tf.evaluate import evaluate, predict
 from pwiser_tf.export import export
 from pwiser_tf.losses import strength
 from pwiser_tf.metrics import summary
-from pwiser_tf.models import MODELS
+from pwiser_tf.models import MODELS, ClickConversionModel
 from pwiser_tf.models.base import CONVERSION_HEADS
-from pwiser_tf.schema import SPLITS, Schema
-from pwiser_tf.tasks import TASKS
+from pwiser_tf.schema import Schema
+from pwiser_tf.tasks import GROUP_LOSSES, LOSSES, SCORE_SPACES, TASKS
 from pwiser_tf.workdir import Settings
 
 _LOG_EVERY_STEPS = 100
@@ -118,27 +121,78 @@ class Housekeeping(keras.callbacks.Callback):
             self._saved_at = time.monotonic()
 
 
-def train(settings: Settings, folder: pathlib.Path, checkpoint_seconds: float = 60) -> dict:
+# (model, the epoch's entry in the history), after each epoch's validation; may raise to stop.
+OnEpoch = Callable[[ClickConversionModel, dict], None]
+
+
+def train(
+    settings: Settings,
+    folder: pathlib.Path,
+    checkpoint_seconds: float = 60,
+    on_epoch: OnEpoch | None = None,
+) -> dict:
     """Runs or resumes the run in `folder` to its end. Returns what metrics.json then holds.
+
+    Args:
+      settings: the run's. folder: its workdir.
+      checkpoint_seconds: how often the state is saved, besides after each epoch.
+      on_epoch: see `fit`.
 
     Raises:
       DataError: data that is missing, damaged or of another schema; a folder of another run, or
       in which another process is at work; a damaged checkpoint; a model that predicts NaN.
     """
+    data.check(settings.data_dir, Schema.load(settings.data_dir), "test")
+    with _begun(settings, folder) as schema:
+        model, progress = _fit(settings, schema, folder, checkpoint_seconds, on_epoch)
+        return _judge(model, settings, schema, folder, progress)
+
+
+def fit(
+    settings: Settings,
+    folder: pathlib.Path,
+    checkpoint_seconds: float = 60,
+    on_epoch: OnEpoch | None = None,
+) -> tuple[ClickConversionModel, Schema, Progress]:
+    """`train` without its judgement: it never opens the test split, nor writes metrics.json.
+
+    Args:
+      on_epoch: called with the model and the epoch's entry in the history ({"epoch", "monitored",
+        "train", "validation"}) after each epoch's validation. It may raise, which ends the run
+        there. It is called again for an epoch that a killed run has to repeat.
+
+    Returns:
+      The model at its best epoch by validation, the schema, and the record of the epochs.
+    """
+    with _begun(settings, folder) as schema:
+        model, progress = _fit(settings, schema, folder, checkpoint_seconds, on_epoch)
+        return model, schema, progress
+
+
+@contextlib.contextmanager
+def _begun(settings: Settings, folder: pathlib.Path) -> Iterator[Schema]:
+    """Checks the data and makes the folder this run's, locked for as long as the block runs."""
     schema = Schema.load(settings.data_dir)
-    for split in SPLITS:
+    for split in ("train", "validation"):
         data.check(settings.data_dir, schema, split)
+    if settings.shuffle == "groups" and not schema.group:
+        asks = f"--loss={settings.loss}" if settings.loss in GROUP_LOSSES else "--shuffle=groups"
+        raise DataError(
+            f"{asks} needs a group (a search or session) in the data; this data set has none",
+            file=pathlib.Path(settings.data_dir) / "schema.json",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     with workdir.locked(folder):
         workdir.begin(folder, settings, schema)
         _describe(settings, schema)
-        model = settings.build_model(schema)
-        progress = _fit(model, settings, schema, folder, checkpoint_seconds)
-        return _judge(model, settings, schema, folder, progress)
+        yield schema
 
 
-def _fit(model, settings, schema, folder, checkpoint_seconds) -> Progress:
+def _fit(
+    settings, schema, folder, checkpoint_seconds, on_epoch
+) -> tuple[ClickConversionModel, Progress]:
     """Trains until the last epoch, or until patience ends. The model is left at its best epoch."""
+    model = settings.build_model(schema)
     # The legacy optimiser is the faster one: one fused operation a variable.
     model.compile(optimizer=keras.optimizers.legacy.Adam(settings.learning_rate))
     progress = Progress()
@@ -162,6 +216,7 @@ def _fit(model, settings, schema, folder, checkpoint_seconds) -> Progress:
             "train",
             batch_size,
             shuffle_seed=(settings.seed, progress.epoch),
+            keep_groups=settings.shuffle == "groups",
             skip_rows=progress.step * batch_size,
             drop_remainder=True,
         )
@@ -178,9 +233,11 @@ def _fit(model, settings, schema, folder, checkpoint_seconds) -> Progress:
             except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
                 data.explain(error, settings.data_dir, schema, "train")
         _finish_epoch(model, settings, schema, progress, best, writer)
+        if on_epoch:
+            on_epoch(model, progress.history[-1])
         manager.save()
     workdir.restore_best(best)
-    return progress
+    return model, progress
 
 
 def _judge(model, settings, schema, folder, progress) -> dict:
@@ -257,8 +314,12 @@ def _describe(settings: Settings, schema: Schema) -> None:
         f"a batch of {settings.batch_size} holds no conversion with probability "
         f"{(1 - ctcvr) ** min(settings.batch_size, split.rows):.2f}"
     )
-    if not (settings.pwiser_weight and settings.pwiser_tasks):
+    if settings.loss == "bce" or not settings.loss_tasks:
         print("loss: BCE", flush=True)
+        return
+    if settings.loss != "pwiser" or settings.score_space != "probability":
+        # Strength is defined for PWiseR on probabilities.
+        print(f"loss: {_formula(settings)} on {', '.join(settings.loss_tasks)}", flush=True)
         return
     if not split.conversions:
         print("loss: BCE + PWiseR, but without conversions there are no pairs", flush=True)
@@ -268,11 +329,11 @@ def _describe(settings: Settings, schema: Schema) -> None:
     margins = settings.margin_click, settings.margin_nonclick
     strengths = {
         task: strength(settings.pwiser_weight, *margins, cvr[task])
-        for task in settings.pwiser_tasks
+        for task in settings.loss_tasks
     }
     shown = ", ".join(f"{task} {value:.2f}" for task, value in strengths.items())
     print(
-        f"loss: BCE + {settings.pwiser_weight:g} x PWiseR; strength {shown} (on the CTR task "
+        f"loss: {_formula(settings)}; strength {shown} (on the CTR task "
         "useful between about 0.4 and 1.7)",
         flush=True,
     )
@@ -284,85 +345,158 @@ def _describe(settings: Settings, schema: Schema) -> None:
         )
 
 
-def define_flags() -> None:
+def _formula(settings: Settings) -> str:
+    """The loss of the tasks that have --loss, in words."""
+    if settings.loss == "focal":
+        return f"focal, gamma {settings.focal_gamma:g}"
+    if settings.loss == "pwiser":
+        space = " in logits" if settings.score_space == "logit" else ""
+        return f"BCE + {settings.pwiser_weight:g} x PWiseR{space}"
+    return f"BCE + {settings.ranking_weight:g} x {settings.loss}"
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of this command."""
-    flags.DEFINE_string("data_dir", None, "The converter's output folder.", required=True)
-    flags.DEFINE_string("workdir", None, "The folder of this run.", required=True)
-    flags.DEFINE_string("export_dir", None, "Where to export the model; default: no export.")
-    flags.DEFINE_string("model_name", "pwiser", "The exported model's name.")
-    flags.DEFINE_enum("model", "mmoe", list(MODELS), "The architecture.")
-    flags.DEFINE_enum(
+    string, number, integer, boolean, choice, names = (
+        functools.partial(define, flag_values=values)
+        for define in (
+            flags.DEFINE_string,
+            flags.DEFINE_float,
+            flags.DEFINE_integer,
+            flags.DEFINE_bool,
+            flags.DEFINE_enum,
+            flags.DEFINE_list,
+        )
+    )
+    string("data_dir", None, "The converter's output folder.", required=True)
+    string("workdir", None, "The folder of this run.", required=True)
+    string("export_dir", None, "Where to export the model; default: no export.")
+    string("model_name", "pwiser", "The exported model's name.")
+    choice("model", "mmoe", list(MODELS), "The architecture.")
+    choice(
         "conversion_head",
-        "direct",
+        None,
         CONVERSION_HEADS,
         "What the second tower learns: direct, P(click and conversion | exposure); product, "
-        "P(conversion | click), learnt through ctcvr = ctr * cvr.",
+        "P(conversion | click), learnt through ctcvr = ctr * cvr. Default: the architecture's "
+        "own (product for esmm and escm2, else direct).",
     )
-    flags.DEFINE_integer("embedding_dim", 128, "Size of an embedding.", lower_bound=1)
-    _define_sizes("bottom_units", "512,256", "MLP sizes of a bottom or expert.")
-    _define_sizes("tower_units", "128,64", "MLP sizes of a tower.")
-    flags.DEFINE_integer("experts", 8, "Experts, where the model has them.", lower_bound=1)
-    flags.DEFINE_float("dropout", 0.2, "Dropout rate.", lower_bound=0.0, upper_bound=0.99)
-    flags.DEFINE_float("weight_decay", 1e-6, "L2 on embeddings and dense kernels.", lower_bound=0.0)
-    flags.DEFINE_bool(
+    integer("embedding_dim", 128, "Size of an embedding.", lower_bound=1)
+    _sizes(values, "bottom_units", "512,256", "MLP sizes of a bottom or expert.")
+    _sizes(values, "tower_units", "128,64", "MLP sizes of a tower.")
+    integer(
+        "experts",
+        8,
+        "Experts that a tower sees, where the model has them; of ple and stem half are shared.",
+        lower_bound=1,
+    )
+    integer("critics", 5, "metaheac's critics.", lower_bound=1)
+    number("dropout", 0.2, "Dropout rate.", lower_bound=0.0, upper_bound=0.99)
+    number("weight_decay", 1e-6, "L2 on embeddings and dense kernels.", lower_bound=0.0)
+    boolean(
         "mixed_precision",
         False,
         "Train with bfloat16 matrix products: faster where the processor has them (AMX, "
         "AVX512-BF16, GPU). The exported model is float32 all the same.",
     )
-    flags.DEFINE_integer("batch_size", 2048, "Rows a batch.", lower_bound=1)
-    flags.DEFINE_integer("epochs", 50, "Epochs at most.", lower_bound=1)
-    flags.DEFINE_integer(
-        "patience", 2, "Stop after so many epochs without a better validation.", lower_bound=0
+    integer("batch_size", 2048, "Rows a batch.", lower_bound=1)
+    integer("epochs", 50, "Epochs at most.", lower_bound=1)
+    integer("patience", 2, "Stop after so many epochs without a better validation.", lower_bound=0)
+    number("learning_rate", 1e-3, "Adam's learning rate.", lower_bound=0.0)
+    number("ctr_weight", 0.5, "Share of the CTR task's loss.", lower_bound=0.0)
+    number("ctcvr_weight", 0.5, "Share of the CTCVR task's loss.", lower_bound=0.0)
+    number(
+        "auxiliary_weight",
+        None,
+        "Weight of the term that an architecture adds to its tasks' losses: aitm's calibrator, "
+        "escm2's risk of CVR. Default: the paper's.",
+        lower_bound=0.0,
     )
-    flags.DEFINE_float("learning_rate", 1e-3, "Adam's learning rate.", lower_bound=0.0)
-    flags.DEFINE_float("ctr_weight", 0.5, "Share of the CTR task's loss.", lower_bound=0.0)
-    flags.DEFINE_float("ctcvr_weight", 0.5, "Share of the CTCVR task's loss.", lower_bound=0.0)
-    flags.DEFINE_float(
+    choice(
+        "loss",
+        "pwiser",
+        LOSSES,
+        "How the tasks of --loss_tasks are learnt: bce, binary cross-entropy alone; pwiser, BCE + "
+        "pwiser_weight * PWiseR; ranknet, combined_pair, jrc, listce, BCE + ranking_weight * that "
+        "term; focal, in BCE's place.",
+    )
+    names("loss_tasks", list(TASKS), f"Tasks with --loss, out of {','.join(TASKS)}; others: bce.")
+    flags.register_validator(
+        "loss_tasks",
+        lambda chosen: set(chosen) <= set(TASKS),
+        message=f"expected names out of {','.join(TASKS)}",
+        flag_values=values,
+    )
+    number(
         "conversion_weight", 1.0, "A row with a conversion counts so often in BCE.", lower_bound=0.0
     )
-    flags.DEFINE_float(
-        "pwiser_weight", 0.1, "Lambda of BCE + lambda * PWiseR; 0: BCE alone.", lower_bound=0.0
-    )
-    flags.DEFINE_float(
-        "margin_click", 0.05, "PWiseR's margin of conversions over clicks.", lower_bound=0.0
-    )
-    flags.DEFINE_float(
+    number("pwiser_weight", 0.1, "Lambda of BCE + lambda * PWiseR.", lower_bound=0.0)
+    number("margin_click", 0.05, "PWiseR's margin of conversions over clicks.", lower_bound=0.0)
+    number(
         "margin_nonclick", 0.1, "PWiseR's margin of conversions over exposures.", lower_bound=0.0
     )
-    flags.DEFINE_list("pwiser_tasks", list(TASKS), f"Tasks with PWiseR, out of {','.join(TASKS)}.")
-    flags.register_validator(
-        "pwiser_tasks",
-        lambda names: set(names) <= set(TASKS),
-        message=f"expected names out of {','.join(TASKS)}",
+    choice("score_space", SCORE_SPACES[0], SCORE_SPACES, "What PWiseR's margins are measured in.")
+    number(
+        "ranking_weight", 0.1, "Lambda of ranknet, combined_pair, jrc and listce.", lower_bound=0.0
     )
-    flags.DEFINE_integer("seed", 0, "Fixes initialisation, shuffling and dropout.", 0, 2**31 - 1)
-    flags.DEFINE_float(
-        "checkpoint_seconds", 60, "Save the state so often, besides after each epoch.", 0.0
+    number("focal_gamma", 2.0, "Focal loss's exponent.", lower_bound=0.0)
+    choice(
+        "shuffle",
+        None,
+        workdir.SHUFFLES,
+        "rows: every row takes a random place; groups: whole groups do, so that a batch holds all "
+        "rows of a search. Default: what --loss needs.",
+    )
+    integer(
+        "seed", 0, "Fixes initialisation, shuffling and dropout.", lower_bound=0,
+        upper_bound=2**31 - 1,
+    )  # fmt: skip
+    number(
+        "checkpoint_seconds",
+        60,
+        "Save the state so often, besides after each epoch.",
+        lower_bound=0.0,
     )
 
 
-def _define_sizes(name: str, default: str, help_text: str) -> None:
-    flags.DEFINE_list(name, default, help_text)
+def _sizes(values: flags.FlagValues, name: str, default: str, help_text: str) -> None:
+    flags.DEFINE_list(name, default, help_text, flag_values=values)
     flags.register_validator(
         name,
         lambda sizes: bool(sizes) and all(size.isdecimal() and int(size) > 0 for size in sizes),
         message="expected positive integers, separated by commas",
+        flag_values=values,
     )
+
+
+def settings_from(values: flags.FlagValues) -> Settings:
+    """The run that the flags of `define_flags` describe; a flag left open gets its value here.
+
+    Raises:
+      DataError: flags that do not go together.
+    """
+    chosen = {field.name: values[field.name].value for field in dataclasses.fields(Settings)}
+    architecture = MODELS[chosen["model"]]
+    defaults = {
+        "conversion_head": architecture.conversion_heads[0],
+        "auxiliary_weight": architecture.auxiliary_weight or 0.0,
+        "shuffle": "groups" if chosen["loss"] in GROUP_LOSSES else "rows",
+    }
+    chosen |= {name: value for name, value in defaults.items() if chosen[name] is None}
+    chosen["data_dir"] = str(pathlib.Path(chosen["data_dir"]).resolve())
+    chosen["loss_tasks"] = tuple(task for task in TASKS if task in chosen["loss_tasks"])
+    for name in ("bottom_units", "tower_units"):
+        chosen[name] = tuple(int(size) for size in chosen[name])
+    return Settings(**chosen)
 
 
 def main() -> None:
     """Trains, evaluates and exports as the flags say."""
     args = flags.FLAGS
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
-    values["data_dir"] = str(pathlib.Path(args.data_dir).resolve())
-    values["pwiser_tasks"] = tuple(task for task in TASKS if task in args.pwiser_tasks)
-    for name in ("bottom_units", "tower_units"):
-        values[name] = tuple(int(size) for size in values[name])
     folder = pathlib.Path(args.workdir)
     share_cores()
     with workdir.file_errors():
-        train(Settings(**values), folder, args.checkpoint_seconds)
+        train(settings_from(args), folder, args.checkpoint_seconds)
         if args.export_dir:
             print("exported", export(folder, args.export_dir, args.model_name))
 

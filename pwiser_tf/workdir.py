@@ -26,11 +26,13 @@ from pwiser_tf.errors import DataError
 from pwiser_tf.models import MODELS, ClickConversionModel, ModelConfig
 from pwiser_tf.models.base import CONVERSION_HEADS
 from pwiser_tf.schema import Schema
-from pwiser_tf.tasks import TASKS, LossConfig
+from pwiser_tf.tasks import GROUP_LOSSES, LOSSES, SCORE_SPACES, TASKS, LossConfig
 
 FLAGS_FILE = "flags.json"
 METRICS_FILE = "metrics.json"
 _CHECKPOINTS = "checkpoints"
+# What keeps its place in a shuffled epoch: nothing, or the rows of a group beside each other.
+SHUFFLES = ("rows", "groups")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Settings:
     bottom_units: tuple[int, ...]
     tower_units: tuple[int, ...]
     experts: int
+    critics: int
     dropout: float
     weight_decay: float
     mixed_precision: bool
@@ -53,11 +56,17 @@ class Settings:
     learning_rate: float
     ctr_weight: float
     ctcvr_weight: float
+    auxiliary_weight: float
+    loss: str
+    loss_tasks: tuple[str, ...]
     conversion_weight: float
     pwiser_weight: float
     margin_click: float
     margin_nonclick: float
-    pwiser_tasks: tuple[str, ...]
+    score_space: str
+    ranking_weight: float
+    focal_gamma: float
+    shuffle: str
     seed: int
 
     def __post_init__(self):
@@ -68,9 +77,31 @@ class Settings:
                 raise DataError(f"--{field.name}={value}: expected type {kind.__name__}")
             if kind is float and not math.isfinite(value):
                 raise DataError(f"--{field.name}={value}: expected a finite number")
-        for name, names in (("model", MODELS), ("conversion_head", CONVERSION_HEADS)):
+        for name, names in (
+            ("model", MODELS),
+            ("conversion_head", CONVERSION_HEADS),
+            ("loss", LOSSES),
+            ("score_space", SCORE_SPACES),
+            ("shuffle", SHUFFLES),
+        ):
             if getattr(self, name) not in names:
                 raise DataError(f"--{name}={getattr(self, name)}: expected one of {list(names)}")
+        architecture = MODELS[self.model]
+        if self.conversion_head not in architecture.conversion_heads:
+            raise DataError(
+                f"--conversion_head={self.conversion_head}: --model={self.model} is defined with "
+                f"{' or '.join(architecture.conversion_heads)} alone"
+            )
+        if self.auxiliary_weight and architecture.auxiliary_weight is None:
+            raise DataError(
+                f"--auxiliary_weight={self.auxiliary_weight}: --model={self.model} has no term of "
+                "its own beside the tasks' losses"
+            )
+        if self.loss in GROUP_LOSSES and self.shuffle != "groups":
+            raise DataError(
+                f"--shuffle={self.shuffle}: --loss={self.loss} compares the rows of a group, which "
+                "only --shuffle=groups keeps together"
+            )
 
     def losses(self) -> dict[str, LossConfig]:
         """How each task is learnt, by its name."""
@@ -78,10 +109,13 @@ class Settings:
             task: LossConfig(
                 weight={"ctr": self.ctr_weight, "ctcvr": self.ctcvr_weight}[task],
                 conversion_weight=self.conversion_weight,
-                loss="pwiser" if task in self.pwiser_tasks else "bce",
+                loss=self.loss if task in self.loss_tasks else "bce",
                 pwiser_weight=self.pwiser_weight,
                 margin_click=self.margin_click,
                 margin_nonclick=self.margin_nonclick,
+                score_space=self.score_space,
+                ranking_weight=self.ranking_weight,
+                focal_gamma=self.focal_gamma,
             )
             for task in TASKS
         }
@@ -89,14 +123,13 @@ class Settings:
     def build_model(self, schema: Schema) -> ClickConversionModel:
         """A model with all variables made, initialised from the seed."""
         config = ModelConfig(
-            **{
-                field.name: getattr(self, field.name)
-                for field in dataclasses.fields(ModelConfig)
-                if hasattr(self, field.name)
-            }
+            **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
         )
         keras.utils.set_random_seed(self.seed)
-        model = MODELS[self.model](schema, config, self.losses())
+        try:
+            model = MODELS[self.model](schema, config, self.losses())
+        except ValueError as error:
+            raise DataError(f"--model={self.model}: {error}") from None
         features = {}
         if schema.categorical:
             features["categorical"] = tf.zeros([1, len(schema.categorical)], tf.int64)

@@ -44,7 +44,7 @@ def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -
         written = []
         for shard in range(shards):
             file = f"{name}-{shard:05d}-of-{shards:05d}.tfrecord"
-            part = encoded[shard::shards]
+            part = encoded[np.arange(count) // 4 % shards == shard]
             part.tofile(folder / file)
             written.append(Shard(file, len(part), part.nbytes))
         splits[name] = Split(count, int(click.sum()), int(conversion.sum()), 0, tuple(written))
@@ -74,6 +74,7 @@ def settings(dataset):
         bottom_units=(8,),
         tower_units=(8, 4),
         experts=2,
+        critics=2,
         dropout=0.1,
         weight_decay=1e-6,
         mixed_precision=False,
@@ -83,11 +84,17 @@ def settings(dataset):
         learning_rate=0.01,
         ctr_weight=0.5,
         ctcvr_weight=0.5,
+        auxiliary_weight=0.0,
+        loss="pwiser",
+        loss_tasks=("ctr", "ctcvr"),
         conversion_weight=1.0,
         pwiser_weight=0.1,
         margin_click=0.05,
         margin_nonclick=0.1,
-        pwiser_tasks=("ctr", "ctcvr"),
+        score_space="probability",
+        ranking_weight=0.1,
+        focal_gamma=2.0,
+        shuffle="rows",
         seed=0,
     )
 

@@ -57,7 +57,8 @@ def convert(output_dir, *arguments) -> Schema:
     """Runs the command's own flags and functions in this process; returns the written schema."""
     values = flags.FlagValues()
     csv_to_tfrecord.define_flags(values)
-    values(["csv_to_tfrecord", f"--output_dir={output_dir}", *map(str, arguments)])
+    arguments = ["--shards=1", f"--output_dir={output_dir}", *map(str, arguments)]
+    values(["csv_to_tfrecord", *arguments])
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         csv_to_tfrecord.main(values)
@@ -67,12 +68,17 @@ def convert(output_dir, *arguments) -> Schema:
 
 
 def read(folder, schema, split) -> dict[str, np.ndarray]:
-    """A split's rows in the order of the CSV, read by TensorFlow, shards put back together."""
+    """A split's rows in the order of the CSV, which is that of its one shard."""
+    (shard,) = schema.split(split).shards
+    rows = list(records.read(folder / shard.file))
+    assert len(rows) == shard.rows == schema.split(split).rows
+    return tf_parse(rows, schema)
+
+
+def tf_parse(rows, schema) -> dict[str, np.ndarray]:
+    """Serialized records, parsed by TensorFlow."""
     import tensorflow as tf
 
-    shards = [list(records.read(folder / s.file)) for s in schema.split(split).shards]
-    assert [len(s) for s in shards] == [s.rows for s in schema.split(split).shards]
-    rows = [shards[i % len(shards)][i // len(shards)] for i in range(schema.split(split).rows)]
     parsed = tf.io.parse_example(rows, records.parse_spec(schema))
     return {name: values.numpy() for name, values in parsed.items()}
 
@@ -272,6 +278,31 @@ def test_shards_are_samples_of_the_whole(files):
     ]
     # Fewer files than asked for where there are fewer rows.
     assert len(convert(files / "many", *columns(files, "--shards=16")).split("train").shards) == 5
+
+
+def test_groups_are_dealt_to_shards_whole(tmp_path):
+    """2000 rows of 400 interleaved groups, all of whose numbers are multiples of 4."""
+    row = ["ann", "x", "2.5", "1", "7", "0", "2024-01-02"]
+    rows = [[*row, f"{4 * (i % 400)}"] for i in range(2000)]
+    path = write_csv(tmp_path / "train.csv", rows)
+    arguments = [f"--train={path}", *COLUMNS, "--group=search"]
+    schema = convert(tmp_path / "out", *arguments, "--test_fraction=0", "--shards=4")
+    groups = []
+    for shard in schema.split("train").shards:
+        serialized = list(records.read(tmp_path / "out" / shard.file))
+        parsed = tf_parse(serialized, schema)["group"]
+        assert len(parsed) == shard.rows
+        groups.append(set(parsed.tolist()))
+        # In the file's order.
+        assert (np.diff(parsed.reshape(5, -1)) > 0).all()
+    assert sum(map(len, groups)) == len(set.union(*groups)) == 400
+    assert all(70 < len(part) < 130 for part in groups)
+    # Fewer groups than files: no file is empty.
+    few = write_csv(tmp_path / "few.csv", rows[:2])
+    arguments = [f"--train={few}", *COLUMNS, "--group=search"]
+    shards = convert(tmp_path / "few", *arguments, "--test_fraction=0", "--shards=16").split("train")
+    assert sum(shard.rows for shard in shards.shards) == 2
+    assert all(shard.rows for shard in shards.shards)
 
 
 # ---- columns: what is held out

@@ -1,3 +1,4 @@
+import itertools
 import shutil
 
 import numpy as np
@@ -56,6 +57,26 @@ def test_shuffling_mixes_within_each_shard(dataset):
     assert sum(a == b for a, b in zip(plain, first, strict=True)) < 20
 
 
+def _groups(rows):
+    return [row[-2] for row in rows]
+
+
+def test_whole_groups_are_shuffled_and_stay_together(dataset):
+    plain, _ = _rows(dataset)
+    first, sizes = _rows(dataset, shuffle_seed=(0, 0), keep_groups=True)
+    assert sorted(first) == sorted(plain)
+    assert sizes == [64] * 15 + [40]
+    order = [group for group, _ in itertools.groupby(_groups(first))]
+    # 250 groups of 4 rows: each comes once, and not in the files' order.
+    assert len(order) == len(set(order)) == 250
+    kept = sum(a == b for a, b in zip(_groups(first)[::4], _groups(plain)[::4], strict=True))
+    assert kept < 10
+    again = {"shuffle_seed": (0, 0), "keep_groups": True}
+    assert _rows(dataset, **again)[0] == first
+    assert _rows(dataset, **again, skip_rows=339)[0] == first[339:]
+    assert _rows(dataset, shuffle_seed=(0, 1), keep_groups=True)[0] != first
+
+
 @pytest.mark.parametrize("skip", [1, 64, 333, 334, 335, 700, 999, 1000])
 def test_skipping_goes_on_in_the_same_order(dataset, skip):
     whole, _ = _rows(dataset, shuffle_seed=(3, 1))
@@ -107,7 +128,7 @@ def _read_all(copy):
 
 def test_explain_names_the_file_with_a_flipped_byte(copy):
     content = bytearray((copy / SHARD).read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) // 2 + 20] ^= 1
     (copy / SHARD).write_bytes(content)
     with pytest.raises(DataError, match=rf"{SHARD}: record \d+ has a wrong checksum"):
         _read_all(copy)

@@ -89,11 +89,22 @@ CHANGES = {
     "ctr_weight": 1.0,
     "ctcvr_weight": 1.0,
     "conversion_weight": 4.0,
+    "loss": "bce",
+    "loss_tasks": ("ctcvr",),
     "pwiser_weight": 0.0,
     "margin_click": 0.5,
     "margin_nonclick": 0.5,
-    "pwiser_tasks": ("ctcvr",),
+    "score_space": "logit",
+    "shuffle": "groups",
     "seed": 1,
+}
+# Flags that are read with other settings than those of the fixture: (those settings, a change).
+ELSEWHERE = {
+    "experts": ({"model": "mmoe"}, 3),
+    "critics": ({"model": "metaheac"}, 3),
+    "auxiliary_weight": ({"model": "aitm", "auxiliary_weight": 0.6}, 100.0),
+    "ranking_weight": ({"loss": "ranknet"}, 1.0),
+    "focal_gamma": ({"loss": "focal"}, 1.0),
 }
 
 
@@ -107,12 +118,18 @@ def test_every_flag_changes_the_result(name, trained, settings, tmp_path):
     assert losses[0] != losses[1]
 
 
-def test_experts_change_the_result(settings, tmp_path):
-    runs = [
-        train(dataclasses.replace(settings, model="mmoe", experts=n, epochs=1), tmp_path / str(n))
-        for n in (2, 3)
-    ]
-    assert runs[0]["test"] != runs[1]["test"]
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_flags_of_other_models_and_losses_change_the_result(name, settings, tmp_path):
+    more, value = ELSEWHERE[name]
+    first = dataclasses.replace(settings, epochs=1, **more)
+    other = dataclasses.replace(first, **{name: value})
+    runs = [train(run, tmp_path / str(n)) for n, run in enumerate((first, other))]
+    assert runs[0]["epochs"][0]["train"] != runs[1]["epochs"][0]["train"]
+
+
+def test_every_setting_is_tried(settings):
+    free = {"data_dir", "epochs", "patience"}
+    assert {*CHANGES, *ELSEWHERE} | free == {f.name for f in dataclasses.fields(settings)} | free
 
 
 def test_patience_stops_the_run(settings, tmp_path):
@@ -223,7 +240,10 @@ def test_progress_survives_its_round_trip():
         ("--modell=mmoe", "Unknown command line flag 'modell'"),
         ("--model=mmmoe", "value should be one of <single_task|shared_bottom|mmoe>"),
         ("--batch_size=many", "flag --batch_size=many"),
-        ("--pwiser_tasks=ctr,cvrr", "expected names out of ctr,ctcvr"),
+        ("--loss_tasks=ctr,cvrr", "expected names out of ctr,ctcvr"),
+        ("--auxiliary_weight=0.5", "--model=shared_bottom has no term of its own"),
+        ("--model=esmm", "--conversion_head=direct: --model=esmm is defined with product alone"),
+        ("--loss=jrc", "--shuffle=rows: --loss=jrc compares the rows of a group"),
         ("--tower_units=64,x", "expected positive integers"),
         ("--learning_rate=nan", "--learning_rate=nan: expected a finite number"),
         ("--data_dir=/no/such/folder", "/no/such/folder/schema.json: no such file"),

@@ -108,7 +108,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     integer(
         "shards",
         None,
-        "Files a split; row i goes to file i % shards. Training holds two of them in memory; "
+        "Files a split; row i goes to file i % shards, or a hash of its group says to which, so "
+        "that no group is torn apart. Training holds two of them in memory; "
         f"default: one for each {_BYTES_A_SHARD >> 20} MB of training CSV, {_FEWEST_SHARDS} at "
         "least.",
         lower_bound=1,
@@ -207,11 +208,10 @@ def _write(
             for position, writer in enumerate(writers):
                 chosen = rows.split == position
                 if chosen.any():
-                    whole = chosen.all()
-                    writer.write(
-                        rows.frames if whole else rows.frames[chosen],
-                        rows.grade if whole else rows.grade[chosen],
-                    )
+                    columns = (rows.frames, rows.grade, rows.group)
+                    if not chosen.all():
+                        columns = (None if c is None else c[chosen] for c in columns)
+                    writer.write(*columns)
             row += batch.num_rows
         if not row:
             raise DataError("found no rows, expected some below the header", file=part.name)

@@ -25,8 +25,8 @@ train() {
     say python -m pwiser_tf.train --flagfile=configs/sample.flags --data_dir="$folder/data" \
         --workdir="$folder/runs/$name" "$@"
 }
-train bce --pwiser_weight=0
-train bce_weighted --pwiser_weight=0 --conversion_weight=4
+train bce --loss=bce
+train bce_weighted --loss=bce --conversion_weight=4
 train pwiser --export_dir="$folder/models" --model_name=sample
 
 step "4. Serve the PWiseR model over TF Serving's gRPC API"

@@ -21,11 +21,13 @@ class Rows:
     Attributes:
       split: position in schema.SPLITS, int8 [n].
       grade: int64 [n]; -1 where the row has a conversion without a click, and is to be dropped.
+      group: int64 [n], or None where the source has none.
       frames: framed records, uint8 [n, length].
     """
 
     split: np.ndarray
     grade: np.ndarray
+    group: np.ndarray | None
     frames: np.ndarray
 
 
@@ -110,6 +112,7 @@ class Encoder:
         return Rows(
             split,
             grade,
+            group,
             records.encode(categorical, numerical, np.maximum(grade, 0), group),
         )
 

@@ -1,6 +1,7 @@
 """The output folder, which appears whole or not at all, and the shards in it."""
 
 import contextlib
+import io
 import os
 import pathlib
 import shutil
@@ -90,32 +91,37 @@ def _sync(path: pathlib.Path) -> None:
 
 
 class SplitWriter:
-    """Writes one split's records to shards: row i goes to shard i % shards.
+    """Writes one split's records to shards: row i goes to shard i % shards, or its group decides.
 
-    Each shard is thus a sample of the whole split, in its order. Few rows make fewer shards.
+    Each shard is thus a sample of the whole split, in its order, and holds groups whole. Few rows
+    make fewer shards.
     """
 
     def __init__(self, folder: pathlib.Path, name: str, shards: int):
         self._folder = folder
         self._name = name
         self._shards = shards
-        self._files: list = []
-        self._rows_in: list[int] = []
+        self._files: dict[int, io.BufferedWriter] = {}
+        self._rows_in = [0] * shards
         self.rows = self.clicks = self.conversions = self.dropped = 0
 
-    def write(self, frames: np.ndarray, grade: np.ndarray) -> None:
-        """Appends framed records, uint8 [n, length], with their grades [n]; drops grade -1."""
+    def write(self, frames: np.ndarray, grade: np.ndarray, group: np.ndarray | None) -> None:
+        """Appends framed records, uint8 [n, length], with grades and groups [n]; drops grade -1."""
         kept = grade >= 0
         if not kept.all():
             self.dropped += int(np.sum(~kept))
             frames, grade = frames[kept], grade[kept]
-        while len(self._files) < min(self._shards, self.rows + len(frames)):
-            self._files.append(open(self._path(len(self._files)), "wb"))  # noqa: SIM115
-            self._rows_in.append(0)
-        for shard, file in enumerate(self._files):
-            block = frames[(shard - self.rows) % self._shards :: self._shards]
-            file.write(block.tobytes())
-            self._rows_in[shard] += len(block)
+            group = None if group is None else group[kept]
+        dealt = self.rows + np.arange(len(grade)) if group is None else scattered(group)
+        shard_of = (dealt % self._shards).astype(np.int64)
+        order = np.argsort(shard_of, kind="stable")
+        ends = np.cumsum(np.bincount(shard_of, minlength=self._shards))
+        for shard in np.unique(shard_of).tolist():
+            rows = order[ends[shard - 1] if shard else 0 : ends[shard]]
+            if shard not in self._files:
+                self._files[shard] = open(self._path(shard), "wb")  # noqa: SIM115
+            self._files[shard].write(frames[rows].tobytes())
+            self._rows_in[shard] += len(rows)
         self.rows += len(grade)
         self.clicks += int(np.sum(grade >= 1))
         self.conversions += int(np.sum(grade == 2))
@@ -123,12 +129,24 @@ class SplitWriter:
     def close(self) -> schema.Split:
         """Names the shards by their final count and returns what was written."""
         shards = []
-        for shard, file in enumerate(self._files):
+        for number, (shard, file) in enumerate(sorted(self._files.items())):
             file.close()
-            name = f"{self._name}-{shard:05d}-of-{len(self._files):05d}.tfrecord"
+            name = f"{self._name}-{number:05d}-of-{len(self._files):05d}.tfrecord"
             size = self._path(shard).rename(self._folder / name).stat().st_size
             shards.append(schema.Shard(name, self._rows_in[shard], size))
         return schema.Split(self.rows, self.clicks, self.conversions, self.dropped, tuple(shards))
 
     def _path(self, shard: int) -> pathlib.Path:
         return self._folder / f"{self._name}-{shard:05d}"
+
+
+def scattered(group: np.ndarray) -> np.ndarray:
+    """Groups int64 [n] to numbers uint64 [n] whose remainders are even, by any divisor.
+
+    The groups' own would not be: ids may all be even, or rise with time. (SplitMix64's last
+    step, Steele et al. 2014.)
+    """
+    x = group.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
