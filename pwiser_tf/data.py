@@ -1,9 +1,10 @@
 """TFRecord files to tf.data: shards are read whole, parsed whole and shuffled whole.
 
 The converter deals its rows out to the shards in turn (whole groups by a hash, where there are
-groups), so each shard is an even sample of the data set. A shuffled order of shards, each shuffled whole, therefore mixes as a shuffle of
-everything does, at the price of holding two shards in memory; and a position in an epoch is a
-number of rows, from which reading goes on without replaying what came before.
+groups), so each shard is an even sample of the data set. A shuffled order of shards, each shuffled
+whole, therefore mixes as a shuffle of everything does, at the price of holding two shards in
+memory; and a position in an epoch is a number of rows, from which reading goes on without
+replaying what came before.
 """
 
 import os

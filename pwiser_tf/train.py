@@ -328,8 +328,7 @@ def _describe(settings: Settings, schema: Schema) -> None:
     cvr = {"ctr": split.conversions / split.clicks, "ctcvr": 1.0}
     margins = settings.margin_click, settings.margin_nonclick
     strengths = {
-        task: strength(settings.pwiser_weight, *margins, cvr[task])
-        for task in settings.loss_tasks
+        task: strength(settings.pwiser_weight, *margins, cvr[task]) for task in settings.loss_tasks
     }
     shown = ", ".join(f"{task} {value:.2f}" for task, value in strengths.items())
     print(

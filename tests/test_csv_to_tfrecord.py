@@ -300,7 +300,9 @@ def test_groups_are_dealt_to_shards_whole(tmp_path):
     # Fewer groups than files: no file is empty.
     few = write_csv(tmp_path / "few.csv", rows[:2])
     arguments = [f"--train={few}", *COLUMNS, "--group=search"]
-    shards = convert(tmp_path / "few", *arguments, "--test_fraction=0", "--shards=16").split("train")
+    shards = convert(tmp_path / "few", *arguments, "--test_fraction=0", "--shards=16").split(
+        "train"
+    )
     assert sum(shard.rows for shard in shards.shards) == 2
     assert all(shard.rows for shard in shards.shards)
 
