@@ -79,7 +79,7 @@ class Encoder(keras.layers.Layer):
             [feature.apply(np.array([np.nan]))[0] for feature in schema.numerical], np.float32
         )
         self._embedding_dim = embedding_dim
-        self._regularizer = _regularizer(weight_decay)
+        self._regularizer = l2(weight_decay)
         self._linear = None
         if schema.numerical:
             self._linear = keras.layers.Dense(embedding_dim, kernel_regularizer=self._regularizer)
@@ -138,7 +138,7 @@ class Block(keras.layers.Layer):
         self._threshold = round(dropout * 256)
         if not 0 <= self._threshold < 256:
             raise ValueError(f"dropout: found {dropout}, expected a rate in [0, 1)")
-        self._regularizer = _regularizer(weight_decay)
+        self._regularizer = l2(weight_decay)
         self._training_dtype = tf.bfloat16 if mixed_precision else tf.float32
 
     def build(self, input_shape):
@@ -222,7 +222,7 @@ class Gate(keras.layers.Layer):
     def __init__(self, experts: int, weight_decay: float, **kwargs):
         super().__init__(**kwargs)
         self._weights = keras.layers.Dense(
-            experts, activation="softmax", kernel_regularizer=_regularizer(weight_decay)
+            experts, activation="softmax", kernel_regularizer=l2(weight_decay)
         )
 
     def call(
@@ -244,7 +244,7 @@ class Head(keras.layers.Layer):
 
     def __init__(self, bias: float, weight_decay: float, energy: bool = False, **kwargs):
         super().__init__(**kwargs)
-        regularizer = _regularizer(weight_decay)
+        regularizer = l2(weight_decay)
         self._columns = [
             keras.layers.Dense(
                 1,
@@ -261,7 +261,7 @@ class Head(keras.layers.Layer):
         return tf.concat([column(inputs) for column in self._columns], axis=1)
 
 
-def _regularizer(weight_decay: float) -> keras.regularizers.Regularizer | None:
+def l2(weight_decay: float) -> keras.regularizers.Regularizer | None:
     """L2 whose gradient is weight_decay * weight: what PyTorch's Adam calls weight decay."""
     return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
 

@@ -1,0 +1,71 @@
+"""AITM: what the click tower knows is transferred to the conversion tower (Xi et al., KDD 2021)."""
+
+import math
+
+import tensorflow as tf
+import tf_keras as keras
+
+from pwiser_tf.layers import l2
+from pwiser_tf.models.base import CLICK, CONVERSION, TOWERS, ClickConversionModel
+
+
+class AITM(ClickConversionModel):
+    """Adaptive information transfer along the sequence exposure, click, conversion.
+
+    With q_t the output of tower t's own bottom MLP on the shared features, k its size:
+
+        click        z_1 = q_1
+        transfer     p = g(z_1)
+        conversion   z_2 = sum over u in {p, q_2} of w_u V(u),
+                     w = softmax over u of <K(u), Q(u)> / sqrt(k)
+        tower t      sigmoid(MLP_t(z_t))
+
+    g is a block, V, K and Q linear maps. The calibrator punishes what cannot be, a conversion
+    likelier than its click:
+
+        L = sum over t of L_t + 0.6 * mean over rows of max(p_conversion - p_click, 0)
+
+    (a mean as in the paper; the authors' code sums over the batch, whose weight then depends on
+    its size). Both towers predict over all exposures, which the calibrator presumes: so there is
+    the direct head only.
+    """
+
+    conversion_heads = ("direct",)
+    auxiliary_weight = 0.6
+
+    def __init__(self, schema, config, losses=None):
+        super().__init__(schema, config, losses)
+        self._shared_encoder = self._encoder()
+        self._bottoms = {tower: self._mlp(config.bottom_units) for tower in TOWERS}
+        self._transfer = self._mlp(config.bottom_units[-1:])
+        self._attention = _InformationTransfer(config.bottom_units[-1], config.weight_decay)
+
+    def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
+        x = self._shared_encoder(features)  # [B, fields * D]
+        q = {tower: self._bottoms[tower](x, training) for tower in TOWERS}  # each [B, k]
+        p = self._transfer(q[CLICK], training)  # [B, k]
+        z = self._attention(tf.stack([p, q[CONVERSION]], axis=1))  # [B, k]
+        return {CLICK: q[CLICK], CONVERSION: z}
+
+    def auxiliary_loss(self, logits, grade) -> tf.Tensor:
+        click, conversion = (tf.sigmoid(logits[tower][:, 0]) for tower in TOWERS)
+        return tf.reduce_mean(tf.nn.relu(conversion - click))
+
+
+class _InformationTransfer(keras.layers.Layer):
+    """Attention over what is transferred and what is the task's own.
+
+    Call: float [B, 2, units] to float32 [B, units].
+    """
+
+    def __init__(self, units: int, weight_decay: float, **kwargs):
+        super().__init__(**kwargs)
+        self._value, self._key, self._query = (
+            keras.layers.Dense(units, kernel_regularizer=l2(weight_decay)) for _ in range(3)
+        )
+        self._scale = 1 / math.sqrt(units)
+
+    def call(self, x: tf.Tensor) -> tf.Tensor:
+        agreement = tf.reduce_sum(self._key(x) * self._query(x), axis=2)  # [B, 2]
+        weights = tf.nn.softmax(self._scale * agreement, axis=1)  # [B, 2]
+        return tf.einsum("bt,btu->bu", weights, self._value(x))

@@ -1,0 +1,21 @@
+"""OMoE: experts shared by the towers, one gate for both (Ma et al., KDD 2018, their baseline)."""
+
+import tensorflow as tf
+
+from pwiser_tf.layers import Gate
+from pwiser_tf.models.base import TOWERS, ClickConversionModel
+
+
+class OMoE(ClickConversionModel):
+    """Both towers see the same softmax mixture of all experts (Jacobs et al., 1991)."""
+
+    def __init__(self, schema, config, losses=None):
+        super().__init__(schema, config, losses)
+        self._shared_encoder = self._encoder()
+        self._experts = [self._mlp(config.bottom_units) for _ in range(config.experts)]
+        self._gate = Gate(config.experts, config.weight_decay)
+
+    def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
+        x = self._shared_encoder(features)  # [B, fields * D]
+        experts = [expert(x, training) for expert in self._experts]  # E times [B, units]
+        return dict.fromkeys(TOWERS, self._gate(x, experts, training))  # [B, units]

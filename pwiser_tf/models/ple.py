@@ -1,0 +1,68 @@
+"""PLE: levels of shared experts and experts of each tower's own (Tang et al., RecSys 2020)."""
+
+import tensorflow as tf
+
+from pwiser_tf.layers import Gate
+from pwiser_tf.models.base import TOWERS, ClickConversionModel
+
+SHARED = "shared"
+BRANCHES = (*TOWERS, SHARED)
+
+
+class PLE(ClickConversionModel):
+    """Progressive layered extraction: one CGC level an entry of `bottom_units`.
+
+    A branch is a tower's or the shared one. At level l, with S_b the experts of branch b, each
+    one block of the level's size on that branch's output of the level below:
+
+        tower k  g_k = softmax(W_k x_k) mixes S_k and S_shared        customized gate control
+        shared   g_shared = softmax(W_shared x_shared) mixes all experts of all branches
+
+    At level 0 every branch has the encoded features. The last level's towers need no shared
+    output, so there it is not made.
+
+    `experts` counts what a tower's gate sees: half are shared, half the tower's own. MTReclib's 4
+    and 4, and its two levels of one layer each, are the defaults.
+    """
+
+    def __init__(self, schema, config, losses=None):
+        super().__init__(schema, config, losses)
+        half = half_of(config.experts)
+        self._shared_encoder = self._encoder()
+        levels = len(config.bottom_units)
+        self._experts = [
+            {branch: [self._mlp((units,)) for _ in range(half)] for branch in BRANCHES}
+            for units in config.bottom_units
+        ]
+        self._gates = [
+            {tower: Gate(2 * half, config.weight_decay) for tower in TOWERS} for _ in range(levels)
+        ]
+        self._shared_gates = [Gate(3 * half, config.weight_decay) for _ in range(levels - 1)]
+
+    def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
+        x = dict.fromkeys(BRANCHES, self._shared_encoder(features))  # each [B, fields * D]
+        for level, (experts, gates) in enumerate(zip(self._experts, self._gates, strict=True)):
+            outputs = {  # {branch: E / 2 times [B, units]}
+                branch: [expert(x[branch], training) for expert in experts[branch]]
+                for branch in BRANCHES
+            }
+            mixed = {  # {tower: [B, units]}
+                tower: gates[tower](x[tower], outputs[tower] + outputs[SHARED], training)
+                for tower in TOWERS
+            }
+            if level < len(self._shared_gates):
+                everything = [output for branch in BRANCHES for output in outputs[branch]]
+                gate = self._shared_gates[level]
+                mixed[SHARED] = gate(x[SHARED], everything, training)  # [B, units]
+            x = mixed
+        return x
+
+
+def half_of(experts: int) -> int:
+    """Half of the experts that a gate sees; ValueError where there is none."""
+    if experts < 2 or experts % 2:
+        raise ValueError(
+            f"experts: {experts}, expected an even number of at least 2: half are shared, half "
+            "each tower's own"
+        )
+    return experts // 2

@@ -1,0 +1,49 @@
+"""STEM-Net: shared embeddings and embeddings of each tower's own (Su et al., AAAI 2024)."""
+
+import tensorflow as tf
+
+from pwiser_tf.layers import Gate
+from pwiser_tf.models.base import TOWERS, ClickConversionModel
+from pwiser_tf.models.ple import BRANCHES, SHARED, half_of
+
+
+class STEM(ClickConversionModel):
+    """All forward, task-specific backward.
+
+    Each branch, a tower's or the shared one, has its own embedding table x_b and its own experts
+    on it. A tower mixes the experts of all branches, also of the other tower, but does not teach
+    the latter:
+
+        g_k = softmax(W_k (x_k + x_shared)) mixes S_k, S_shared and stop_gradient(S_other)
+
+    so that a tower's embeddings learn what its own task prefers and nothing else.
+
+    As PLE's, `experts` are half shared and half each tower's own (a gate sees the other tower's
+    too: 12 for 8). The authors tune both numbers; their gates have hidden layers, ours are
+    linear like those of our other mixtures. One level, as in their experiments.
+    """
+
+    def __init__(self, schema, config, losses=None):
+        super().__init__(schema, config, losses)
+        half = half_of(config.experts)
+        self._encoders = {branch: self._encoder() for branch in BRANCHES}
+        self._experts = {
+            branch: [self._mlp(config.bottom_units) for _ in range(half)] for branch in BRANCHES
+        }
+        self._gates = {tower: Gate(3 * half, config.weight_decay) for tower in TOWERS}
+
+    def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
+        x = {branch: self._encoders[branch](features) for branch in BRANCHES}  # [B, fields * D]
+        outputs = {  # {branch: E / 2 times [B, units]}
+            branch: [expert(x[branch], training) for expert in self._experts[branch]]
+            for branch in BRANCHES
+        }
+        inputs = {}
+        for tower in TOWERS:
+            seen = [
+                output if branch in (tower, SHARED) else tf.stop_gradient(output)
+                for branch in BRANCHES
+                for output in outputs[branch]
+            ]
+            inputs[tower] = self._gates[tower](x[tower] + x[SHARED], seen, training)  # [B, units]
+        return inputs
