@@ -8,13 +8,13 @@ import tf_keras as keras
 from pwiser_tf.models import MODELS, ModelConfig
 from pwiser_tf.models.base import CONVERSION_HEADS, TOWERS, _log1mexp
 from pwiser_tf.schema import Split
-from pwiser_tf.tasks import LossConfig
+from pwiser_tf.tasks import LOSSES, LossConfig
 from tests.conftest import SCHEMA
 
 CONFIG = ModelConfig(
     embedding_dim=4, bottom_units=(8, 6), tower_units=(5,), experts=4, critics=3, dropout=0.0
 )
-LOSSES = {"ctr": LossConfig(loss="pwiser"), "ctcvr": LossConfig(loss="pwiser")}
+PWISER = {"ctr": LossConfig(loss="pwiser"), "ctcvr": LossConfig(loss="pwiser")}
 # Every architecture with every head that its paper leaves open.
 CASES = [(name, head) for name, model in MODELS.items() for head in model.conversion_heads]
 every_case = pytest.mark.parametrize(("name", "head"), CASES)
@@ -27,7 +27,7 @@ FEATURES = {
 GRADE = tf.constant([0, 1, 2, 0] * 5, tf.int64)
 
 
-def _model(name, head=None, seed=0, losses=LOSSES, schema=SCHEMA, **config):
+def _model(name, head=None, seed=0, losses=PWISER, schema=SCHEMA, **config):
     """A built model with the paper's auxiliary weight."""
     keras.utils.set_random_seed(seed)
     config = {
@@ -264,7 +264,7 @@ def _gradients(model):
 
 
 @every_case
-@pytest.mark.parametrize("loss", ["bce", "pwiser"])
+@pytest.mark.parametrize("loss", LOSSES)
 def test_every_weight_gets_a_finite_gradient_from_every_loss(name, head, loss):
     config = LossConfig(loss=loss)
     _gradients(_model(name, head, losses={"ctr": config, "ctcvr": config}))
@@ -431,7 +431,7 @@ def test_experts_critics_and_towers_start_different(name):
 def test_an_energy_is_there_for_jrc_and_changes_no_output(name, head):
     without = _model(name, head)
     for task, tower in (("ctr", "click"), ("ctcvr", "conversion")):
-        model = _model(name, head, losses={**LOSSES, task: LossConfig(loss="jrc")})
+        model = _model(name, head, losses={**PWISER, task: LossConfig(loss="jrc")})
         logits = model.tower_logits(FEATURES, training=False)
         assert {t: logits[t].shape[1] for t in TOWERS} == {t: 1 + (t == tower) for t in TOWERS}
         # One seed, one function: with and without the energy runs are comparable.
