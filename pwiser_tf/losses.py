@@ -317,16 +317,14 @@ def jrc(logits: tf.Tensor, energy: tf.Tensor, labels: tf.Tensor, group: tf.Tenso
       TypeError: logits or energies that are not floating point.
       ValueError: other shapes.
     """
-    logits, energy = _scores(logits, "logits"), _scores(_beside(energy, "energy", logits), "energy")
-    labels = _classes(labels, "labels", logits)
-    counts = _count(labels, 2)
+    logits = _scores(logits, "logits")
+    energy = _scores(_beside(energy, "energy", logits), "energy")
+    y = _labels(labels, logits)
     index, groups = _groups(group, logits)
     f0 = tf.cast(energy, tf.float64)
     f1 = f0 + tf.cast(logits, tf.float64)
-    share = tf.where(
-        tf.equal(labels, 1), _log_share(f1, index, groups), _log_share(f0, index, groups)
-    )
-    loss = tf.math.divide_no_nan(-tf.reduce_sum(share), tf.reduce_sum(counts))
+    share = tf.where(y > 0, _log_share(f1, index, groups), _log_share(f0, index, groups))
+    loss = tf.math.divide_no_nan(-tf.reduce_sum(share), tf.cast(tf.size(share), tf.float64))
     return tf.cast(loss + _nan_unless_finite(f1), logits.dtype)
 
 
@@ -359,10 +357,8 @@ def listce(logits: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
       ValueError: other shapes.
     """
     logits = _scores(logits, "logits")
-    labels = _classes(labels, "labels", logits)
-    _count(labels, 2)  # refuses other labels
+    y = _labels(labels, logits)
     index, groups = _groups(group, logits)
-    y = tf.cast(labels, tf.float64)
     share = _log_share(tf.math.log_sigmoid(tf.cast(logits, tf.float64)), index, groups)
     positives = tf.math.unsorted_segment_sum(y, index, groups)  # [groups]: each one's C
     cost = tf.math.divide_no_nan(tf.math.unsorted_segment_sum(-y * share, index, groups), positives)
@@ -383,7 +379,8 @@ def focal(logits: tf.Tensor, labels: tf.Tensor, gamma: float = 2.0) -> tf.Tensor
 
     Args:
       logits: float [batch] or [batch, 1], any float type.
-      labels: bool, integer or float [batch] or [batch, 1] in {0, 1}.
+      labels: bool, integer or float [batch] or [batch, 1] in {0, 1}. Another value is an error on
+        CPU (InvalidArgumentError).
       gamma: how much easy rows are turned down, >= 0.
 
     Returns:
@@ -396,8 +393,9 @@ def focal(logits: tf.Tensor, labels: tf.Tensor, gamma: float = 2.0) -> tf.Tensor
     if not (math.isfinite(gamma) and gamma >= 0):
         raise ValueError(f"gamma: found {gamma}, expected a finite number of at least 0")
     logits = _scores(logits, "logits")
-    labels = _classes(labels, "labels", logits)
-    towards = tf.where(tf.equal(labels, 1), logits, -logits)  # the log-odds of the row's own label
+    towards = tf.where(
+        _labels(labels, logits) > 0, logits, -logits
+    )  # the log-odds of the row's own label
     cross_entropy = tf.nn.softplus(-towards)
     return tf.exp(gamma * tf.math.log_sigmoid(-towards)) * cross_entropy
 
@@ -449,8 +447,10 @@ def _logistic(logits: tf.Tensor, weight: tf.Tensor, upper: tf.Tensor) -> tf.Tens
             total = tf.tensor_scatter_nd_sub(slope, upper_rows, upper_slope[:count])
             # Multiplied before the cast: half precision needs its loss scale applied first.
             total = tf.cast(tf.cast(upstream, tf.float64) * total, logits.dtype)
+            # A second derivative would be wrong, or none at all: tied to the logits again, to
+            # have it refused.
             return tf.raw_ops.PreventGradient(
-                input=total, message="pairwise losses have no second derivatives"
+                input=total + 0 * logits, message="pairwise losses have no second derivatives"
             )
 
         return tf.cast(loss + _nan_unless_finite(x, tf.float64), logits.dtype), gradient
@@ -570,6 +570,12 @@ def _classes(values, name: str, scores: tf.Tensor) -> tf.Tensor:
     """Grades or labels of any type, [batch] or [batch, 1], to int32 [batch]."""
     values = _beside(values, name, scores)
     return tf.cast(tf.round(values) if values.dtype.is_floating else values, tf.int32)
+
+
+def _labels(values, scores: tf.Tensor) -> tf.Tensor:
+    """Labels of any type, [batch] or [batch, 1], to float64 [batch], 0 or 1."""
+    # Looked up, and not cast, so that another value is an error.
+    return tf.gather(tf.constant([0.0, 1.0], tf.float64), _classes(values, "labels", scores))
 
 
 def _groups(group, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

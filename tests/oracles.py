@@ -1,5 +1,7 @@
 """Slow, obvious reference implementations that the tests compare the real ones with."""
 
+import math
+
 import numpy as np
 
 
@@ -85,3 +87,73 @@ def pwiser_by_rows(scores, grades, margin_click, margin_nonclick):
             gradient[lower] += 2 * hinge
             gradient[j] -= 2 * np.sum(hinge)
     return loss, gradient
+
+
+def logistic_pairs(logits, upper, lower):
+    """(mean over pairs of log(1 + exp(lower's logit - upper's)), gradient), pair by pair."""
+    loss, gradient = 0.0, [0.0] * len(logits)
+    pairs = len(upper) * len(lower)
+    for j in upper:
+        for i in lower:
+            difference = logits[i] - logits[j]
+            loss += math.log1p(math.exp(difference)) / pairs
+            gradient[i] += 1 / (1 + math.exp(-difference)) / pairs
+            gradient[j] -= 1 / (1 + math.exp(-difference)) / pairs
+    return loss, gradient
+
+
+def logistic_pairs_by_rows(logits, upper, lower):
+    """`logistic_pairs` in float64 NumPy, one upper row against all lower ones at a time."""
+    logits = np.asarray(logits, np.float64)
+    loss, gradient = 0.0, np.zeros(len(logits))
+    for j in upper:
+        difference = logits[lower] - logits[j]
+        slope = 1 / (1 + np.exp(-difference)) / (len(upper) * len(lower))
+        loss += np.mean(np.logaddexp(0, difference)) / len(upper)
+        gradient[lower] += slope
+        gradient[j] -= np.sum(slope)
+    return loss, gradient
+
+
+def pairwise_logistic(logits, grades, pairs=logistic_pairs):
+    """(RankNet on PWiseR's pairs, its gradient)."""
+    rows = [[row for row, grade in enumerate(grades) if grade == level] for level in (0, 1, 2)]
+    terms = [pairs(logits, rows[2], rows[level]) for level in (0, 1)]
+    return sum(loss for loss, _ in terms), np.sum([gradient for _, gradient in terms], axis=0)
+
+
+def combined_pair(logits, labels, pairs=logistic_pairs):
+    """(the ranking term of Combined-Pair, its gradient)."""
+    positives = [row for row, label in enumerate(labels) if label]
+    negatives = [row for row, label in enumerate(labels) if not label]
+    return pairs(logits, positives, negatives)
+
+
+def _rows_of_groups(groups):
+    rows = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    return rows
+
+
+def jrc(logits, energies, labels, groups):
+    """The ranking term of JRC, row by row."""
+    loss = 0.0
+    for rows in _rows_of_groups(groups).values():
+        for i in rows:
+            f = [energies[j] + logits[j] if labels[i] else energies[j] for j in rows]
+            own = energies[i] + logits[i] if labels[i] else energies[i]
+            loss -= math.log(math.exp(own) / sum(math.exp(value) for value in f)) / len(logits)
+    return loss
+
+
+def listce(logits, labels, groups):
+    """ListCE with the sigmoid, group by group, mean over the groups with a positive."""
+    losses = []
+    for rows in _rows_of_groups(groups).values():
+        p = {row: 1 / (1 + math.exp(-logits[row])) for row in rows}
+        positives = [row for row in rows if labels[row]]
+        if positives:
+            costs = [-math.log(p[row] / sum(p.values())) for row in positives]
+            losses.append(sum(costs) / len(positives))
+    return sum(losses) / len(losses) if losses else 0.0
