@@ -122,7 +122,7 @@ class Schema:
     """A data set. See the module's text; `load` and `save` are its JSON form.
 
     Attributes:
-      dataset: where it came from: "aliexpress" or "columns".
+      dataset: where it came from: "aliccp", "aliexpress" or "columns".
       categorical, numerical: the features, in the order of the record's arrays.
       click, conversion: the label columns' names in the raw data.
       group: the raw column of the group (search or session), or None.

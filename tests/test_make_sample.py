@@ -9,10 +9,13 @@ import pandas as pd
 import pytest
 
 from pwiser_tf import metrics
-from tools import aliexpress
-from tools.make_sample import Truth, make_sample
+from tools import aliccp, aliexpress
+from tools.layouts import LAYOUTS
+from tools.make_sample import make_sample
+from tools.truth import Truth
 
 NAMES = ["search_id", *aliexpress.CATEGORICAL, *aliexpress.NUMERICAL, "click", "conversion"]
+SHAPE = LAYOUTS["processed"].shape
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +88,7 @@ def test_categories_are_skewed_and_of_varied_sizes(sample):
 
 
 def test_accidents_have_nothing_to_do_with_utility_and_never_convert():
-    truth = Truth.draw(seed=1, ctr=0.2, cvr=0.1, accidental_clicks=0.5)
+    truth = Truth.draw(seed=1, ctr=0.2, cvr=0.1, accidental_clicks=0.5, shape=SHAPE)
     rows = truth.sample(np.random.default_rng(0), np.arange(20_000))
     accidental, genuine = rows.accidental, rows.click & ~rows.accidental
     assert not (rows.conversion & accidental).any()
@@ -96,7 +99,7 @@ def test_accidents_have_nothing_to_do_with_utility_and_never_convert():
 
 
 def test_planted_probabilities_are_calibrated_and_the_best_there_is():
-    truth = Truth.draw(seed=2, ctr=0.1, cvr=0.2, accidental_clicks=0.3)
+    truth = Truth.draw(seed=2, ctr=0.1, cvr=0.2, accidental_clicks=0.3, shape=SHAPE)
     rows = truth.sample(np.random.default_rng(0), np.arange(20_000))
     click, both = truth.probabilities(rows)
     assert (both < click).all()
@@ -171,6 +174,57 @@ def test_raw_layout(tmp_path):
         assert {row[0] for row in items} == {row[0] for row in users}
         assert len({row[0] for row in users}) == len(users)
         assert {row[48] for row in items} <= {"0", "1", "2"}
+
+
+def feature_list(cell):
+    """The features of a raw list, as (field, id, value)."""
+    return [tuple(part.replace("\x03", "\x02").split("\x02")) for part in cell.split("\x01")]
+
+
+def test_aliccp_raw_layout(tmp_path):
+    counts = make_sample(tmp_path, rows=3000, ctr=0.3, cvr=0.3, layout="aliccp_raw")
+    fields = set(aliccp.CATEGORIES)
+    odd = clicks = conversions = 0
+    for split, size in (("train", 2400), ("test", 600)):
+        with open(tmp_path / f"sample_skeleton_{split}.csv") as file:
+            skeleton = list(csv.reader(file))
+        with open(tmp_path / f"common_features_{split}.csv") as file:
+            common = list(csv.reader(file))
+        assert (len(skeleton), {len(row) for row in skeleton}) == (size, {6})
+        assert {len(row) for row in common} == {3}
+        assert {row[3] for row in skeleton} == {row[0] for row in common}
+        assert len({row[0] for row in common}) == len(common)
+        for row in (*skeleton, *common):
+            assert len(feature_list(row[-1])) == int(row[-2])
+        own = [[feature[0] for feature in feature_list(row[-1])] for row in skeleton]
+        shared = [[feature[0] for feature in feature_list(row[-1])] for row in common]
+        # What the real files have: repeats, absent fields, overridden ones, histories anywhere.
+        assert {names.count("210") for names in own} == {1, 2, 3}
+        assert {names.count("508") for names in own} == {0, 1}
+        assert any("121" in names for names in own)
+        assert {"124" in names for names in shared} == {True, False}
+        assert {names[0] in aliccp.HISTORIES for names in shared} == {True, False}
+        assert max(names.count("150_14") for names in shared) > 3
+        assert {name for names in (*own, *shared) for name in names} == fields | {*aliccp.HISTORIES}
+        click, conversion = np.array([row[1:3] for row in skeleton], int).T
+        odd += int((conversion > click).sum())
+        clicks, conversions = clicks + click.sum(), conversions + conversion.sum()
+    # A conversion without a click: every 500th row, where it has no click.
+    assert 0 < odd <= 7
+    assert (counts["clicks"], counts["conversions"]) == (clicks, conversions - odd)
+
+
+def test_aliccp_processed_layout(tmp_path):
+    make_sample(tmp_path, rows=3000, layout="aliccp_processed")
+    train = pd.read_csv(tmp_path / "ali_ccp_train.csv")
+    assert list(train) == [
+        *("click", "purchase", *aliccp.CATEGORIES[:9], *aliccp.ITEM_FIELDS, *aliccp.CROSS_FIELDS),
+        *("301", *aliccp.HISTORIES, *(f"D{name}" for name in aliccp.HISTORIES), *aliccp.VALUES),
+    ]
+    # Where the cross field is absent so is its value.
+    for name, field in aliccp.VALUES.items():
+        assert ((train[name] == 0) == (train[field] == 0)).all()
+        assert 0 < (train[name] == 0).mean() < 1
 
 
 def command(*arguments):

@@ -1,6 +1,6 @@
 """Zip and tar files, streamed out into a scratch folder."""
 
-import lzma
+import gzip
 import pathlib
 import shutil
 import tarfile
@@ -45,16 +45,20 @@ def unpack(path: pathlib.Path, scratch: pathlib.Path, shown) -> list[pathlib.Pat
                         with archive.open(entry) as source:
                             write(entry.filename, source)
         else:
-            # As a stream: one pass, and no list of what is in it.
-            with tarfile.open(path, "r|*") as archive:
-                for entry in archive:
-                    if entry.isfile():
-                        write(entry.name, archive.extractfile(entry))
+            opener = open if path.suffix.lower() == ".tar" else gzip.open
+            with opener(path, "rb") as stream:
+                with tarfile.open(fileobj=stream, mode="r|") as archive:
+                    for entry in archive:
+                        if entry.isfile():
+                            write(entry.name, archive.extractfile(entry))
+                # To the end, where gzip has its checksum.
+                while stream.read(1 << 20):
+                    pass
     except (
         zipfile.BadZipFile,
         tarfile.TarError,
         zlib.error,
-        lzma.LZMAError,
+        gzip.BadGzipFile,
         EOFError,
         RuntimeError,
         NotImplementedError,

@@ -4,6 +4,7 @@ Data flows one way: the training rows are scanned for the schema, every row is e
 the folder with shards and schema appears when all of it is written. TensorFlow is not imported.
 
     python -m tools.csv_to_tfrecord --format=aliexpress --input=AliExpress_NL --output_dir=data/nl
+    python -m tools.csv_to_tfrecord --format=aliccp --input=ali-ccp --output_dir=data/ccp
     python -m tools.csv_to_tfrecord --format=columns --train=log.csv --output_dir=data/log \\
         --categorical=user,item --numerical=price --click=clicked --conversion=bought --time=day
 """
