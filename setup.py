@@ -19,8 +19,10 @@ setuptools.setup(
         "duckdb>=2.0",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "optuna>=5.0",
         "pandas>=2.2",
         "pyarrow>=17",
+        "sqlalchemy>=2.0",
         "tensorboard>=2.18",
         "tensorflow>=2.18,<2.22",
         "tensorflow-recommenders>=0.7.3",
@@ -29,8 +31,8 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pyyaml>=6", "ruff>=0.6", "scikit-learn>=1.4"],
+        "test": ["pytest>=8", "pyyaml>=6", "ruff>=0.6", "scikit-learn>=1.4", "scipy>=1.11"],
         # The rivals that benchmarks/ runs beside us.
-        "bench": ["scikit-learn>=1.4", "torch>=2.4"],
+        "bench": ["scikit-learn>=1.4", "scipy>=1.11", "torch>=2.4"],
     },
 )

@@ -142,7 +142,7 @@ def plot(
         bins = int(np.clip(summary[task]["positives"] // _POSITIVES_PER_BIN, 2, 20))
         curve = metrics.reliability(labels[measured], probabilities, bins)
         _draw_reliability(axes, curve, task, summary[task])
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_comparison(path: str | os.PathLike, summaries: dict[str, dict]) -> None:
@@ -174,9 +174,9 @@ def plot_comparison(path: str | os.PathLike, summaries: dict[str, dict]) -> None
         axes.set_ylim(len(names) - 0.4, -0.6)
         axes.set_xlabel("AUC")
         axes.margins(x=0.12)
-        _tidy(axes)
+        tidy(axes)
         axes.grid(axis="y", visible=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 # --- the table's cells -------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def _draw_roc(axes: Axes, grade, predictions, summary) -> None:
     )
     axes.set_aspect("equal", adjustable="box")
     axes.legend(loc="lower right", fontsize=9, framealpha=0.9)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
@@ -284,9 +284,9 @@ def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
         axes.set_ylabel("density per factor of ten")
     else:
         axes.set_yticks([])
-    _plain_ticks(axes.xaxis, high - low)
+    plain_ticks(axes.xaxis, high - low)
     axes.legend(loc="upper left", fontsize=9, framealpha=0.9, markerscale=0.7)
-    _tidy(axes)
+    tidy(axes)
 
 
 def _score_range(grade, probabilities) -> tuple[float, float]:
@@ -309,7 +309,7 @@ def _draw_reliability(axes: Axes, curve: metrics.Reliability, task: str, result:
         xlabel=f"predicted {name}, mean of a bin",
         ylabel=f"observed {name}, with 95% interval",
     )
-    _tidy(axes)
+    tidy(axes)
     if not len(curve.rows):
         axes.text(0.5, 0.5, "no rows", ha="center", transform=axes.transAxes)
         return
@@ -317,7 +317,7 @@ def _draw_reliability(axes: Axes, curve: metrics.Reliability, task: str, result:
     if low > 0:
         axes.set(xscale="log", yscale="log")
         for axis in (axes.xaxis, axes.yaxis):
-            _plain_ticks(axis, np.log10(high / low))
+            plain_ticks(axis, np.log10(high / low))
     axes.set(xlim=(low, high), ylim=(low, high))
     axes.set_aspect("equal", adjustable="box")
     axes.plot([low, high], [low, high], color=_FAINT, linewidth=1, zorder=0, label="calibrated")
@@ -371,20 +371,21 @@ def _task_title(task: str, result: dict | None) -> str:
     return f"{task.upper()}: {_plural(result['positives'], 'positive')} in {result['rows']:,} rows"
 
 
-def _plain_ticks(axis: Axis, decades: float) -> None:
+def plain_ticks(axis: Axis, decades: float) -> None:
     """Ticks of a logarithmic axis as plain numbers, a few of them whatever its length."""
     axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _tidy(axes: Axes) -> None:
+def tidy(axes: Axes) -> None:
+    """Gives a panel the look of all our panels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#EEEEEE", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike) -> None:
     """Writes the PNG aside and renames it, so that no reader ever sees half of one."""
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")

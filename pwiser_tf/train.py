@@ -58,6 +58,10 @@ def share_cores() -> None:
         tf.config.threading.set_intra_op_parallelism_threads(max(1, cores // 2))
 
 
+class Diverged(DataError):
+    """The model predicts NaN. pwiser_tf.tune goes on with other settings; others stop here."""
+
+
 class Progress(tf.train.experimental.PythonState):
     """Where a run stands; saved inside the checkpoint, so that the two cannot disagree.
 
@@ -257,7 +261,7 @@ def _finish_epoch(model, settings, schema, progress, best, writer) -> None:
     """Validates; keeps the weights if they are the best so far; moves on to the next epoch."""
     predictions, grade, group = predict(model, settings.data_dir, schema, "validation")
     if not all(np.isfinite(values).all() for values in predictions.values()):
-        raise DataError(
+        raise Diverged(
             f"training diverged: after epoch {progress.epoch + 1} the model predicts NaN; lower "
             "--learning_rate, and begin in another --workdir"
         )

@@ -26,7 +26,7 @@ def sample(rows=3000, click_rate=0.1, conversion_rate=0.3, seed=0):
 def drawn(monkeypatch):
     """The figures that plots would have saved, in order."""
     figures = []
-    monkeypatch.setattr(report, "_save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
     return figures
 
 
@@ -334,5 +334,5 @@ def test_a_full_disk_names_the_sheet_and_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report.Figure, "savefig", fill)
     with pytest.raises(OSError, match=r"No space left on device: '.*sheet\.png'"):
-        report._save(report.Figure(), tmp_path / "sheet.png")
+        report.save(report.Figure(), tmp_path / "sheet.png")
     assert list(tmp_path.iterdir()) == []
