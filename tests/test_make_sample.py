@@ -227,6 +227,23 @@ def test_aliccp_processed_layout(tmp_path):
         assert 0 < (train[name] == 0).mean() < 1
 
 
+def test_aliccp_can_be_learnt(tmp_path):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.preprocessing import OneHotEncoder
+
+    make_sample(
+        tmp_path, rows=60_000, ctr=0.1, cvr=0.2, accidental_clicks=0.4, layout="aliccp_processed"
+    )
+    train, test = (pd.read_csv(tmp_path / f"ali_ccp_{split}.csv") for split in ("train", "test"))
+    names = list(aliccp.CATEGORIES)
+    encoder = OneHotEncoder(handle_unknown="ignore", min_frequency=10).fit(train[names])
+    for label, floor in (("click", 0.55), ("purchase", 0.61)):
+        model = LogisticRegression(C=0.1, max_iter=100)
+        model.fit(encoder.transform(train[names]), train[label])
+        found = model.predict_proba(encoder.transform(test[names]))[:, 1]
+        assert metrics.auc(test[label].to_numpy(), found) > floor
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "tools.make_sample", *arguments],
