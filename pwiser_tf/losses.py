@@ -50,6 +50,7 @@ def pwiser(
     margin_click: float = 0.05,
     margin_nonclick: float = 0.1,
     normalization: str = "pairs",
+    group: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """PWiseR over every pair of the batch, exactly, in O(n log M) time and O(n) memory.
 
@@ -60,6 +61,10 @@ def pwiser(
         dL/dp_b = 2 w_b (k_b u_b - S[k_b])            w_b = 1 / (pairs of the row's grade)
         dL/ds_j = 2 sum_{b: u_b > s_j} w_b (s_j - u_b)
         L       = (sum_b u_b dL/dp_b + sum_j s_j dL/ds_j) / 2
+
+    With `group` only pairs within a group count, and the mean is over these. Then all rows are
+    sorted, by (group, u or s): the open hinges of b are with the conversions from its group's first
+    on to k_b, and each prefix sum becomes a difference of two. O(n log n).
 
     The last line is Euler's identity: L is homogeneous of degree 2 in (u, s). Sums are float64,
     about a centre amid the conversions: in float32 they lose every digit where scores cluster.
@@ -82,6 +87,7 @@ def pwiser(
       margin_nonclick: the same above an exposure without a click, >= 0.
       normalization: "pairs", each sum divided by its number of pairs, or "negatives", by its
         number of lower-graded rows.
+      group: integer [batch] or [batch, 1], any values, or None: all rows are one group.
 
     Returns:
       The loss, a scalar of the scores' type.
@@ -94,7 +100,12 @@ def pwiser(
     _check_settings(margin_click, margin_nonclick, normalization)
     scores = _scores(scores)
     grade = _classes(grade, "grade", scores)
-    counts = _count(grade, 3)
+    if group is None:
+        index, groups = tf.zeros_like(grade), 1
+    else:
+        index, groups = _groups(group, scores)
+    counts = tf.reshape(_count(index * 3 + grade, groups * 3), [groups, 3])
+    conversions = counts[:, 2]  # [groups]
     weight_of_grade = _weights_of_lower_classes(counts, normalization)
     margin_of_grade = tf.constant([margin_nonclick, margin_click, 0.0], tf.float64)
     weight = tf.gather(weight_of_grade, grade)  # [batch]; 0 for conversions
@@ -106,18 +117,28 @@ def pwiser(
         p = tf.cast(scores, tf.float64)
         s = tf.gather_nd(p, conversion_rows)
         # Centred before they are sorted: what is not finite spreads to all, and sorting is safe.
-        centre = tf.math.divide_no_nan(tf.reduce_sum(s), counts[2])
+        centre = tf.math.divide_no_nan(tf.reduce_sum(s), tf.reduce_sum(conversions))
         u = p - centre + margin
-        s = s - centre
-        order = tf.argsort(s)
-        rows, s = tf.gather(conversion_rows, order), tf.gather(s, order)
-
-        below = tf.raw_ops.LowerBound(sorted_inputs=s[tf.newaxis], values=u[tf.newaxis])[0]
-        sum_below = tf.gather(tf.cumsum(tf.pad(s, [[1, 0]])), below)
-        lower_slope = weight * (tf.cast(below, tf.float64) * u - sum_below)  # [batch]
-
+        if group is None:
+            s = s - centre
+            order = tf.argsort(s)
+            rows, s = tf.gather(conversion_rows, order), tf.gather(s, order)
+            below = tf.raw_ops.LowerBound(sorted_inputs=s[tf.newaxis], values=u[tf.newaxis])[0]
+        else:
+            rows, below = _sort_in_groups(u, tf.equal(grade, 2), index)
+            s = tf.gather_nd(u, rows)  # their margin is 0
+        sums = tf.cumsum(tf.pad(s, [[1, 0]]))
+        count, sum_below = tf.cast(below, tf.float64), tf.gather(sums, below)
         weight_above = _sum_above(weight, below, tf.size(s))
         weighted_u_above = _sum_above(weight * u, below, tf.size(s))
+        if group is not None:
+            # Less the conversions of the groups that come before the row's own.
+            before = tf.gather(tf.cumsum(tf.cast(conversions, tf.int32), exclusive=True), index)
+            count -= tf.cast(before, tf.float64)
+            sum_below -= tf.gather(sums, before)
+            weight_above -= _sum_above(weight, before, tf.size(s))
+            weighted_u_above -= _sum_above(weight * u, before, tf.size(s))
+        lower_slope = weight * (count * u - sum_below)  # [batch]
         conversion_slope = s * weight_above - weighted_u_above  # [M]
 
         loss = tf.tensordot(u, lower_slope, 1) + tf.tensordot(s, conversion_slope, 1)
@@ -131,7 +152,7 @@ def pwiser(
                 input=slope, message="pwiser has no second derivatives"
             )
 
-        return tf.cast(loss, scores.dtype), gradient
+        return tf.cast(loss + _nan_unless_finite(p), scores.dtype), gradient
 
     return loss_of(scores)
 
@@ -254,7 +275,7 @@ def pairwise_logistic(logits: tf.Tensor, grade: tf.Tensor) -> tf.Tensor:
     """
     logits = _scores(logits, "logits")
     grade = _classes(grade, "grade", logits)
-    weight = tf.gather(_weights_of_lower_classes(_count(grade, 3), "pairs"), grade)
+    weight = tf.gather(_weights_of_lower_classes(_count(grade, 3)[tf.newaxis], "pairs"), grade)
     return _logistic(logits, weight, tf.equal(grade, 2))
 
 
@@ -282,7 +303,7 @@ def combined_pair(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     """
     logits = _scores(logits, "logits")
     labels = _classes(labels, "labels", logits)
-    weight = tf.gather(_weights_of_lower_classes(_count(labels, 2), "pairs"), labels)
+    weight = tf.gather(_weights_of_lower_classes(_count(labels, 2)[tf.newaxis], "pairs"), labels)
     return _logistic(logits, weight, tf.equal(labels, 1))
 
 
@@ -364,7 +385,7 @@ def listce(logits: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
     cost = tf.math.divide_no_nan(tf.math.unsorted_segment_sum(-y * share, index, groups), positives)
     counted = tf.math.count_nonzero(positives, dtype=tf.float64)
     loss = tf.math.divide_no_nan(tf.reduce_sum(cost), counted)
-    return tf.cast(loss + _nan_unless_finite(logits, tf.float64), logits.dtype)
+    return tf.cast(loss + _nan_unless_finite(tf.cast(logits, tf.float64)), logits.dtype)
 
 
 def focal(logits: tf.Tensor, labels: tf.Tensor, gamma: float = 2.0) -> tf.Tensor:
@@ -453,7 +474,7 @@ def _logistic(logits: tf.Tensor, weight: tf.Tensor, upper: tf.Tensor) -> tf.Tens
                 input=total + 0 * logits, message="pairwise losses have no second derivatives"
             )
 
-        return tf.cast(loss + _nan_unless_finite(x, tf.float64), logits.dtype), gradient
+        return tf.cast(loss + _nan_unless_finite(tf.cast(x, tf.float64)), logits.dtype), gradient
 
     return loss_of(logits)
 
@@ -527,16 +548,35 @@ def _sum_above(weights: tf.Tensor, below: tf.Tensor, conversions: tf.Tensor) -> 
     return tf.cumsum(totals[1:], reverse=True)
 
 
+def _sort_in_groups(values: tf.Tensor, upper: tf.Tensor, index: tf.Tensor):
+    """Sorts rows by (group, value), and counts the upper ones that come before each.
+
+    Args:
+      values: float64 [batch]. upper: bool [batch]. index: each row's group, int32 [batch].
+
+    Returns:
+      The upper rows in that order, int32 [M, 1], and int32 [batch], how many come before each row.
+    """
+    # A NaN has no place in an order, and sorting must not see one: its sums will be NaN anyhow.
+    by_value = tf.argsort(tf.where(tf.math.is_finite(values), values, 0.0), stable=True)
+    order = tf.gather(by_value, tf.argsort(tf.gather(index, by_value), stable=True))
+    upper = tf.gather(upper, order)
+    before = tf.cumsum(tf.cast(upper, tf.int32), exclusive=True)
+    before = tf.scatter_nd(order[:, tf.newaxis], before, tf.shape(order))
+    return tf.boolean_mask(order, upper)[:, tf.newaxis], before
+
+
 def _weights_of_lower_classes(counts: tf.Tensor, normalization: str) -> tf.Tensor:
     """What one pair counts with each lower class, given the rows of each class, the upper last.
 
     Args:
-      counts: float64 [classes]. normalization: see `pwiser`.
+      counts: float64 [groups, classes]. normalization: see `pwiser`.
 
     Returns:
       float64 [classes]; 0 for the upper class, and where there are no pairs.
     """
-    divisor = counts[:-1] * counts[-1] if normalization == "pairs" else counts[:-1]
+    lower = counts[:, :-1]
+    divisor = tf.reduce_sum(lower * counts[:, -1:] if normalization == "pairs" else lower, axis=0)
     return tf.pad(tf.math.divide_no_nan(tf.constant(1.0, tf.float64), divisor), [[0, 1]])
 
 
@@ -584,10 +624,9 @@ def _groups(group, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     return index, tf.size(values)
 
 
-def _nan_unless_finite(values: tf.Tensor, dtype=None) -> tf.Tensor:
-    """0 where all values are finite, else NaN: a scalar, without gradients."""
-    dtype = dtype or values.dtype
-    zero, nan = tf.constant(0, dtype), tf.constant(math.nan, dtype)
+def _nan_unless_finite(values: tf.Tensor) -> tf.Tensor:
+    """0 where all values are finite, else NaN: a scalar of their type, without gradients."""
+    zero, nan = tf.constant(0, values.dtype), tf.constant(math.nan, values.dtype)
     return tf.where(tf.reduce_all(tf.math.is_finite(values)), zero, nan)
 
 

@@ -364,6 +364,106 @@ def test_wrong_settings_are_refused(make, setting, message):
         make(**setting)
 
 
+# --- pairs within groups -------------------------------------------------------------------------
+
+
+def random_groups(seed, rows, groups):
+    """Group names, large numbers of both signs, drawn with replacement."""
+    generator = np.random.default_rng(seed)
+    return generator.choice(generator.integers(-(2**62), 2**62, groups), rows)
+
+
+@pytest.mark.parametrize("normalization", ["pairs", "negatives"])
+def test_only_pairs_of_one_group_count_by_arithmetic(normalization):
+    # Group 5: exposures at .5 and .6 against a conversion at .5, hinges .1 and .2. Group -3: one
+    # click at .3 against conversions at .3 and .2, hinges .05 and .15. Group 8 has no conversion.
+    scores = np.array([0.5, 0.3, 0.6, 0.3, 0.5, 0.2, 0.9])
+    grade, group = [0, 1, 0, 2, 2, 2, 0], [5, -3, 5, -3, 5, -3, 8]
+    loss = pwiser(scores, grade, 0.05, 0.1, normalization, group).numpy()
+    pairs, lower = (2, 2), (3, 1)
+    divisors = pairs if normalization == "pairs" else lower
+    expected = (0.1**2 + 0.2**2) / divisors[0] + (0.05**2 + 0.15**2) / divisors[1]
+    assert loss == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("normalization", ["pairs", "negatives"])
+@pytest.mark.parametrize("margins", [(0.05, 0.1), (0.0, 0.0), (5.0, 9.0)])
+@pytest.mark.parametrize("groups", [1, 3, 12, 60])
+@pytest.mark.parametrize("seed", range(2))
+def test_groups_equal_the_double_loop(seed, groups, margins, normalization):
+    scores, grade = random_case(seed)
+    group = random_groups(seed, len(grade), groups)
+    loss, gradient = loss_and_gradient(scores, grade, *margins, normalization, group)
+    expected, expected_gradient = oracles.pwiser_in_groups(
+        scores, grade, group, *margins, normalization
+    )
+    assert loss == pytest.approx(expected, rel=1e-11, abs=1e-15)
+    # Differences of sums over all groups: a row without pairs has rounding errors, not 0.
+    atol = 1e-14 * max(1.0, np.abs(expected_gradient).max())
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-9, atol=atol)
+
+
+def test_groups_with_many_ties():
+    scores, grade = random_case(seed=8)
+    scores, group = np.floor(scores * 4 / 0.3) / 8, random_groups(8, 60, 5)
+    loss, gradient = loss_and_gradient(scores, grade, 0.125, 0.25, "pairs", group)
+    expected, expected_gradient = oracles.pwiser_in_groups(scores, grade, group, 0.125, 0.25)
+    assert loss == pytest.approx(expected, rel=1e-12)
+    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-15)
+
+
+def test_one_group_is_no_groups():
+    scores, grade = random_case(seed=22, rows=32_768, shares=(0.95, 0.04, 0.01))
+    loss, gradient = loss_and_gradient(scores, grade)
+    grouped, grouped_gradient = loss_and_gradient(scores, grade, group=np.full(32_768, 2**61))
+    assert grouped == pytest.approx(loss, rel=1e-12)
+    np.testing.assert_allclose(grouped_gradient, gradient, rtol=1e-9, atol=1e-16)
+
+
+def test_many_groups_of_float32_scores_lose_no_digits():
+    # Each group is the same two rows, a conversion .001 below an exposure, at another place.
+    scores = np.repeat(np.linspace(0.1, 0.9, 20_000), 2)
+    scores[1::2] -= 0.001
+    grade, group = np.tile([0, 2], 20_000), np.repeat(np.arange(20_000), 2)
+    loss, gradient = loss_and_gradient(scores, grade, 0.0, 0.001, "pairs", group)
+    assert loss == pytest.approx(0.002**2, rel=1e-6)
+    np.testing.assert_allclose(gradient, np.tile([0.004, -0.004], 20_000) / 20_000, rtol=1e-6)
+
+
+@pytest.mark.parametrize("grade", [[0, 1, 2, 2], [2, 2, 2, 2], [0, 0, 1, 1], []])
+def test_groups_without_pairs_are_silent(grade):
+    group = np.arange(len(grade))
+    scores = np.linspace(0.1, 0.9, len(grade))
+    loss, gradient = loss_and_gradient(scores, np.array(grade, np.int64), group=group)
+    assert loss == 0
+    np.testing.assert_array_equal(gradient, np.zeros(len(grade)))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("row", range(6))
+def test_groups_one_score_that_is_not_finite_makes_the_loss_nan(row, value):
+    scores = np.linspace(0.1, 0.6, 6)
+    scores[row] = value
+    assert np.isnan(pwiser(scores, [0, 1, 2, 2, 0, 1], group=[1, 1, 1, 2, 2, 2]).numpy())
+
+
+def test_groups_in_a_graph_and_in_any_order():
+    integers = tf.TensorSpec([None], tf.int64)
+
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.float64), integers, integers])
+    def step(scores, grade, group):
+        loss = pwiser(scores, grade, group=group)
+        return loss, tf.gradients(loss, scores)[0]
+
+    scores, grade = random_case(23, rows=400)
+    group = random_groups(23, 400, 40)
+    loss, gradient = loss_and_gradient(scores, grade, group=group)
+    for order in (np.arange(400), np.random.default_rng(0).permutation(400)):
+        found, found_gradient = step(scores[order], grade[order], group[order])
+        assert found.numpy() == pytest.approx(loss, rel=1e-11)
+        np.testing.assert_allclose(found_gradient, gradient[order], rtol=1e-9, atol=1e-15)
+
+
 # --- PWiseRLoss ----------------------------------------------------------------------------------
 
 
