@@ -1,4 +1,5 @@
 import ctypes
+import dataclasses
 import json
 import pathlib
 import subprocess
@@ -12,6 +13,7 @@ from tensorflow_serving.apis import prediction_log_pb2
 
 from pwiser_tf import export, records, workdir
 from pwiser_tf.errors import DataError
+from pwiser_tf.models import MODELS
 from pwiser_tf.schema import MISSING_INTEGER, Categorical, Schema
 
 RAW = {
@@ -266,3 +268,38 @@ def test_one_column_does_not_stand_for_all(name, exported):
         arrays[name] = arrays[name][:, :1]
         with pytest.raises(tf.errors.InvalidArgumentError, match="not compatible"):
             run(*arrays.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "head"),
+    [(name, head) for name, model in MODELS.items() for head in model.conversion_heads],
+)
+def test_every_architecture_is_exported(name, head, settings, dataset, tmp_path):
+    """Untrained; export itself compares every signature in a Session with the Keras model."""
+    settings = dataclasses.replace(
+        settings,
+        model=name,
+        conversion_head=head,
+        auxiliary_weight=MODELS[name].auxiliary_weight or 0.0,
+        # An energy beside the logits, which is not served.
+        loss="jrc",
+        shuffle="groups",
+    )
+    schema = Schema.load(dataset)
+    run = tmp_path / "run"
+    run.mkdir()
+    workdir.begin(run, settings, schema)
+    model = settings.build_model(schema)
+    workdir.best_checkpoint(run, model).save(checkpoint_number=1)
+    version = export.export(run, tmp_path / "models", name)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(version))
+        signature = loaded.signature_def["predict_raw"]
+        feed = {signature.inputs[key].name: value for key, value in RAW.items()}
+        fetch = {key: value.name for key, value in signature.outputs.items()}
+        found = session.run(fetch, feed)
+    expected = model({key: tf.constant(value) for key, value in _features(schema).items()})
+    for key, values in found.items():
+        np.testing.assert_allclose(values, expected[key], rtol=1e-5)
+    assert (found["ctcvr"] <= found["ctr"]).all()
+    assert len(set(np.round(found["ctr"], 6))) > 1

@@ -246,3 +246,21 @@ def test_weight_decay_is_a_gradient_of_so_much_times_the_weight():
         loss = tf.add_n(block.losses)
     kernel = block.kernel
     np.testing.assert_allclose(tape.gradient(loss, kernel), 0.3 * kernel.numpy(), rtol=1e-6)
+
+
+def test_head_gives_the_logit_and_beside_it_an_energy_that_starts_at_0():
+    keras.utils.set_random_seed(0)
+    plain = layers.Head(-2.0, weight_decay=0.3)
+    x = tf.constant([[1.0, 2.0], [3.0, -1.0]])
+    logit = plain(x)
+    kernel = plain.weights[0].numpy()
+    np.testing.assert_allclose(logit, x.numpy() @ kernel - 2.0, rtol=1e-6)
+    assert float(plain.losses[0]) == pytest.approx(0.15 * (kernel**2).sum())
+
+    keras.utils.set_random_seed(0)
+    wide = layers.Head(-2.0, weight_decay=0.3, energy=True)
+    np.testing.assert_array_equal(wide(x), np.concatenate([logit, np.zeros([2, 1])], axis=1))
+    wide.weights[2].assign([[1.0], [10.0]])
+    wide.weights[3].assign([5.0])
+    np.testing.assert_array_equal(wide(x)[:, 1], [26.0, -2.0])
+    np.testing.assert_array_equal(wide(x)[:, :1], logit)
