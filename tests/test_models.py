@@ -267,7 +267,8 @@ def _gradients(model):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_weight_gets_a_finite_gradient_from_every_loss(name, head, loss):
     config = LossConfig(loss=loss)
-    _gradients(_model(name, head, losses={"ctr": config, "ctcvr": config}))
+    losses = {"ctr": config, "ctcvr": config}
+    _gradients(_model(name, head, losses=losses, bottom_units=(6,), experts=2, critics=2))
 
 
 def test_the_loss_is_the_weighted_sum_of_the_tasks():
