@@ -1,0 +1,707 @@
+"""The table: what finished runs say, as one dictionary, as Markdown and as plots."""
+
+import dataclasses
+import math
+import os
+import pathlib
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import paired
+from benchmarks.paper_runs import Run, read_grade, read_predictions
+from pwiser_tf import metrics, workdir
+from pwiser_tf.schema import Schema
+
+# MTReclib's README: test AUC of CTR and of CTCVR (which it calls CVR), the mean of 5 runs, each
+# stopped early on the test split itself.
+PUBLISHED = {
+    "NL": {
+        "single_task": (0.7222, 0.8590),
+        "shared_bottom": (0.7228, 0.8511),
+        "omoe": (0.7254, 0.8611),
+        "mmoe": (0.7234, 0.8606),
+        "ple": (0.7292, 0.8591),
+        "aitm": (0.7240, 0.8577),
+        "metaheac": (0.7263, 0.8615),
+    },
+    "ES": {
+        "single_task": (0.7266, 0.8855),
+        "shared_bottom": (0.7287, 0.8866),
+        "omoe": (0.7253, 0.8859),
+        "mmoe": (0.7285, 0.8898),
+        "ple": (0.7273, 0.8913),
+        "aitm": (0.7290, 0.8885),
+        "metaheac": (0.7299, 0.8883),
+    },
+    "FR": {
+        "single_task": (0.7259, 0.8737),
+        "shared_bottom": (0.7245, 0.8700),
+        "omoe": (0.7257, 0.8781),
+        "mmoe": (0.7216, 0.8811),
+        "ple": (0.7276, 0.8805),
+        "aitm": (0.7236, 0.8763),
+        "metaheac": (0.7249, 0.8813),
+    },
+    "US": {
+        "single_task": (0.7061, 0.8637),
+        "shared_bottom": (0.7029, 0.8698),
+        "omoe": (0.7049, 0.8701),
+        "mmoe": (0.7043, 0.8758),
+        "ple": (0.7138, 0.8675),
+        "aitm": (0.7048, 0.8730),
+        "metaheac": (0.7089, 0.8743),
+    },
+}
+
+_EXPLANATION = """\
+Every loss was trained with the same seeds as {baseline}: one seed is one initialisation and one \
+order of batches, for all losses. The best epoch is chosen on the validation split alone; the test \
+split is read once, at that epoch. (The test metrics of the other epochs are in epochs.png and \
+chose nothing.)
+
+- **difference**: loss less {baseline}, the mean over seeds of the difference within each seed, \
+with its 95 percent interval over seeds (t).
+- **p seeds**: the paired t-test over seeds; it sees the noise of training. (Wilcoxon's test is in \
+results.json.)
+- **p rows**: DeLong's paired test of the same mean difference; it sees that the test rows are a \
+sample. **seeds +/-**: in how many seeds DeLong's test alone, at 0.05, favours the \
+loss or {baseline}.
+- **p Holm**: the larger of the two, since a difference has to outlive both, corrected by Holm \
+over all {comparisons} AUC comparisons of this report.
+- **verdict**: win or loss where p Holm is at most 0.05, tie elsewhere: a tie is what was not \
+shown, not what was shown to be equal.
+- CTCVR is P(click and conversion given exposure), which the paper and MTReclib call CVR; CVR is \
+P(conversion given click), on clicked rows. PCOC is predictions over labels: 1 is calibrated.\
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """A column of the table: one metric of one task.
+
+    Attributes:
+      kind: the metric's key in `metrics.summary`; task: the task's.
+      scale: what a difference is multiplied by to be shown; digits: and its decimals.
+      sign: 1 where more is better, -1 where less is.
+    """
+
+    kind: str
+    task: str
+    scale: float = 1e4
+    digits: int = 0
+    sign: int = 1
+
+    @property
+    def title(self) -> str:
+        names = {"auc": "AUC", "gauc": "GAUC", "log_loss": "log loss", "pcoc": "PCOC"}
+        return f"{names[self.kind]} {self.task.upper()}"
+
+    @property
+    def difference_title(self) -> str:
+        name = f"abs(ln PCOC) {self.task.upper()}" if self.kind == "pcoc" else self.title
+        return name if self.scale == 1 else f"{name}, in 1e-{round(math.log10(self.scale))}"
+
+    def value(self, summary: dict) -> float | None:
+        """The metric itself; None where undefined."""
+        return summary[self.task][self.kind]
+
+    def compared(self, summary: dict) -> float | None:
+        """What differences are taken of: the metric, but of PCOC its distance from 1, |ln PCOC|,
+        which finds predictions that are twice and half the truth equally wrong."""
+        value = self.value(summary)
+        if self.kind != "pcoc" or value is None:
+            return value
+        return abs(math.log(value)) if value > 0 else None
+
+
+MEASURES = (
+    *(Measure("auc", task) for task in metrics.TASKS),
+    *(Measure("gauc", task) for task in ("ctr", "ctcvr")),
+    *(Measure("log_loss", task, 1e5, 1, -1) for task in ("ctr", "ctcvr")),
+    *(Measure("pcoc", task, 1, 3, -1) for task in ("ctr", "ctcvr")),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """A run and what it left (see paper_runs)."""
+
+    run: Run
+    result: dict
+
+
+def results(
+    finished: Sequence[Finished],
+    schemas: dict[str, Schema],
+    command: str,
+    published: str | None,
+) -> dict:
+    """Everything the table says, as JSON-able values.
+
+    Args:
+      finished: all runs of all data sets, models, losses and seeds; the first loss is the baseline.
+      schemas: of the data sets, by name. command: what made the table.
+      published: the country of MTReclib's numbers; None takes it from each schema's notes.
+
+    Returns:
+      "command", "baseline", "seeds"; "data": a data set's name to its counts; "runs": each run's
+      metrics; "absolute": means over seeds; "comparisons": differences to the baseline with their
+      tests; "fixed_epochs": AUC differences by epoch; "counts": wins, ties and losses by loss.
+    """
+    models, losses = (
+        list(dict.fromkeys(getattr(entry.run, name) for entry in finished))
+        for name in ("model", "loss")
+    )
+    table = {
+        (data, model, loss): [
+            entry
+            for entry in finished
+            if (entry.run.data, entry.run.model, entry.run.loss) == (data, model, loss)
+        ]
+        for data in schemas
+        for model in models
+        for loss in losses
+    }
+    comparisons = []
+    for data in schemas:
+        for model in models:
+            comparisons += _comparisons(
+                {loss: table[data, model, loss] for loss in losses}, schemas[data]
+            )
+    _correct(comparisons)
+    return {
+        "command": command,
+        "baseline": losses[0],
+        "seeds": len(table[next(iter(table))]),
+        "data": {name: _description(schema, published) for name, schema in schemas.items()},
+        "absolute": [_absolute(entries) for entries in table.values()],
+        "comparisons": comparisons,
+        "counts": _counts(comparisons),
+        "fixed_epochs": [
+            row
+            for data in schemas
+            for model in models
+            for loss in losses[1:]
+            for row in _fixed_epochs(table[data, model, loss], table[data, model, losses[0]])
+        ],
+        "runs": [
+            {**_names(entry.run), "seed": entry.run.settings.seed, **entry.result}
+            for entry in finished
+        ],
+    }
+
+
+def _names(run: Run) -> dict:
+    return {"data": run.data, "model": run.model, "loss": run.loss}
+
+
+def _description(schema: Schema, published: str | None) -> dict:
+    country = published or (schema.notes.get("country") if schema.dataset == "aliexpress" else None)
+    return {
+        "dataset": schema.dataset,
+        "groups": bool(schema.group),
+        "splits": {
+            name: {"rows": split.rows, "clicks": split.clicks, "conversions": split.conversions}
+            for name, split in schema.splits.items()
+        },
+        "published": PUBLISHED.get(country),
+    }
+
+
+def _absolute(entries: list[Finished]) -> dict:
+    """The mean over seeds of each measure, and the standard deviation, where they are defined."""
+    measures = {}
+    for measure in MEASURES:
+        values = [measure.value(entry.result["test"]) for entry in entries]
+        if None in values:
+            measures[measure.title] = {"mean": None, "deviation": None}
+        else:
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            measures[measure.title] = {"mean": statistics.fmean(values), "deviation": deviation}
+    return {
+        **_names(entries[0].run),
+        "measures": measures,
+        "best_epoch": statistics.fmean(entry.result["best_epoch"] for entry in entries),
+        "last_epoch_best": sum(
+            entry.result["best_epoch"] == entry.run.settings.epochs for entry in entries
+        ),
+    }
+
+
+def _comparisons(by_loss: dict[str, list[Finished]], schema: Schema) -> list[dict]:
+    """Each loss but the first, the baseline, against it: a row a loss and measure."""
+    baseline, *others = by_loss.values()
+    compared = []
+    for entries in others:
+        for measure in MEASURES:
+            if measure.kind == "gauc" and not schema.group:
+                continue
+            pairs = [
+                (measure.compared(a.result["test"]), measure.compared(b.result["test"]))
+                for a, b in zip(entries, baseline, strict=True)
+            ]
+            row = {**_names(entries[0].run), "kind": measure.kind, "task": measure.task}
+            compared.append(row | _over_seeds(pairs))
+    rows = {(row["loss"], row["task"]): row for row in compared if row["kind"] == "auc"}
+    if not rows:
+        return compared
+    grade = read_grade(baseline[0].run)
+    for task in metrics.TASKS:
+        of_baseline = _placements(baseline, grade, task)
+        for entries in others:
+            row = rows[entries[0].run.loss, task]
+            row |= _over_rows(_placements(entries, grade, task), of_baseline)
+            row["p_value"] = paired.both(row["p_seeds"], row["p_rows"])
+    return compared
+
+
+def _over_seeds(pairs: list[tuple[float | None, float | None]]) -> dict:
+    """The differences and their tests over seeds. A measure that one seed lacks has none."""
+    if any(None in pair for pair in pairs):
+        names = ("mean", "low", "high", "p_seeds", "p_wilcoxon", "p_value")
+        return {"differences": None, **dict.fromkeys(names)}
+    differences = [a - b for a, b in pairs]
+    estimate = paired.over_seeds(differences)
+    return {
+        "differences": differences,
+        "mean": estimate.mean,
+        "low": estimate.low,
+        "high": estimate.high,
+        "p_seeds": estimate.p_value,
+        "p_wilcoxon": paired.wilcoxon(differences),
+        "p_value": estimate.p_value,
+    }
+
+
+def _placements(entries: list[Finished], grade, task: str) -> list[paired.Placements | None]:
+    measured, labels = metrics.task_labels(grade, task)
+    labels = labels[measured]
+    return [
+        paired.placements(labels, read_predictions(entry.run)[task][measured]) for entry in entries
+    ]
+
+
+def _over_rows(a: list, b: list) -> dict:
+    """DeLong's test of the mean difference, and of each seed's own."""
+    if None in a or None in b:
+        return {"rows_low": None, "rows_high": None, "p_rows": None, "seeds_for": None,
+                "seeds_against": None}  # fmt: skip
+    mean = paired.over_rows(a, b)
+    single = [paired.over_rows([x], [y]) for x, y in zip(a, b, strict=True)]
+    clear = [one for one in single if one.p_value is not None and one.p_value <= 1 - paired.LEVEL]
+    return {
+        "rows_low": mean.low,
+        "rows_high": mean.high,
+        "p_rows": mean.p_value,
+        "seeds_for": sum(one.mean > 0 for one in clear),
+        "seeds_against": sum(one.mean < 0 for one in clear),
+    }
+
+
+def _correct(comparisons: list[dict]) -> None:
+    """Adds Holm's p-values and the verdicts; each kind of measure is a family of its own."""
+    signs = {(measure.kind, measure.task): measure.sign for measure in MEASURES}
+    for kind in dict.fromkeys(measure.kind for measure in MEASURES):
+        family = [row for row in comparisons if row["kind"] == kind]
+        adjusted = paired.holm([row["p_value"] for row in family])
+        for row, p_value in zip(family, adjusted, strict=True):
+            gain = 0.0 if row["mean"] is None else signs[kind, row["task"]] * row["mean"]
+            row["p_holm"] = p_value
+            row["verdict"] = paired.verdict(gain, p_value)
+            row["uncorrected"] = paired.verdict(gain, row["p_value"])
+
+
+def _counts(comparisons: list[dict]) -> list[dict]:
+    """Verdicts on AUC by loss and task, over all data sets and models."""
+    counts = []
+    for loss in dict.fromkeys(row["loss"] for row in comparisons):
+        for task in metrics.TASKS:
+            rows = [
+                row
+                for row in comparisons
+                if (row["loss"], row["kind"], row["task"]) == (loss, "auc", task)
+            ]
+            for key in ("verdict", "uncorrected"):
+                verdicts = [row[key] for row in rows]
+                counts.append(
+                    {
+                        "loss": loss,
+                        "task": task,
+                        "corrected": key == "verdict",
+                        "wins": verdicts.count("win"),
+                        "ties": verdicts.count("tie"),
+                        "losses": verdicts.count("loss"),
+                        "undefined": verdicts.count(None),
+                    }
+                )
+    return counts
+
+
+def _fixed_epochs(entries: list[Finished], baseline: list[Finished]) -> list[dict]:
+    """AUC differences at each epoch that every seed of both losses reached.
+
+    Runs end at different epochs; later ones would compare only the seeds that went on.
+    """
+    shared = min(len(entry.result["epochs"]) for entry in (*entries, *baseline))
+    found = []
+    for task in metrics.TASKS:
+        measure = Measure("auc", task)
+        for epoch in range(shared):
+            pairs = [
+                tuple(measure.compared(x.result["epochs"][epoch]["test"]) for x in (a, b))
+                for a, b in zip(entries, baseline, strict=True)
+            ]
+            row = {**_names(entries[0].run), "task": task, "epoch": epoch + 1}
+            estimate = _over_seeds(pairs)
+            found.append(row | {name: estimate[name] for name in ("mean", "low", "high")})
+    return found
+
+
+def write(found: dict, folder: pathlib.Path) -> None:
+    """Writes `results` into a folder: results.json, table.md and, with two losses, the plots."""
+    workdir.write_json(folder / "results.json", found)
+    if found["comparisons"]:
+        plot_differences(found, ("auc",), folder / "differences.png")
+        plot_differences(found, ("log_loss", "pcoc"), folder / "calibration.png")
+        plot_epochs(found, folder / "epochs.png")
+    aside = folder / ".table.md.partial"
+    aside.write_text(markdown(found), encoding="utf-8")
+    aside.replace(folder / "table.md")
+
+
+# --- Markdown ----------------------------------------------------------------------------------
+
+
+def markdown(found: dict) -> str:
+    """The report as Markdown, from `results`."""
+    parts = ["# Losses compared", _code(found["command"])]
+    compared = [row for row in found["comparisons"] if row["kind"] == "auc"]
+    parts.append(
+        f"{_plural(found['seeds'], 'seed')}. "
+        + _EXPLANATION.format(baseline=found["baseline"], comparisons=len(compared))
+    )
+    if compared:
+        parts += ["## Wins, ties and losses", _counts_table(found)]
+        parts.append(
+            f"Test AUC against {found['baseline']}, over all data sets and models. In brackets: "
+            "before Holm's correction, where some are chance."
+        )
+    for name, data in found["data"].items():
+        parts += [f"## {name}", _splits_table(data), "### Test metrics at the best epoch"]
+        rows = [row for row in found["absolute"] if row["data"] == name]
+        parts.append(_absolute_table(rows, data, found))
+        rows = [row for row in found["comparisons"] if row["data"] == name]
+        if rows:
+            parts += [f"### AUC less that of {found['baseline']}, in 1e-4", _auc_table(rows)]
+            parts += [f"### Other metrics less those of {found['baseline']}", _other_table(rows)]
+            parts.append(
+                "Over seeds alone: no test over rows. p Holm is over all comparisons of a metric. "
+                "Log loss and abs(ln PCOC), PCOC's distance from 1: less is better, and a win."
+            )
+    if compared:
+        parts += ["![Differences in AUC](differences.png)"]
+        parts += ["![Differences in calibration](calibration.png)"]
+        parts += ["![Differences by epoch](epochs.png)"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _code(text: str) -> str:
+    return "\n".join("    " + line for line in text.split("\n"))
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def _counts_table(found: dict) -> str:
+    by_loss: dict[str, dict] = {}
+    for row in found["counts"]:
+        by_loss.setdefault(row["loss"], {})[row["task"], row["corrected"]] = row
+    lines = []
+    for loss, rows in by_loss.items():
+        cells = []
+        for tasks in (*((task,) for task in metrics.TASKS), metrics.TASKS):
+            shown = [
+                "/".join(
+                    str(sum(rows[task, corrected][name] for task in tasks))
+                    for name in ("wins", "ties", "losses")
+                )
+                for corrected in (True, False)
+            ]
+            cells.append(f"{shown[0]} ({shown[1]})")
+        lines.append([loss, *cells])
+    return _markdown_table(["loss", *(task.upper() for task in metrics.TASKS), "all"], lines)
+
+
+def _splits_table(data: dict) -> str:
+    lines = [
+        [
+            name,
+            f"{split['rows']:,}",
+            f"{split['clicks']:,}",
+            f"{split['conversions']:,}",
+            _percent(split["clicks"], split["rows"]),
+            _percent(split["conversions"], split["clicks"]),
+            _percent(split["conversions"], split["rows"]),
+        ]
+        for name, split in data["splits"].items()
+    ]
+    return _markdown_table(
+        ["split", "exposures", "clicks", "conversions", "CTR", "CVR", "CTCVR"], lines
+    )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.3g}%" if whole else "-"
+
+
+def _absolute_table(rows: list[dict], data: dict, found: dict) -> str:
+    measures = [measure for measure in MEASURES if measure.kind != "gauc" or data["groups"]]
+    header = ["model", "loss", *(measure.title for measure in measures), "best epoch"]
+    published = data["published"]
+    if published:
+        header.append("MTReclib, AUC CTR / CTCVR")
+    lines = []
+    for row in rows:
+        cells = [row["model"], row["loss"]]
+        for measure in measures:
+            value = row["measures"][measure.title]
+            digits = {"log_loss": 6, "pcoc": 3}.get(measure.kind, 4)
+            text = _number(value["mean"], f".{digits}f")
+            if value["deviation"] is not None:
+                text += f" ± {value['deviation']:.{digits}f}"
+            cells.append(text)
+        at_limit = f" ({row['last_epoch_best']} at the limit)" if row["last_epoch_best"] else ""
+        cells.append(f"{row['best_epoch']:.1f}{at_limit}")
+        if published:
+            areas = published.get(row["model"].split(":")[0])
+            shown = areas and row["loss"] == found["baseline"]
+            cells.append(f"{areas[0]:.4f} / {areas[1]:.4f}" if shown else "")
+        lines.append(cells)
+    text = _markdown_table(header, lines)
+    notes = ["Mean ± standard deviation over seeds."] if found["seeds"] > 1 else []
+    if any(row["last_epoch_best"] for row in rows):
+        notes.append(
+            "At the limit: seeds whose best epoch was the last allowed, and which more epochs "
+            "might have improved."
+        )
+    if published:
+        notes.append(
+            "MTReclib's numbers are its README's, means of 5 runs with BCE, each stopped early on "
+            "the test split."
+        )
+    return "\n\n".join([text, " ".join(notes)]) if notes else text
+
+
+def _auc_table(rows: list[dict]) -> str:
+    lines = [
+        [
+            row["model"],
+            row["loss"],
+            row["task"].upper(),
+            _difference(row, Measure("auc", row["task"])),
+            _p(row["p_seeds"]),
+            _p(row["p_rows"]),
+            "-" if row["seeds_for"] is None else f"+{row['seeds_for']} -{row['seeds_against']}",
+            _p(row["p_holm"]),
+            row["verdict"] or "-",
+        ]
+        for row in rows
+        if row["kind"] == "auc"
+    ]
+    header = ["model", "loss", "task", "difference"]
+    header += ["p seeds", "p rows", "seeds +/-", "p Holm", "verdict"]
+    return _markdown_table(header, lines)
+
+
+def _other_table(rows: list[dict]) -> str:
+    lines = []
+    for measure in MEASURES:
+        for row in rows:
+            if measure.kind != "auc" and (row["kind"], row["task"]) == (measure.kind, measure.task):
+                lines.append(
+                    [
+                        row["model"],
+                        row["loss"],
+                        measure.difference_title,
+                        _difference(row, measure),
+                        _p(row["p_seeds"]),
+                        _p(row["p_holm"]),
+                        row["verdict"] or "-",
+                    ]
+                )
+    return _markdown_table(
+        ["model", "loss", "metric", "difference", "p seeds", "p Holm", "verdict"], lines
+    )
+
+
+def _difference(row: dict, measure: Measure) -> str:
+    if row["mean"] is None:
+        return "-"
+    mean, low, high = (
+        _number(None if row[name] is None else row[name] * measure.scale, f"+.{measure.digits}f")
+        for name in ("mean", "low", "high")
+    )
+    return f"{mean} [{low}, {high}]"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return "<.0001" if value < 0.0001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+# --- plots -------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, which colour-blind readers tell apart; markers say the same again.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS = "os^DvPX"
+_ZERO = {"color": "#888888", "linewidth": 1, "zorder": 1.5}
+
+
+def _style(found: dict, loss: str) -> dict:
+    losses = list(dict.fromkeys(row["loss"] for row in found["comparisons"]))
+    position = losses.index(loss)
+    return {
+        "color": _COLORS[position % len(_COLORS)],
+        "marker": _MARKERS[position % len(_MARKERS)],
+    }
+
+
+def plot_differences(found: dict, kinds: Sequence[str], path: pathlib.Path) -> None:
+    """Draws the differences to the baseline: a row of panels a data set, a column a measure.
+
+    A marker is the mean over seeds, a bar its 95 percent interval, a dot below it each seed.
+    Markers are filled where the verdict is a win or loss, hollow where it is a tie.
+
+    Args:
+      found: `results`. kinds: of the measures to draw. path: of the PNG.
+    """
+    measures = [measure for measure in MEASURES if measure.kind in kinds]
+    entries = list(dict.fromkeys((row["model"], row["loss"]) for row in found["comparisons"]))
+    height = 1.3 + 0.28 * len(entries)
+    figure = Figure(
+        figsize=(3 + 4 * len(measures), 1.2 + height * len(found["data"])),
+        dpi=100,
+        layout="constrained",
+    )
+    figure.suptitle(
+        f"Test split, best epoch by validation: loss less {found['baseline']}, "
+        f"mean and 95% interval over {_plural(found['seeds'], 'seed')}; "
+        "filled: significant after Holm's correction",
+        fontsize=11,
+    )
+    panels = figure.subplots(len(found["data"]), len(measures), squeeze=False, sharey=True)
+    for line, data in zip(panels, found["data"], strict=True):
+        for axes, measure in zip(line, measures, strict=True):
+            for row in found["comparisons"]:
+                if (row["data"], row["kind"], row["task"]) == (data, measure.kind, measure.task):
+                    position = entries.index((row["model"], row["loss"]))
+                    _draw_difference(axes, position, row, measure, _style(found, row["loss"]))
+            axes.axvline(0, **_ZERO)
+            better = "more is better" if measure.sign > 0 else "less is better"
+            axes.set_title(f"{data}: {measure.difference_title} ({better})", fontsize=9)
+            axes.set_yticks(range(len(entries)), [f"{model}  {loss}" for model, loss in entries])
+            axes.set_ylim(len(entries) - 0.5, -0.5)
+            axes.tick_params(labelsize=8)
+            _tidy(axes)
+    _save(figure, path)
+
+
+def _draw_difference(axes: Axes, position: int, row: dict, measure: Measure, style: dict) -> None:
+    if row["mean"] is None:
+        axes.text(0.5, position, "undefined", ha="center", va="center", fontsize=8,
+                  transform=axes.get_yaxis_transform())  # fmt: skip
+        return
+    dots = np.array(row["differences"]) * measure.scale
+    # Below the bar, which would hide them.
+    below = np.full(len(dots), position + 0.25)
+    axes.plot(dots, below, ".", color=style["color"], alpha=0.5, markersize=5)
+    if row["low"] is not None:
+        low, high = row["low"] * measure.scale, row["high"] * measure.scale
+        axes.hlines(position, low, high, color=style["color"], linewidth=2)
+    clear = row["verdict"] in ("win", "loss")
+    fill = style["color"] if clear else "white"
+    axes.plot(row["mean"] * measure.scale, position, markersize=7, markerfacecolor=fill, **style)
+
+
+def plot_epochs(found: dict, path: pathlib.Path) -> None:
+    """Draws AUC differences to the baseline by epoch: a row of panels a data set and model, a
+    column a task, a line a loss with its 95 percent interval over seeds."""
+    lines = list(dict.fromkeys((row["data"], row["model"]) for row in found["fixed_epochs"]))
+    figure = Figure(
+        figsize=(14, 1.6 + 2.6 * len(lines)), dpi=100 if len(lines) < 12 else 70,
+        layout="constrained",
+    )  # fmt: skip
+    figure.suptitle(
+        f"Test AUC less that of {found['baseline']} at each fixed epoch, in 1e-4, with 95% "
+        "interval over seeds; no choice was made by these",
+        fontsize=11,
+    )
+    panels = figure.subplots(len(lines), len(metrics.TASKS), squeeze=False)
+    for (data, model), row_of_panels in zip(lines, panels, strict=True):
+        for axes, task in zip(row_of_panels, metrics.TASKS, strict=True):
+            _draw_epochs(axes, found, data, model, task)
+            axes.set_title(f"{data}, {model}: {task.upper()}", fontsize=9)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
+    _save(figure, path)
+
+
+def _draw_epochs(axes: Axes, found: dict, data: str, model: str, task: str) -> None:
+    rows = [
+        row
+        for row in found["fixed_epochs"]
+        if (row["data"], row["model"], row["task"]) == (data, model, task)
+    ]
+    losses = list(dict.fromkeys(row["loss"] for row in rows))
+    for position, loss in enumerate(losses):
+        # Beside each other, or the bars of one epoch would hide each other.
+        shift = 0.5 * ((position + 0.5) / len(losses) - 0.5)
+        points = [
+            [row["epoch"] + shift, *(_scaled(row[name]) for name in ("mean", "low", "high"))]
+            for row in rows
+            if row["loss"] == loss
+        ]
+        epoch, mean, low, high = np.array(points).T
+        style = _style(found, loss)
+        axes.plot(epoch, mean, label=loss, markersize=4, linewidth=1, **style)
+        axes.vlines(epoch, low, high, color=style["color"], linewidth=1, alpha=0.6)
+    axes.axhline(0, **_ZERO)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("epoch", fontsize=8)
+    axes.tick_params(labelsize=8)
+    _tidy(axes)
+
+
+def _scaled(value: float | None) -> float:
+    return math.nan if value is None else 1e4 * value
+
+
+def _tidy(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#EEEEEE", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def _save(figure: Figure, path: pathlib.Path) -> None:
+    """Writes the PNG aside and moves it into place."""
+    aside = path.with_name(f".{path.name}.partial")
+    try:
+        figure.savefig(aside, format="png")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
