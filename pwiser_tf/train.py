@@ -411,8 +411,8 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     number(
         "auxiliary_weight",
         None,
-        "Weight of the term that an architecture adds to its tasks' losses: aitm's calibrator, "
-        "escm2's risk of CVR. Default: the paper's.",
+        "Weight of the term that an architecture adds to its tasks' losses, in units of their mean "
+        "weight: aitm's calibrator (default 0.6, the paper's), escm2's risk of CVR (0.5).",
         lower_bound=0.0,
     )
     choice(
