@@ -1,4 +1,4 @@
-"""Examples a second of training MMoE: ours against MTReclib's in PyTorch, written anew.
+"""Examples a second of training MMoE: ours against MTReclib's in PyTorch (benchmarks/mtreclib.py).
 
     python -m benchmarks.training
 
@@ -88,54 +88,19 @@ def _run_tensorflow(embedding_dim: int, pwiser_weight: float, mixed_precision: b
 def _run_torch(embedding_dim: int, mixed_precision: bool) -> list[float]:
     """Seconds of each timed step of MTReclib's loop."""
     import torch
-    from torch import nn
 
-    def mlp(inputs, units):
-        layers = []
-        for size in units:
-            layers += [nn.Linear(inputs, size), nn.BatchNorm1d(size), nn.ReLU(), nn.Dropout(0.2)]
-            inputs = size
-        return nn.Sequential(*layers)
-
-    class MMoE(nn.Module):
-        def __init__(self):
-            super().__init__()
-            width = (len(_SIZES) + 1) * embedding_dim
-            self.embedding = nn.Embedding(sum(_SIZES), embedding_dim)
-            self.register_buffer("offsets", torch.tensor(np.cumsum([0, *_SIZES[:-1]])))
-            self.numerical = nn.Linear(_NUMBERS, embedding_dim)
-            self.experts = nn.ModuleList([mlp(width, (512, 256)) for _ in range(8)])
-            self.gates = nn.ModuleList(
-                [nn.Sequential(nn.Linear(width, 8), nn.Softmax(dim=1)) for _ in range(2)]
-            )
-            self.towers = nn.ModuleList(
-                [nn.Sequential(mlp(256, (128, 64)), nn.Linear(64, 1)) for _ in range(2)]
-            )
-
-        def forward(self, ids, numbers):
-            fields = [self.embedding(ids + self.offsets), self.numerical(numbers).unsqueeze(1)]
-            x = torch.cat(fields, dim=1).flatten(1)
-            experts = torch.stack([expert(x) for expert in self.experts], dim=1)
-            mixed = [torch.bmm(gate(x).unsqueeze(1), experts).squeeze(1) for gate in self.gates]
-            return [
-                torch.sigmoid(tower(m).squeeze(1))
-                for tower, m in zip(self.towers, mixed, strict=True)
-            ]
+    from benchmarks import mtreclib
 
     torch.manual_seed(0)
-    model = MMoE()
+    model = mtreclib.MMoE(_SIZES, _NUMBERS, embedding_dim)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-6)
-    criterion = nn.BCELoss()
     ids, numbers, grades = (torch.from_numpy(array) for array in _batches())
     times = []
     for step in range(_WARM_UP_STEPS + FLAGS.steps + 1):
         batch = step % len(ids)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed_precision):
             outputs = model(ids[batch], numbers[batch])
-        outputs = [output.float() for output in outputs]
-        labels = [(grades[batch] >= grade).float() for grade in (1, 2)]
-        losses = [criterion(p, y) for p, y in zip(outputs, labels, strict=True)]
-        loss = sum(losses) / len(losses)
+        loss = mtreclib.loss([output.float() for output in outputs], grades[batch])
         model.zero_grad()
         loss.backward()
         optimizer.step()

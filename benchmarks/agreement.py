@@ -1,0 +1,543 @@
+"""Test AUC of MMoE over seeds: ours against MTReclib's in PyTorch (benchmarks/mtreclib.py).
+
+    python -m benchmarks.agreement
+    python -m benchmarks.agreement --data=data/us --embedding_dim=128 --bottom_units=512,256 \\
+        --tower_units=128,64 --experts=8 --epochs=2
+
+Both read the same converted data set (without --data a generated one) in batches of the same size
+through pwiser_tf.data, have the same sizes, and train for the same number of epochs with Adam, L2
+and the mean of two BCEs, without early stopping. Ours runs under pwiser_tf.train.fit. PyTorch runs
+on the CPU. What the two keep as their own, and where it is taken out:
+
+    first bias     our towers start at the base rates, MTReclib's at 0: in a second row MTReclib's
+                   start there too
+    first weights  ours are Glorot's, PyTorch's layers draw from +-1/sqrt(inputs), biases too (the
+                   embeddings are Glorot's in both): in a third row MTReclib's model starts with
+                   weights and biases that ours drew
+    Adam           epsilon is 1e-7 beside the raw second moment, 1e-8 beside the corrected one; L2
+                   is of kernels and embeddings alone, and of all parameters: in the third row as
+                   ours
+    seeds          no run of MTReclib's has the seed of one of ours, so that no order of rows, first
+                   weight or dropout mask is shared, and the two are independent samples, as Welch's
+                   t needs
+    small          running variances divide by n, and by n - 1; dropout is 51/256, and 0.2
+
+CTCVR is measured by the second tower's own probability, as MTReclib does it. What ours serves,
+min(it, CTR), is measured beside it. Before the table two things are compared that know no chance:
+both forward passes with the same trained weights, where a difference above 1e-5 ends the benchmark,
+for the rest would mean nothing; and the probabilities after some steps of training, as in the third
+row, without dropout.
+"""
+
+import pwiser_tf.quiet  # noqa: F401
+
+# isort: split
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import os
+import pathlib
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+from absl import flags
+from scipy import stats
+
+from pwiser_tf import command_line, data, metrics, train, workdir
+from pwiser_tf.errors import DataError
+from pwiser_tf.models import ClickConversionModel
+from pwiser_tf.models.base import TOWERS, log_odds
+from pwiser_tf.schema import SPLITS, Schema
+from pwiser_tf.tasks import POSITIVE_GRADE, TASKS
+from pwiser_tf.workdir import Settings
+
+OURS = "pwiser-tf"
+THEIRS = "MTReclib's"
+THEIRS_AT_RATES = "MTReclib's, towers starting at the base rates"
+THEIRS_AS_OURS = "MTReclib's, first weights and Adam as ours"
+# CTCVR as it is served.
+SERVED = "served"
+
+_LEVEL = 0.95
+_EVALUATION_ROWS = 8192
+_SAME_FUNCTION = 1e-5
+_STEPS = 5
+
+# Of a batch of features, the probabilities of a click, and of a click with a conversion, each [B].
+Predictor = Callable[[dict[str, tf.Tensor]], Sequence[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """AUCs after an epoch: {"ctr", "ctcvr", "served"} of the validation and of the test split."""
+
+    validation: dict[str, float]
+    test: dict[str, float]
+
+    @property
+    def monitored(self) -> float:
+        """What the best epoch of a run is chosen by, in both programs."""
+        return sum(self.validation[task] for task in TASKS) / len(TASKS)
+
+
+def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags of this command line."""
+    string, integer = (
+        functools.partial(define, flag_values=values)
+        for define in (flags.DEFINE_string, flags.DEFINE_integer)
+    )
+    string("data", None, "A converted data set; default: one is generated.")
+    integer("rows", 200_000, "Training rows of the generated data set.", lower_bound=1000)
+    integer("seeds", 5, "Runs of each.", lower_bound=2)
+    # As pwiser_tf.train has them, where their values are checked.
+    integer("epochs", 3, "Epochs of a run.")
+    integer("batch_size", 2048, "Rows a batch.")
+    integer("embedding_dim", 16, "Size of an embedding.")
+    string("bottom_units", "128,64", "MLP sizes of an expert.")
+    string("tower_units", "32", "MLP sizes of a tower.")
+    integer("experts", 4, "Experts.")
+
+
+def settings_of(values: flags.FlagValues, folder: str) -> Settings:
+    """The settings of all runs, for the data set in `folder`; the rest is train's default.
+
+    Raises:
+      DataError: a value that pwiser_tf.train does not take.
+    """
+    names = ("epochs", "batch_size", "embedding_dim", "bottom_units", "tower_units", "experts")
+    arguments = [f"--{name}={values[name].value}" for name in names]
+    # No run stops early; --workdir is one that train asks for and settings do not hold.
+    arguments += [f"--patience={values.epochs}", f"--data_dir={folder}", "--workdir=unused"]
+    of_train = flags.FlagValues()
+    train.define_flags(of_train)
+    try:
+        of_train(["train", "--model=mmoe", "--conversion_head=direct", "--loss=bce", *arguments])
+    except flags.Error as error:
+        raise DataError(str(error)) from None
+    return train.settings_from(of_train)
+
+
+def generate(folder: pathlib.Path, rows: int) -> str:
+    """Generates and converts a data set of about `rows` training rows; returns its folder."""
+    from tools import aliexpress
+    from tools.csv_to_tfrecord import convert
+    from tools.make_sample import make_sample
+
+    # A quarter as many rows to validate on, and half as many to test.
+    (folder / "csv").mkdir()
+    made = make_sample(folder / "csv", rows=7 * rows // 4, test_fraction=2 / 7)
+    print(
+        "generated data (tools.make_sample); its planted probabilities have a test AUC of "
+        f"CTR {made['ctr_auc']:.4f}, CTCVR {made['ctcvr_auc']:.4f}"
+    )
+    output = str(folder / "data")
+    convert(
+        lambda database, scratch: aliexpress.open_folder(
+            database, str(folder / "csv"), None, scratch
+        ),
+        output,
+        validation_fraction=0.2,
+    )
+    return output
+
+
+def check(folder: str, schema: Schema) -> None:
+    """DataError where the data set is not one on which the two can be compared."""
+    path = pathlib.Path(folder) / "schema.json"
+    for name, features in (("categorical", schema.categorical), ("numerical", schema.numerical)):
+        if not features:
+            raise DataError(f"no {name} features, of which MTReclib's MMoE needs some", file=path)
+    for name in SPLITS:
+        if not data.check(folder, schema, name).conversions:
+            raise DataError(f"the {name} split holds no conversion: CTCVR has no AUC", file=path)
+
+
+def our_predictor(model: ClickConversionModel) -> Predictor:
+    """Reads both towers of a model with the direct head."""
+
+    @tf.function(reduce_retracing=True)
+    def towers(features):
+        logits = model.tower_logits(features, training=False)
+        return [tf.sigmoid(logits[tower][:, 0]) for tower in TOWERS]
+
+    return lambda features: [probabilities.numpy() for probabilities in towers(features)]
+
+
+def their_predictor(model) -> Predictor:
+    """The same of MTReclib's model."""
+    import torch
+
+    def towers(features):
+        model.eval()
+        with torch.no_grad():
+            return [probabilities.numpy() for probabilities in model(*_tensors(features))]
+
+    return towers
+
+
+def predict(predictor: Predictor, folder: str, schema: Schema, split: str):
+    """Probabilities {task: [rows]}, "served" among them, and the grades [rows] of a split."""
+    columns, grades = [], []
+    for features, grade in data.batches(folder, schema, split, _EVALUATION_ROWS):
+        columns.append(predictor(features))
+        grades.append(grade.numpy())
+    click, conversion = (np.concatenate(column) for column in zip(*columns, strict=True))
+    served = np.minimum(conversion, click)
+    return {"ctr": click, "ctcvr": conversion, SERVED: served}, np.concatenate(grades)
+
+
+def aucs(predictor: Predictor, folder: str, schema: Schema, split: str) -> dict[str, float]:
+    """The AUC of each task on a split, and of CTCVR as it is served."""
+    predictions, grade = predict(predictor, folder, schema, split)
+    positive = {**POSITIVE_GRADE, SERVED: POSITIVE_GRADE["ctcvr"]}
+    return {
+        name: metrics.auc((grade >= positive[name]).astype(np.int64), probabilities)
+        for name, probabilities in predictions.items()
+    }
+
+
+def _epoch(predictor: Predictor, settings: Settings, schema: Schema) -> Epoch:
+    both = (aucs(predictor, settings.data_dir, schema, name) for name in ("validation", "test"))
+    return Epoch(*both)
+
+
+def train_ours(settings: Settings, folder: pathlib.Path) -> tuple[list[Epoch], keras.Model]:
+    """A run of pwiser_tf.train in `folder`: its epochs, and the model of the best of them."""
+    epochs = []
+    schema = Schema.load(settings.data_dir)
+
+    def on_epoch(model, _):
+        epochs.append(_epoch(our_predictor(model), settings, schema))
+
+    # What train says of its progress is not what this benchmark prints.
+    with contextlib.redirect_stdout(sys.stderr):
+        model, _, _ = train.fit(settings, folder, checkpoint_seconds=math.inf, on_epoch=on_epoch)
+    return epochs, model
+
+
+class Theirs:
+    """MTReclib's model and loop, with the sizes of `settings` and initialised from its seed.
+
+    `name` is THEIRS, THEIRS_AT_RATES or THEIRS_AS_OURS.
+    """
+
+    def __init__(self, name: str, settings: Settings, schema: Schema):
+        import torch
+
+        from benchmarks import mtreclib
+
+        torch.manual_seed(settings.seed)
+        self.model = mtreclib.MMoE(
+            [feature.size for feature in schema.categorical],
+            len(schema.numerical),
+            settings.embedding_dim,
+            settings.bottom_units,
+            settings.tower_units,
+            settings.experts,
+            settings.dropout,
+        )
+        self._as_ours = name == THEIRS_AS_OURS
+        self._steps = 0
+        if name == THEIRS_AT_RATES:
+            split = schema.split("train")
+            positives = split.clicks, split.conversions
+            for (_, head), count in zip(self.model.towers, positives, strict=True):
+                torch.nn.init.constant_(head.bias, log_odds((count, split.rows)))
+        learnt = list(self.model.parameters())
+        groups = [{"params": learnt, "weight_decay": settings.weight_decay}]
+        if self._as_ours:
+            copy_weights(settings.build_model(schema), self.model)
+            # Before a normalisation a bias does nothing, but Adam scales its rounding errors up to
+            # full steps, and the running mean lags behind it.
+            for linear, norm in itertools.pairwise(self.model.modules()):
+                if isinstance(norm, torch.nn.BatchNorm1d):
+                    linear.bias.requires_grad_(False)
+            learnt = [parameter for parameter in learnt if parameter.requires_grad]
+            groups = [
+                {
+                    "params": [p for p in learnt if p.ndim > 1],
+                    "weight_decay": settings.weight_decay,
+                },
+                {"params": [p for p in learnt if p.ndim == 1]},
+            ]
+        self._optimizer = torch.optim.Adam(groups, lr=settings.learning_rate)
+
+    def step(self, features: dict[str, tf.Tensor], grade: tf.Tensor) -> None:
+        """Trains on a batch."""
+        import torch
+
+        from benchmarks import mtreclib
+
+        self._steps += 1
+        if self._as_ours:
+            # Keras adds epsilon to the raw second moment's root, PyTorch to the corrected one's.
+            for group in self._optimizer.param_groups:
+                group["eps"] = 1e-7 / math.sqrt(1 - group["betas"][1] ** self._steps)
+        self.model.train()
+        loss = mtreclib.loss(self.model(*_tensors(features)), torch.tensor(grade.numpy()))
+        self._optimizer.zero_grad()
+        loss.backward()
+        self._optimizer.step()
+
+
+def train_theirs(name: str, settings: Settings, schema: Schema) -> list[Epoch]:
+    """A run of MTReclib's, with what `name` says changed: its epochs."""
+    theirs = Theirs(name, settings, schema)
+    epochs = []
+    for number in range(settings.epochs):
+        for batch in _batches(settings, schema, number):
+            theirs.step(*batch)
+        epochs.append(_epoch(their_predictor(theirs.model), settings, schema))
+        shown = ", ".join(f"{task} {epochs[-1].validation[task]:.4f}" for task in TASKS)
+        print(f"{name}, epoch {number + 1}, validation AUC: {shown}", file=sys.stderr, flush=True)
+    return epochs
+
+
+def copy_weights(ours: ClickConversionModel, theirs) -> None:
+    """Gives MTReclib's model the weights and running statistics of ours, of the same sizes."""
+    import torch
+
+    def assign(parameter, values):
+        with torch.no_grad():
+            parameter.copy_(torch.tensor(values))
+
+    def dense(layer, linear):
+        assign(linear.weight, layer.kernel.numpy().T)
+        assign(linear.bias, layer.bias.numpy())
+
+    def blocks(mlp, sequence):
+        # A linear map, a normalisation, a ReLU and a dropout each; ours has no bias before the
+        # normalisation, which would take it away.
+        for block, linear, norm in zip(mlp._blocks, sequence[0::4], sequence[1::4], strict=True):
+            assign(linear.weight, block.kernel.numpy().T)
+            torch.nn.init.zeros_(linear.bias)
+            assign(norm.weight, block.gamma.numpy())
+            assign(norm.bias, block.beta.numpy())
+            assign(norm.running_mean, block.mean.numpy())
+            assign(norm.running_var, block.variance.numpy())
+
+    assign(theirs.embedding.weight, ours._shared_encoder.embeddings.numpy())
+    dense(ours._shared_encoder._linear, theirs.numerical)
+    for expert, sequence in zip(ours._experts, theirs.experts, strict=True):
+        blocks(expert, sequence)
+    for tower, gate, (sequence, head) in zip(TOWERS, theirs.gates, theirs.towers, strict=True):
+        dense(ours._gates[tower]._weights, gate[0])
+        blocks(ours._towers[tower], sequence)
+        dense(ours._heads[tower]._columns[0], head)
+
+
+def _tensors(features) -> tuple:
+    """The ids and the numbers of a batch for PyTorch."""
+    import torch
+
+    return tuple(torch.tensor(features[name].numpy()) for name in ("categorical", "numerical"))
+
+
+def _batches(settings: Settings, schema: Schema, epoch: int) -> tf.data.Dataset:
+    """The batches of an epoch as train.fit reads them: those of one size."""
+    return data.batches(
+        settings.data_dir,
+        schema,
+        "train",
+        min(settings.batch_size, schema.split("train").rows),
+        shuffle_seed=(settings.seed, epoch),
+        drop_remainder=True,
+    )
+
+
+def compare_passes(model: ClickConversionModel, settings: Settings, schema: Schema) -> float:
+    """The largest difference of a probability on the test rows, the weights being the same."""
+    theirs = Theirs(THEIRS, settings, schema).model
+    copy_weights(model, theirs)
+    return _largest_difference(model, theirs, settings, schema)
+
+
+def compare_steps(settings: Settings, schema: Schema, steps: int) -> float:
+    """The same after some steps of each on the same batches, by Adam as ours, without dropout."""
+    settings = dataclasses.replace(settings, dropout=0.0)
+    ours, theirs = settings.build_model(schema), Theirs(THEIRS_AS_OURS, settings, schema)
+    batches = _batches(settings, schema, 0).take(steps)
+    ours.compile(optimizer=keras.optimizers.legacy.Adam(settings.learning_rate))
+    ours.fit(batches, verbose=0)
+    for batch in batches:
+        theirs.step(*batch)
+    return _largest_difference(ours, theirs.model, settings, schema)
+
+
+def _largest_difference(ours, theirs, settings: Settings, schema: Schema) -> float:
+    (found, _), (expected, _) = (
+        predict(predictor, settings.data_dir, schema, "test")
+        for predictor in (our_predictor(ours), their_predictor(theirs))
+    )
+    return max(float(np.abs(found[task] - expected[task]).max()) for task in TASKS)
+
+
+def welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """The difference of two means, ours less theirs, and its 95 percent interval by Welch's t.
+
+    Args:
+      ours, theirs: independent samples, [n] each, n of at least 2. Their variances may differ.
+
+    Returns:
+      (difference, low, high); of samples that do not vary the interval is a point.
+    """
+    samples = [np.asarray(sample, np.float64) for sample in (ours, theirs)]
+    difference = float(samples[0].mean() - samples[1].mean())
+    # Of each mean.
+    variances = [float(sample.var(ddof=1)) / len(sample) for sample in samples]
+    if not sum(variances):
+        return difference, difference, difference
+    freedom = sum(variances) ** 2 / sum(
+        variance**2 / (len(sample) - 1) for variance, sample in zip(variances, samples, strict=True)
+    )
+    reach = float(stats.t.ppf((1 + _LEVEL) / 2, freedom)) * math.sqrt(sum(variances))
+    return difference, difference - reach, difference + reach
+
+
+def best(run: Sequence[Epoch]) -> Epoch:
+    """The epoch of a run that is best by validation."""
+    return max(run, key=lambda epoch: epoch.monitored)
+
+
+def table(programs: dict[str, list[list[Epoch]]]) -> str:
+    """Of each epoch, and of the best one, each program's test AUC, and ours less it, in Markdown.
+
+    Args:
+      programs: {name: a list of epochs a run}, OURS first.
+    """
+    lines = [
+        "| epoch | program | CTR AUC (sd) | ours less it [95%] | CTCVR AUC (sd) "
+        "| ours less it [95%] |",
+        "|---|---|---|---|---|---|",
+    ]
+    choices = [(str(n + 1), lambda run, n=n: run[n]) for n in range(len(programs[OURS][0]))]
+    for shown, choose in [*choices, ("best", best)]:
+        for name in programs:
+            cells = [shown, name]
+            for task in TASKS:
+                values = _test_aucs(programs[name], choose, task)
+                cells.append(f"{np.mean(values):.4f} ({np.std(values, ddof=1):.4f})")
+                ours = _test_aucs(programs[OURS], choose, task)
+                cells.append("" if name == OURS else _shown(welch(ours, values)))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdict(programs: dict[str, list[list[Epoch]]]) -> str:
+    """Whether ours agrees with each of the others at the epoch best by validation; a line each."""
+    lines = []
+    for name in (name for name in programs if name != OURS):
+        found = {
+            task: welch(*(_test_aucs(programs[who], best, task) for who in (OURS, name)))
+            for task in TASKS
+        }
+        apart = [
+            f"{task.upper()} by {_shown(found[task])}"
+            for task in TASKS
+            if not found[task][1] <= 0 <= found[task][2]
+        ]
+        reach = max(abs(end) for _, *ends in found.values() for end in ends)
+        lines.append(
+            f"{name}: "
+            + (
+                f"ours differs in {' and '.join(apart)}"
+                if apart
+                else "agrees with ours within seed noise: the intervals of CTR and CTCVR hold 0, "
+                f"and reach no further than {reach:.4f}"
+            )
+        )
+    return "\n".join(lines)
+
+
+def _test_aucs(runs: list[list[Epoch]], choose: Callable, task: str) -> list[float]:
+    return [choose(run).test[task] for run in runs]
+
+
+def _shown(estimate: tuple[float, float, float]) -> str:
+    return "{:+.4f} [{:+.4f}, {:+.4f}]".format(*estimate)
+
+
+def main() -> None:
+    """Trains all runs; prints what was run, the table and the verdict."""
+    values = flags.FLAGS
+    try:
+        import torch
+    except ImportError:
+        raise DataError("this benchmark needs PyTorch: pip install -e '.[bench]'") from None
+    train.share_cores()
+    # Threads that wait for each other spin: on cores that others use too, all of them were seen to
+    # take six times as long as half of them.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
+    with workdir.file_errors(), tempfile.TemporaryDirectory() as scratch:
+        scratch = pathlib.Path(scratch)
+        settings = settings_of(values, values.data or str(scratch / "data"))
+        if not values.data:
+            generate(scratch, values.rows)
+        schema = Schema.load(settings.data_dir)
+        check(settings.data_dir, schema)
+        _print_what_runs(settings, schema, values.seeds)
+        programs = {name: [] for name in (OURS, THEIRS, THEIRS_AT_RATES, THEIRS_AS_OURS)}
+        for seed in range(values.seeds):
+            run = dataclasses.replace(settings, seed=seed)
+            epochs, model = train_ours(run, scratch / f"run-{seed}")
+            programs[OURS].append(epochs)
+            if seed == 0:
+                _print_checks(model, run, schema)
+            for name in list(programs)[1:]:
+                run = dataclasses.replace(settings, seed=values.seeds + seed)
+                programs[name].append(train_theirs(name, run, schema))
+            # Or every model ever built stays in memory.
+            keras.backend.clear_session()
+    print(table(programs))
+    print()
+    print(verdict(programs))
+    served = [best(run).test[SERVED] - best(run).test["ctcvr"] for run in programs[OURS]]
+    print(
+        "CTCVR AUC of min(it, CTR), which ours serves, less that of the tower alone: "
+        f"{np.mean(served):+.4f}, in no run beyond {max(served, key=abs):+.4f}"
+    )
+
+
+def _print_what_runs(settings: Settings, schema: Schema, seeds: int) -> None:
+    splits = "; ".join(
+        f"{name} {split.rows:,} rows, {split.clicks:,} clicks, {split.conversions:,} conversions"
+        for name, split in schema.splits.items()
+    )
+    print(splits)
+    print(
+        f"MMoE, embedding {settings.embedding_dim}, {settings.experts} experts of "
+        f"{settings.bottom_units}, towers of {settings.tower_units}, dropout {settings.dropout}; "
+        f"Adam {settings.learning_rate:g}, L2 {settings.weight_decay:g}; {settings.epochs} epochs "
+        f"of batches of {settings.batch_size}; seeds 0 to {seeds - 1} for ours, {seeds} to "
+        f"{2 * seeds - 1} for MTReclib's",
+        flush=True,
+    )
+
+
+def _print_checks(model: ClickConversionModel, settings: Settings, schema: Schema) -> None:
+    difference = compare_passes(model, settings, schema)
+    print(
+        "largest difference of a probability on the test rows: with the same trained weights "
+        f"{difference:.0e}",
+        flush=True,
+    )
+    if not difference <= _SAME_FUNCTION:
+        raise RuntimeError(f"the two models are not the same function: {difference}")
+    difference = compare_steps(settings, schema, _STEPS)
+    print(
+        f"with the same first weights, after {_STEPS} steps on the same batches without dropout, "
+        f"Adam as ours: {difference:.0e}\n",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    define_flags()
+    command_line.run(main)
