@@ -30,9 +30,9 @@ of the distance between conversions and other rows. A pass of their own is worse
 training mode it would normalise conversions by conversions, which takes away what tells them from
 other rows, and would drag the moving statistics, which serve, towards conversions. In inference
 mode, by the moving statistics, their gradient raises the inputs of a normalisation for all rows
-alike; the batch's own normalisation takes that away again, so nothing ever answers it, and the
-moving averages lag behind weights that drift on. (So it was tried first: CTCVR was predicted six
-times too high.)
+alike; the batch's own normalisation takes that away again, so nothing answers it, and the moving
+statistics lag behind weights that drift on. (So it was tried first. After an epoch the model gave
+a CTCVR of .0034 in inference and of .0010 in training mode, on the same rows.)
 """
 
 import dataclasses

@@ -188,44 +188,61 @@ def test_silent_batches_are_counted(schema, train):
     assert counts == {"none": (5, 4), "replay": (5, 0), "memory": (5, first // 100)}
 
 
-def _run(folder, output, *more):
+def _command(folder, output, *more):
     command = [sys.executable, "-m", "benchmarks.silent_batches", f"--data={folder}"]
     command += [f"--output_dir={output}", "--epochs=1", "--seeds=2", *more]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_command_resumes_and_compares(folder, tmp_path):
-    output = tmp_path / "results"
-    result = _run(folder, output, "--variants=strong")
-    assert result.returncode == 0, result.stderr
-    files = {path.name for path in output.iterdir()}
+@pytest.fixture(scope="module")
+def finished(folder, tmp_path_factory):
+    """The results of two seeds of two variants."""
+    output = tmp_path_factory.mktemp("results")
+    one_epoch = study.Study(str(folder), train_rows=0, epochs=1, patience=2)
+    study.run_all(one_epoch, output, ["bce", "strong"], seeds=2)
+    return one_epoch, output
+
+
+def _results(output) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in output.glob("*.json")}
+
+
+def test_results_and_report(folder, finished):
+    _, output = finished
     runs = {f"{name}-{seed}" for name in ("bce", "strong") for seed in (0, 1)}
-    assert files == {"table.md", "table.png"} | {
-        run + end for run in runs for end in (".json", ".npz")
-    }
-    found = {run: json.loads((output / f"{run}.json").read_text()) for run in runs}
+    expected = {"table.md", "table.png", *(run + end for run in runs for end in (".json", ".npz"))}
+    assert {path.name for path in output.iterdir()} == expected
     grade = study.load(str(folder), "test").grade
+    found = _results(output)
     for run, content in found.items():
         scores = np.load(output / f"{run}.npz")
-        area = metrics.auc(grade == 2, scores["ctcvr"])
-        assert content["test"]["ctcvr"]["auc"] == area
+        assert content["test"]["ctcvr"]["auc"] == metrics.auc(grade == 2, scores["ctcvr"])
         assert content["silent"] == 0  # a fifth of the rows are conversions
+    assert len({content["test"]["ctr"]["auc"] for content in found.values()}) == 4
     areas = {run: content["test"]["ctr"]["auc"] for run, content in found.items()}
     mean = np.mean([areas[f"strong-{seed}"] - areas[f"bce-{seed}"] for seed in (0, 1)])
-    row = next(line for line in result.stdout.splitlines() if line.startswith("| strong |"))
+    lines = (output / "table.md").read_text().splitlines()
+    row = next(line for line in lines if line.startswith("| strong |"))
     assert row.split("|")[3].split("[")[0].strip() == f"{mean * 1e4:+.0f}"
 
-    (output / "strong-1.json").unlink()
-    again = _run(folder, output, "--variants=strong")
-    assert again.returncode == 0, again.stderr
-    assert [line.split(":")[0] for line in again.stdout.splitlines() if "PCOC " in line[:60]] == []
-    assert again.stdout.count("\nseed ") + again.stdout.startswith("seed ") == 1
-    assert json.loads((output / "strong-1.json").read_text())["test"] == found["strong-1"]["test"]
 
-    other = _run(folder, output, "--variants=strong", "--patience=3")
-    assert other.returncode == 2
-    assert "bce-0.json" in other.stderr
-    assert "'patience': 3" in other.stderr
+def test_only_what_is_missing_is_run_and_gives_the_same(finished, capsys):
+    one_epoch, output = finished
+    before = _results(output)
+    (output / "strong-1.json").unlink()
+    capsys.readouterr()
+    study.run_all(one_epoch, output, ["bce", "strong"], seeds=2)
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in printed] == ["seed 1 strong"]
+    after = _results(output)
+    assert after["strong-1"]["test"] == before["strong-1"]["test"]
+
+
+def test_command_prints_the_table(folder, finished):
+    _, output = finished
+    result = _command(folder, output, "--variants=strong")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == (output / "table.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -233,11 +250,11 @@ def test_command_resumes_and_compares(folder, tmp_path):
     [
         (["--variants=even,loud"], "'loud'"),
         (["--train_rows=100"], "found 100, expected at least 2048 rows"),
-        (["--data=nowhere"], "no such file"),
+        (["--patience=3"], "'patience': 3"),
     ],
 )
-def test_bad_input_is_one_line(folder, tmp_path, more, message):
-    result = _run(folder, tmp_path / "results", "--variants=even", *more)
+def test_bad_input_is_one_line(folder, finished, more, message):
+    result = _command(folder, finished[1], "--variants=strong", *more)
     assert result.returncode == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
