@@ -8,11 +8,13 @@ result.json        what the table reads; once it is there, the run is over
 log.txt            what the run printed
 """
 
+import contextlib
 import dataclasses
 import gc
 import json
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import pathlib
 import shutil
@@ -38,6 +40,9 @@ _RESULT, _EPOCHS, _PREDICTIONS = "result.json", "test_epochs.json", "predictions
 _GRADE = "test_grade.npy"
 # What is left of a finished run's states would fill disks: an optimiser is twice the weights.
 _STATES = "checkpoints"
+# TensorFlow keeps some 30 MB of each model that it has trained, whatever is cleared: a process is
+# ended, and another started, before they add up.
+_RUNS_A_PROCESS = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,53 +182,62 @@ def train_all(runs: list[Run], parallel: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     parallel = min(parallel, len(runs))
     waiting, done, began = list(runs), 0, time.monotonic()
-    workers = []
+    workers = [
+        _Worker(cores[number::parallel] or [cores[number % len(cores)]])
+        for number in range(parallel)
+    ]
     try:
-        for number in range(parallel):
-            share = cores[number::parallel] or [cores[number % len(cores)]]
-            workers.append(_Worker(share))
         for worker in workers:
             worker.give(waiting.pop(0))
-        busy = {worker.connection: worker for worker in workers}
+        busy = list(workers)
         while busy:
-            for connection in multiprocessing.connection.wait(list(busy)):
-                worker = busy[connection]
-                run = worker.run
-                shown = worker.result()
+            ready = multiprocessing.connection.wait([worker.connection for worker in busy])
+            for worker in [worker for worker in busy if worker.connection in ready]:
+                run, shown = worker.run, worker.result()
                 done += 1
                 left = (time.monotonic() - began) / done * (len(runs) - done)
                 print(f"{done}/{len(runs)} {run.name}: {shown}; {_time(left)} left", flush=True)
                 if waiting:
                     worker.give(waiting.pop(0))
                 else:
-                    del busy[connection]
+                    busy.remove(worker)
     finally:
         for worker in workers:
             worker.end()
 
 
 class _Worker:
-    """A process that trains the runs it is given, one at a time; seen from the parent."""
+    """Trains the runs it is given, one at a time, in a process; seen from the parent."""
 
     def __init__(self, cores: list[int]):
+        self._cores = cores
+        self._process = self.connection = self.run = None
+
+    def give(self, run: Run) -> None:
+        if self._process is None or self._runs == _RUNS_A_PROCESS:
+            self.end()
+            self._start()
+        self.run, self._began = run, time.monotonic()
+        self._runs += 1
+        self.connection.send(run)
+
+    def _start(self) -> None:
         # Not forked: TensorFlow's threads do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_work, args=(theirs, cores), daemon=True)
-        self._process.start()
+        process = context.Process(target=_work, args=(theirs, self._cores), daemon=True)
+        with _signals_blocked():
+            process.start()
+            self._process = process
         # With their end open here too, the end of the process would not be seen.
         theirs.close()
-        self.run = None
-
-    def give(self, run: Run) -> None:
-        self.run, self._began = run, time.monotonic()
-        self.connection.send(run)
+        self._runs = 0
 
     def result(self) -> str:
         """The finished run in a few words; DataError or RuntimeError where it failed."""
         try:
             kind, text = self.connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionError):
             self._process.join()
             raise DataError(
                 f"{self.run.name}: its process ended with exit code {self._process.exitcode} "
@@ -236,15 +250,29 @@ class _Worker:
         return f"{_time(time.monotonic() - self._began)}, {text}"
 
     def end(self) -> None:
-        self._process.terminate()
-        self._process.join(10)
-        self._process.kill()
+        if self._process is not None:
+            self._process.kill()
+            self._process.join()
+
+
+@contextlib.contextmanager
+def _signals_blocked():
+    """Holds back Ctrl-C and SIGTERM, so that a process is started whole or not at all.
+
+    The process inherits it, and never sees the Ctrl-C that a terminal sends to all: the parent
+    alone acts on it, and kills its workers.
+    """
+    # Python's helper process, started with the first worker, would end the blocking.
+    multiprocessing.resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _work(connection, cores: list[int]) -> None:
     """What the process does: trains what comes down the connection, and says how it went."""
-    # A terminal sends Ctrl-C to all; the parent alone acts on it, and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.sched_setaffinity(0, cores)
     share_cores()

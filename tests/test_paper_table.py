@@ -18,6 +18,7 @@ from benchmarks import paired, paper_report, paper_runs, paper_table
 from pwiser_tf import metrics
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Schema, Split
+from pwiser_tf.train import train
 from tests.conftest import SCHEMA, write_dataset
 
 # --- statistics --------------------------------------------------------------------------------
@@ -385,15 +386,6 @@ def _call(arguments):
     return subprocess.run(arguments, capture_output=True, text=True, check=False)
 
 
-def _files(folder):
-    """The tables and plots; not table.md's command, which names the folders."""
-    found = {path.name: path.read_bytes() for path in folder.glob("*.png")}
-    results = json.loads((folder / "results.json").read_text())
-    del results["command"]
-    text = (folder / "table.md").read_text().split("\n")
-    return found, results, [line for line in text if not line.startswith("    python")]
-
-
 @pytest.fixture(scope="module")
 def table(dataset, tmp_path_factory):
     """(folder, what the command printed) of a finished table."""
@@ -421,13 +413,14 @@ def test_a_run_of_the_table_is_a_run_of_train(table, dataset, tmp_path):
     folder, _ = table
     run = folder / "table" / "runs" / "data" / "shared_bottom" / "pwiser,margin_click=0.2"
     found = json.loads((run / "seed-1" / "result.json").read_text())
-    command = [
-        *(sys.executable, "-m", "pwiser_tf.train", f"--flagfile={folder / 'small.flags'}"),
-        *(f"--data_dir={dataset}", f"--workdir={tmp_path / 'run'}", "--model=shared_bottom"),
-        *("--loss=pwiser", "--margin_click=0.2", "--seed=1"),
-    ]
-    assert _call(command).returncode == 0
-    expected = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    settings = paper_table.settings_of(
+        str(folder / "small.flags"),
+        str(dataset),
+        "shared_bottom",
+        "pwiser",
+        ["--margin_click=0.2", "--seed=1"],
+    )
+    expected = train(settings, tmp_path / "run")
     assert found["best_epoch"] == expected["best_epoch"]
     for task in metrics.TASKS:
         for name in ("auc", "gauc", "log_loss", "pcoc"):
@@ -469,21 +462,22 @@ def test_a_second_call_trains_nothing_and_gives_the_same_files(table, dataset):
 
 
 def test_a_killed_call_goes_on(table, dataset, tmp_path):
-    """Ended again and again, in every way: no process outlives the command, and the last call ends
-    with what an uninterrupted one gave."""
-    arguments = _arguments(tmp_path, dataset)
+    """Ended again and again: no process outlives the command, and the last call ends with what an
+    uninterrupted one gave."""
+    arguments = _arguments(tmp_path, dataset, "--seeds=1")
 
     def epochs():
         files = (tmp_path / "table").glob("runs/*/*/*/*/test_epochs.json")
         return sum(len(json.loads(file.read_text())) for file in files)
 
-    ways = {
-        "kill -9": lambda pid: os.kill(pid, signal.SIGKILL),
-        "kill": lambda pid: os.kill(pid, signal.SIGTERM),
-        # A terminal sends it to the workers too.
-        "Ctrl-C": lambda pid: os.killpg(pid, signal.SIGINT),
-    }
-    for way, end in ways.items():
+    # When the processes are only just started; in the middle of the runs, by a terminal, which
+    # signals the whole group; and by what no process can catch.
+    ways = [
+        (lambda process: process.terminate(), 0),
+        (lambda process: os.killpg(process.pid, signal.SIGINT), 1),
+        (lambda process: process.kill(), 1),
+    ]
+    for end, more_epochs in ways:
         before = epochs()
         process = subprocess.Popen(
             arguments,
@@ -492,17 +486,22 @@ def test_a_killed_call_goes_on(table, dataset, tmp_path):
             text=True,
             start_new_session=True,
         )
-        _wait_for(lambda before=before: epochs() > before)
-        end(process.pid)
+        assert "2 runs, 0 of them finished" in process.stdout.readline()
+        _wait_for(lambda before=before, more=more_epochs: epochs() >= before + more)
+        end(process)
         _, error = process.communicate()
-        if way != "kill -9":
-            assert process.returncode == 130
+        if process.returncode != -signal.SIGKILL:
+            assert process.returncode == 130, error
             assert error == "interrupted\n"
         _wait_for(lambda group=process.pid: not _alive(group))
         assert not (tmp_path / "table" / "table.md").exists()
+    assert epochs() >= 2
     done = _call(arguments)
     assert done.returncode == 0, done.stderr
-    assert _files(tmp_path / "table") == _files(table[0] / "table")
+    for loss in ("bce", "pwiser,margin_click=0.2"):
+        place = pathlib.Path("table", "runs", "data", "shared_bottom", loss, "seed-0")
+        for file in ("result.json", "predictions.npz"):
+            assert (tmp_path / place / file).read_bytes() == (table[0] / place / file).read_bytes()
 
 
 def _wait_for(condition, seconds=120):
@@ -541,6 +540,35 @@ def test_a_run_that_fails_is_named(dataset, tmp_path):
     assert done.stderr.startswith(
         "error: data shared_bottom bce:learning_rate=1e30 seed 0: training diverged"
     )
+
+
+def test_processes_are_replaced_and_one_that_is_killed_is_told(dataset, tmp_path, monkeypatch):
+    """A process a run here; the second one is killed, as the system does without memory."""
+    file = tmp_path / "small.flags"
+    file.write_text(SMALL)
+    runs = []
+    for loss in ("bce", "focal"):
+        settings = paper_table.settings_of(
+            f"{file}:epochs=1", str(dataset), "single_task", loss, []
+        )
+        folder = tmp_path / "runs" / "data" / "single_task" / loss / "seed-0"
+        runs.append(paper_runs.Run("data", "single_task", loss, settings, folder))
+    processes = []
+
+    def give(worker, run, original=paper_runs._Worker.give):
+        original(worker, run)
+        processes.append(worker._process.pid)
+        if run is runs[1]:
+            os.kill(worker._process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(paper_runs._Worker, "give", give)
+    monkeypatch.setattr(paper_runs, "_RUNS_A_PROCESS", 1)
+    with pytest.raises(DataError, match=r"data single_task focal seed 0: its process ended.* -9 "):
+        paper_runs.train_all(runs, 1)
+    assert len(set(processes)) == 2
+    schema = Schema.load(dataset)
+    assert paper_runs.read_result(runs[0], schema)["best_epoch"] == 1
+    assert paper_runs.read_result(runs[1], schema) is None
 
 
 def test_a_loss_over_groups_gives_all_runs_its_batches(dataset, tmp_path):
