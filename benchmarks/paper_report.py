@@ -59,9 +59,9 @@ PUBLISHED = {
 
 _EXPLANATION = """\
 Every loss was trained with the same seeds as {baseline}: one seed is one initialisation and one \
-order of batches, for all losses. The best epoch is chosen on the validation split alone; the test \
-split is read once, at that epoch. (The test metrics of the other epochs are in epochs.png and \
-chose nothing.)
+order of batches, for all losses. The best epoch is chosen on the validation split alone. The test \
+split chose nothing: the test metrics of every epoch were written down as training passed it \
+(epochs.png), and the tables show those of the best epoch.
 
 - **difference**: loss less {baseline}, the mean over seeds of the difference within each seed, \
 with its 95 percent interval over seeds (t).
