@@ -226,7 +226,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         process = context.Process(target=_work, args=(theirs, self._cores), daemon=True)
-        with _signals_blocked():
+        with _signals_held():
             process.start()
             self._process = process
         # With their end open here too, the end of the process would not be seen.
@@ -256,19 +256,29 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _signals_blocked():
-    """Holds back Ctrl-C and SIGTERM, so that a process is started whole or not at all.
+def _signals_held():
+    """Holds Ctrl-C and SIGTERM back, so that a process is started whole or not at all.
 
-    The process inherits it, and never sees the Ctrl-C that a terminal sends to all: the parent
-    alone acts on it, and kills its workers.
+    The process inherits the blocking, and never sees the Ctrl-C that a terminal sends to all: the
+    parent alone acts on it, and kills its workers. In the parent, blocking is not enough: a signal
+    blocked in one thread goes to another of TensorFlow's.
     """
+    numbers, arrived = (signal.SIGINT, signal.SIGTERM), []
+    handlers = {
+        number: signal.signal(number, lambda number, _: arrived.append(number))
+        for number in numbers
+    }
     # Python's helper process, started with the first worker, would end the blocking.
     multiprocessing.resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if arrived:
+        raise KeyboardInterrupt
 
 
 def _work(connection, cores: list[int]) -> None:
