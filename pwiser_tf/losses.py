@@ -231,8 +231,9 @@ def strength(weight: float, margin_click: float, margin_nonclick: float, cvr: fl
     the push on each of the M conversions of a batch is 2 weight (margin_click + margin_nonclick)
     / M ("pairs" normalization, both terms present). BCE, the mean over n rows, pushes it by
     1 / (n CTR) = CVR / M where the prediction is the base rate. The ratio of the two is the
-    strength. Between about .4 and 1.7 it is useful where clicks are noisy; above 2 it does harm.
-    For a head that learns CTCVR, BCE's push is 1 / M: pass a cvr of 1.
+    strength. On generated data up to about .4 did no harm, and 1.6 cost AUC and calibration
+    unless the model was undertrained (docs/when-pwiser-helps.md). For a head that learns CTCVR,
+    BCE's push is 1 / M: pass a cvr of 1.
 
     Args:
       weight: what PWiseR is multiplied by in the loss.
@@ -358,7 +359,7 @@ def listce(logits: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
 
     Softmax cross-entropy, with log p in the place of the logits: its minimum is where p is
     proportional to y, which BCE's minimum is too. Groups without a positive have no loss. The
-    mean is over the groups with a positive: that is our choice (the paper writes one group's loss).
+    mean is over the groups with a positive: that is our choice (the paper's text could not be had).
     The paper mixes (1 - alpha) * BCE + alpha * this.
 
     Time O(n), by segments; log p and log-sum-exp never leave log space, in float64. Rows that are

@@ -42,8 +42,8 @@ from pwiser_tf.tasks import GROUP_LOSSES, LOSSES, SCORE_SPACES, TASKS
 from pwiser_tf.workdir import Settings
 
 _LOG_EVERY_STEPS = 100
-# Above this strength PWiseR was seen to harm: see pwiser_tf.losses.strength.
-_HARMFUL_STRENGTH = 2.0
+# From about this strength on PWiseR was seen to harm: docs/when-pwiser-helps.md.
+_HARMFUL_STRENGTH = 1.0
 
 
 def share_cores() -> None:
@@ -336,8 +336,7 @@ def _describe(settings: Settings, schema: Schema) -> None:
     }
     shown = ", ".join(f"{task} {value:.2f}" for task, value in strengths.items())
     print(
-        f"loss: {_formula(settings)}; strength {shown} (on the CTR task "
-        "useful between about 0.4 and 1.7)",
+        f"loss: {_formula(settings)}; strength {shown} (up to about 0.4 was harmless)",
         flush=True,
     )
     if max(strengths.values(), default=0) > _HARMFUL_STRENGTH:
