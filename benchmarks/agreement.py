@@ -14,13 +14,18 @@ on the CPU. What the two keep as their own, and where it is taken out:
     first weights  ours are Glorot's, PyTorch's layers draw from +-1/sqrt(inputs), biases too (the
                    embeddings are Glorot's in both): in a third row MTReclib's model starts with
                    weights and biases that ours drew
-    Adam           epsilon is 1e-7 beside the raw second moment, 1e-8 beside the corrected one; L2
-                   is of kernels and embeddings alone, and of all parameters: in the third row as
-                   ours
+    Adam           our epsilon is 1e-7 beside the raw second moment, PyTorch's 1e-8 beside the
+                   corrected one; our L2 is of kernels and embeddings, MTReclib's of all parameters;
+                   MTReclib's maps have a bias before a normalisation, which does nothing but drift:
+                   in the third row as ours
     seeds          no run of MTReclib's has the seed of one of ours, so that no order of rows, first
                    weight or dropout mask is shared, and the two are independent samples, as Welch's
                    t needs
-    small          running variances divide by n, and by n - 1; dropout is 51/256, and 0.2
+    small          our running variances divide by n, PyTorch's by n - 1; our dropout of 0.2 is
+                   51/256
+
+So the third row says whether the two programs are one and the same; the rows above it, how much the
+start alone decides at this number of steps.
 
 CTCVR is measured by the second tower's own probability, as MTReclib does it. What ours serves,
 min(it, CTR), is measured beside it. Before the table two things are compared that know no chance:
