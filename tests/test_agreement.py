@@ -98,8 +98,8 @@ def test_verdict(programs):
     # CTCVR decides how far it reaches: difference 0, variances of the means .0001 and .0004.
     low, high = agreement.welch([0.82, 0.84], [0.81, 0.85])[1:]
     assert low == pytest.approx(-high)
-    assert near.startswith("near: agrees with ours within seed noise")
-    assert near.endswith(f"reach no further than {high:.4f}")
+    assert near.startswith("near: no difference from ours beyond seed noise")
+    assert near.endswith(f"rule out one beyond {high:.4f}")
     # CTR overlaps, CTCVR does not.
     assert far.startswith("far: ours differs in CTCVR by +0.2285 [+")
     assert "CTR by" not in far
