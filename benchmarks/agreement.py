@@ -454,8 +454,8 @@ def verdict(programs: dict[str, list[list[Epoch]]]) -> str:
             + (
                 f"ours differs in {' and '.join(apart)}"
                 if apart
-                else "no difference from ours beyond seed noise: the intervals of CTR and CTCVR hold "
-                f"0, and rule out one beyond {reach:.4f}"
+                else "no difference from ours beyond seed noise: the intervals of CTR and CTCVR "
+                f"hold 0, and rule out one beyond {reach:.4f}"
             )
         )
     return "\n".join(lines)
