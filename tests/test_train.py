@@ -238,7 +238,7 @@ def test_progress_survives_its_round_trip():
     ("argument", "message"),
     [
         ("--modell=mmoe", "Unknown command line flag 'modell'"),
-        ("--model=mmmoe", "value should be one of <single_task|shared_bottom|mmoe>"),
+        ("--model=mmmoe", "value should be one of <single_task|shared_bottom|omoe|mmoe|ple"),
         ("--batch_size=many", "flag --batch_size=many"),
         ("--loss_tasks=ctr,cvrr", "expected names out of ctr,ctcvr"),
         ("--auxiliary_weight=0.5", "--model=shared_bottom has no term of its own"),
