@@ -496,9 +496,6 @@ def test_a_killed_call_goes_on(table, dataset, tmp_path):
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        if process.returncode == 0:
-            # Seen once, on a busy machine: all runs were over before the signal did anything.
-            break
         if process.returncode != -signal.SIGKILL:
             assert process.returncode == 130, error
             assert error == "interrupted\n"
