@@ -12,7 +12,7 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["pwiser_serving", "pwiser_serving.protos"],
+    packages=["pwiser_serving", "pwiser_serving.protos", "pwiser_serving.server"],
     package_data={"pwiser_serving.protos": ["*.proto"]},
     install_requires=[
         "grpcio>=1.60",
@@ -22,8 +22,14 @@ setuptools.setup(
         "protobuf>=4.25,<8",
     ],
     extras_require={
-        "server": ["tensorflow>=2.18,<2.22"],
-        # TF Serving's own stubs, as an independent client and as a reader of deploy/.
-        "test": ["pytest>=8", "pyyaml>=6", "tensorflow-serving-api>=2.18,<2.22"],
+        "server": [
+            "grpcio-health-checking>=1.60",
+            "prometheus-client>=0.20",
+            "tensorflow>=2.18,<2.22",
+            # TF Serving's own messages.
+            "tensorflow-serving-api>=2.18,<2.22",
+            "waitress>=3.0",
+        ],
+        "test": ["pytest>=8", "pyyaml>=6", "trustme>=1.1"],
     },
 )

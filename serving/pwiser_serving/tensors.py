@@ -60,7 +60,17 @@ def encode(array: np.ndarray, *, as_content: bool = True) -> Tensor:
     """
     if array.dtype not in _DATA_TYPES:
         raise TypeError(f"no tensor holds NumPy's {array.dtype}")
-    tensor = Tensor(dtype=_DATA_TYPES[array.dtype])
+    tensor = Tensor()
+    fill(tensor, array, as_content=as_content)
+    return tensor
+
+
+def fill(tensor: Tensor, array: np.ndarray, *, as_content: bool = True) -> None:
+    """Writes an array into an empty Tensor or tensorflow.TensorProto, as `encode` says.
+
+    The array's type must be one that `encode` takes.
+    """
+    tensor.dtype = _DATA_TYPES[array.dtype]
     for size in array.shape:
         tensor.tensor_shape.dim.add(size=size)
     if as_content and tensor.dtype != tensor_pb2.DT_STRING:
@@ -68,7 +78,6 @@ def encode(array: np.ndarray, *, as_content: bool = True) -> Tensor:
     else:
         values = array.view(np.uint16) if tensor.dtype == tensor_pb2.DT_HALF else array
         getattr(tensor, _TYPES[tensor.dtype][1]).extend(values.ravel().tolist())
-    return tensor
 
 
 def decode(tensor: Tensor) -> np.ndarray:

@@ -608,18 +608,19 @@ def test_a_port_in_use_is_one_line(tmp_path):
 SLOW_SERVER = """
 import sys, time, types
 import numpy as np
-from pwiser_serving import server, tensors
+from pwiser_serving.server import __main__ as server
 
 class Slow:
     signatures = {}
     def __init__(self, folder): pass
     def close(self): print("closed", flush=True)
-    def predict(self, request, as_content):
+    def predict(self, name, inputs, output_filter):
         print("running", flush=True)
         time.sleep(1)
-        return {"ctr": tensors.encode(np.zeros(1, np.float32))}
+        return {"ctr": np.zeros(1, np.float32)}
 
-sys.modules["pwiser_serving.saved_model"] = types.SimpleNamespace(SavedModel=Slow)
+sys.modules["pwiser_serving.server.saved_model"] = types.SimpleNamespace(
+    SavedModel=Slow, DEFAULT_SIGNATURE="serving_default")
 server.main(sys.argv[1:])
 """
 

@@ -4,9 +4,9 @@ import pathlib
 
 import grpc
 import pytest
-from pwiser_serving.protos.service_pb2 import ModelVersionStatus as State
-from pwiser_serving.status import Status
-from pwiser_serving.versions import Versions
+from pwiser_serving.server.status import Status
+from pwiser_serving.server.versions import Versions
+from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus as State
 
 
 class Note:

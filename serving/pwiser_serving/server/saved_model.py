@@ -4,10 +4,6 @@ The only room that needs TensorFlow. Checks, their order and their messages are 
 Serving (servables/tensorflow/predict_util.cc).
 """
 
-import pwiser_serving.quiet  # noqa: F401
-
-# isort: split
-
 import functools
 import logging
 import pathlib
@@ -16,15 +12,16 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
-from tensorflow.core.protobuf import config_pb2
+from tensorflow.core.framework import tensor_pb2
+from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
+from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from pwiser_serving import tensors
-from pwiser_serving.protos import service_pb2, tensor_pb2
-from pwiser_serving.services import DEFAULT_SIGNATURE
-from pwiser_serving.status import Status, failed_precondition, invalid_argument
+from pwiser_serving.server.status import Status, failed_precondition, invalid_argument
 
 WARM_UP_FILE = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 MAX_WARM_UP_REQUESTS = 1000
+DEFAULT_SIGNATURE = "serving_default"
 # How many pairs of signature and outputs keep their prepared graph. A request names its outputs
 # freely, so the number of such pairs has no bound of its own.
 _PREPARED = 64
@@ -50,13 +47,11 @@ class SavedModel:
                 loaded = tf.compat.v1.saved_model.loader.load(
                     self._session, [tf.saved_model.SERVING], str(folder)
                 )
-            self.signatures: dict[str, tensor_pb2.Signature] = {
-                name: tensor_pb2.Signature.FromString(signature.SerializeToString())
-                for name, signature in loaded.signature_def.items()
-            }
+            self.signatures: dict[str, meta_graph_pb2.SignatureDef] = dict(loaded.signature_def)
             self._prepare = functools.lru_cache(_PREPARED)(self._make_callable)
             for request in _warm_up_requests(folder / WARM_UP_FILE):
-                self.predict(request)
+                name = request.model_spec.signature_name or DEFAULT_SIGNATURE
+                self.predict(name, request.inputs, request.output_filter)
         except tf.errors.OpError as error:
             self.close()
             raise Status(error.error_code, error.message) from None
@@ -73,25 +68,28 @@ class SavedModel:
         self._session.close()
 
     def predict(
-        self, request: service_pb2.PredictRequest, *, as_content: bool = False
-    ) -> dict[str, tensor_pb2.Tensor]:
-        """Answers a Predict request, whose model_spec has already led here.
+        self,
+        name: str,
+        inputs: Mapping[str, tensor_pb2.TensorProto | np.ndarray],
+        output_filter: Sequence[str] = (),
+    ) -> dict[str, np.ndarray]:
+        """Runs a signature.
 
         Args:
-          as_content: numbers in the answer as raw bytes instead of one by one.
+          name: the signature's; inputs: its inputs by name; output_filter: the outputs wanted,
+          all of them where it is empty.
 
         Returns:
-          The tensors of the outputs asked for, or of all of them, by output name.
+          The outputs by name.
 
         Raises:
           Status: as TF Serving answers the same mistake.
         """
-        name = request.model_spec.signature_name or DEFAULT_SIGNATURE
         signature = self.signatures.get(name)
         if signature is None:
             raise failed_precondition(f'Serving signature key "{name}" not found.')
-        arrays = _inputs(signature, request.inputs)
-        outputs = _outputs(signature, request.output_filter)
+        arrays = _inputs(signature, inputs)
+        outputs = _outputs(signature, output_filter)
         feeds, run, fetched = self._prepare(name, outputs)
         _check_types(feeds, arrays)
         try:
@@ -103,7 +101,7 @@ class SavedModel:
             # them, so its code is lost; only a request brings bytes that are no text.
             raise invalid_argument(error.object.decode("utf-8", "replace")) from None
         return {
-            alias: tensors.encode(np.asarray(results[position]), as_content=as_content)
+            alias: np.asarray(results[position])
             for alias, position in zip(outputs, fetched, strict=True)
         }
 
@@ -131,7 +129,8 @@ class SavedModel:
 
 
 def _inputs(
-    signature: tensor_pb2.Signature, given: Mapping[str, tensor_pb2.Tensor]
+    signature: meta_graph_pb2.SignatureDef,
+    given: Mapping[str, tensor_pb2.TensorProto | np.ndarray],
 ) -> dict[str, np.ndarray]:
     """The arrays of a request, by input name, with the signature's defaults."""
     expected, sent = set(signature.inputs), set(given)
@@ -156,7 +155,8 @@ def _inputs(
                 + ",".join(sorted(signature.defaults))
             )
         try:
-            arrays[alias] = tensors.decode(tensor)
+            # What came as JSON is an array already.
+            arrays[alias] = tensor if isinstance(tensor, np.ndarray) else tensors.decode(tensor)
         except ValueError:
             raise invalid_argument(f"tensor parsing error: {alias}") from None
     if sent - expected:
@@ -167,7 +167,7 @@ def _inputs(
     return arrays
 
 
-def _outputs(signature: tensor_pb2.Signature, wanted: Sequence[str]) -> tuple[str, ...]:
+def _outputs(signature: meta_graph_pb2.SignatureDef, wanted: Sequence[str]) -> tuple[str, ...]:
     """The names of the outputs to answer with."""
     seen = set()
     for alias in wanted:
@@ -196,7 +196,7 @@ def _names(names) -> str:
     return "{" + ",".join(sorted(names)) + "}"
 
 
-def _warm_up_requests(path: pathlib.Path) -> list[service_pb2.PredictRequest]:
+def _warm_up_requests(path: pathlib.Path) -> list[predict_pb2.PredictRequest]:
     """The Predict requests of a warm-up file, a TFRecord of PredictionLog; none without a file."""
     if not path.exists():
         return []
@@ -209,7 +209,7 @@ def _warm_up_requests(path: pathlib.Path) -> list[service_pb2.PredictRequest]:
                 f"Number of warmup records exceeds the maximum ({MAX_WARM_UP_REQUESTS}) at {path}"
             )
         try:
-            log = service_pb2.PredictionLog.FromString(record)
+            log = prediction_log_pb2.PredictionLog.FromString(record)
         except DecodeError:
             raise invalid_argument(f"Failed to parse warmup record {number} from {path}") from None
         if log.HasField("predict_log"):

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from pwiser_serving.protos import service_pb2
-from pwiser_serving.status import Status, not_found
+from tensorflow_serving.apis import get_model_status_pb2
 
-State = service_pb2.ModelVersionStatus
+from pwiser_serving.server.status import Status, not_found
+
+State = get_model_status_pb2.ModelVersionStatus
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Versions:
         self._load = load
         self._lock = threading.Lock()
         self._current: _Loaded | None = None
-        self._statuses: dict[int, service_pb2.ModelVersionStatus] = {}
+        self._statuses: dict[int, get_model_status_pb2.ModelVersionStatus] = {}
         # Version that failed: what its files looked like then.
         self._failed: dict[int, list] = {}
 
@@ -85,7 +86,7 @@ class Versions:
             if unused:
                 self._close(loaded)
 
-    def statuses(self) -> list[service_pb2.ModelVersionStatus]:
+    def statuses(self) -> list[get_model_status_pb2.ModelVersionStatus]:
         """The state of each version that was ever tried, newest first."""
         with self._lock:
             return [self._statuses[version] for version in sorted(self._statuses, reverse=True)]
@@ -152,7 +153,7 @@ class Versions:
         _log.info("%s version %d is closed", self.name, loaded.version)
 
     def _note(self, version: int, state: int, status: Status | None = None) -> None:
-        entry = service_pb2.ModelVersionStatus(version=version, state=state)
+        entry = get_model_status_pb2.ModelVersionStatus(version=version, state=state)
         # An empty status, which is OK, is sent too.
         entry.status.SetInParent()
         if status is not None:
