@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 $(VENV)/installed: setup.py serving/setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e '.[test]' -e './serving[server]'
+		-e '.[test]' -e './serving[server,test]'
 	touch $@
 
 # What benchmarks/ compares with.
@@ -22,8 +22,9 @@ $(VENV)/installed-bench: $(VENV)/installed
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh demo
 
+# A process a core, at most four: each may hold a few GB of TensorFlow.
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -31,7 +31,14 @@ setuptools.setup(
         "tqdm>=4.66",
     ],
     extras_require={
-        "test": ["pytest>=8", "pyyaml>=6", "ruff>=0.6", "scikit-learn>=1.4", "scipy>=1.11"],
+        "test": [
+            "pytest>=8",
+            "pytest-xdist>=3.5",
+            "pyyaml>=6",
+            "ruff>=0.6",
+            "scikit-learn>=1.4",
+            "scipy>=1.11",
+        ],
         # The rivals that benchmarks/ runs beside us.
         "bench": ["scikit-learn>=1.4", "scipy>=1.11", "torch>=2.4"],
     },

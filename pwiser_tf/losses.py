@@ -602,8 +602,11 @@ def _beside(values, name: str, scores: tf.Tensor) -> tf.Tensor:
         raise ValueError(f"{found}, expected {scores.shape} as the scores")
     if None in (scores.shape[0], values.shape[0]):
         # A graph knows sizes only when it runs: one score must not be broadcast to many grades.
+        # Nothing reads the values before the check, or another operation's message might win.
         message = f"{name}: expected as many as there are scores"
-        tf.debugging.assert_equal(tf.size(values), tf.size(scores), message)
+        check = tf.debugging.assert_equal(tf.size(values), tf.size(scores), message)
+        with tf.control_dependencies([check]):
+            values = tf.identity(values)
     return values
 
 
