@@ -275,9 +275,7 @@ def pairwise_logistic(logits: tf.Tensor, grade: tf.Tensor) -> tf.Tensor:
       ValueError: other shapes.
     """
     logits = _scores(logits, "logits")
-    grade = _classes(grade, "grade", logits)
-    weight = tf.gather(_weights_of_lower_classes(_count(grade, 3)[tf.newaxis], "pairs"), grade)
-    return _logistic(logits, weight, tf.equal(grade, 2))
+    return _logistic_of_classes(logits, _classes(grade, "grade", logits), 3)
 
 
 def combined_pair(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
@@ -303,9 +301,7 @@ def combined_pair(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
       ValueError: other shapes.
     """
     logits = _scores(logits, "logits")
-    labels = _classes(labels, "labels", logits)
-    weight = tf.gather(_weights_of_lower_classes(_count(labels, 2)[tf.newaxis], "pairs"), labels)
-    return _logistic(logits, weight, tf.equal(labels, 1))
+    return _logistic_of_classes(logits, _classes(labels, "labels", logits), 2)
 
 
 def jrc(logits: tf.Tensor, energy: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
@@ -444,6 +440,16 @@ class CombinedPairLoss(PairLoss):
 
     def call(self, y_true, y_pred) -> tf.Tensor:
         return combined_pair(y_pred, y_true)
+
+
+def _logistic_of_classes(logits: tf.Tensor, classes: tf.Tensor, size: int) -> tf.Tensor:
+    """`_logistic` of every class below the last against it, each class's pairs with mean weight 1.
+
+    Args:
+      logits: float [batch]. classes: int32 [batch] in 0..size - 1.
+    """
+    weights = _weights_of_lower_classes(_count(classes, size)[tf.newaxis], "pairs")
+    return _logistic(logits, tf.gather(weights, classes), tf.equal(classes, size - 1))
 
 
 def _logistic(logits: tf.Tensor, weight: tf.Tensor, upper: tf.Tensor) -> tf.Tensor:

@@ -36,7 +36,7 @@ from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Numerical
 from tools import archives, learn
 from tools.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from tools.source import CsvPart, Source, group_key, integer, paths, select
+from tools.source import CsvPart, JoinedPart, Source, group_key, integer, paths, select
 
 USER_FIELDS = ("101", "121", "122", "124", "125", "126", "127", "128", "129")
 ITEM_FIELDS = ("205", "206", "207", "210", "216")
@@ -205,28 +205,12 @@ def _processed(file: CsvFile, categorical, numerical) -> CsvPart:
 # ---- raw
 
 
-@dataclasses.dataclass(frozen=True)
-class _JoinedPart:
-    """A skeleton file with its common features, in the skeleton's order, as a table."""
-
-    table: str
-    skeleton: CsvFile
-    common: CsvFile
-
-    @property
-    def name(self) -> str:
-        return f"{self.skeleton.shown} joined with {self.common.shown}"
-
-    @property
-    def size(self) -> int:
-        return self.skeleton.size + self.common.size
-
-    def relation(self) -> str:
-        return f"SELECT * EXCLUDE (row, alone) FROM {self.table}"
+class _JoinedPart(JoinedPart):
+    """A skeleton file with its common features, in the skeleton's order."""
 
     def fault(self, row: int, column: str, expected: str) -> DataError:
         # Only labels and the group can still be wrong, and those are the skeleton's.
-        return self.skeleton.fault(row, column, expected)
+        return self.files[0].fault(row, column, expected)
 
 
 def _find(folder: pathlib.Path, split: str, stem: str, scratch: pathlib.Path):
@@ -294,7 +278,7 @@ def _join(
             f"found the {_GROUP} of no row of {skeleton.shown} in it, expected those of all",
             file=common.shown,
         )
-    return _JoinedPart(table, skeleton, common), alone
+    return _JoinedPart(table, (skeleton, common), "row, alone"), alone
 
 
 def _extract(

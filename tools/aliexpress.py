@@ -14,7 +14,7 @@ from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Categorical, Numerical
 from tools import archives, learn
 from tools.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from tools.source import CsvPart, Source, group_key, integer, paths, select
+from tools.source import CsvPart, JoinedPart, Source, group_key, integer, paths, select
 
 CATEGORICAL = tuple(f"categorical_{i}" for i in range(1, 17))
 NUMERICAL = tuple(f"numerical_{i}" for i in range(1, 64))
@@ -177,31 +177,18 @@ def _processed(database: Database, path: pathlib.Path) -> CsvPart:
 
 
 @dataclasses.dataclass(frozen=True)
-class _JoinedPart:
-    """An item file joined with a user file, in the item file's order, as a table."""
+class _JoinedPart(JoinedPart):
+    """An item file joined with a user file, in the item file's order."""
 
     database: Database
-    table: str
-    item: CsvFile
-    user: CsvFile
-
-    @property
-    def name(self) -> str:
-        return f"{self.item.shown} joined with {self.user.shown}"
-
-    @property
-    def size(self) -> int:
-        return self.item.size + self.user.size
-
-    def relation(self) -> str:
-        return f"SELECT * EXCLUDE (item_row, user_row) FROM {self.table}"
 
     def fault(self, row: int, column: str, expected: str) -> DataError:
         ((item_row, user_row),) = self.database.query(
-            f"SELECT item_row, user_row FROM {self.table} WHERE rowid = {row}", "finding the fault"
+            f"SELECT {self.keys} FROM {self.table} WHERE rowid = {row}", "finding the fault"
         )
         side, number = _RAW_COLUMN[column]
-        file, raw_row = (self.item, item_row) if side == "item" else (self.user, user_row)
+        item, user = self.files
+        file, raw_row = (item, item_row) if side == "item" else (user, user_row)
         return file.fault(raw_row - 1, str(number), expected)
 
 
@@ -243,7 +230,8 @@ def _join(database: Database, split: str, item: CsvFile, user: CsvFile) -> tuple
         f"(SELECT count(DISTINCT item_row) FROM {table})",
         "counting",
     )
-    return _JoinedPart(database, table, item, user), items - matched
+    part = _JoinedPart(table, (item, user), "item_row, user_row", database)
+    return part, items - matched
 
 
 def _raw_file(path: pathlib.Path, side: str, columns: int, shown) -> CsvFile:

@@ -106,6 +106,29 @@ class CsvPart:
         return self.file.fault(row, column, expected)
 
 
+@dataclasses.dataclass(frozen=True)
+class JoinedPart:
+    """A part that is a table of two joined files; `keys` are its columns that only say which rows.
+
+    A format adds `fault`: it knows which file a column came from.
+    """
+
+    table: str
+    files: tuple[CsvFile, CsvFile]
+    keys: str
+
+    @property
+    def name(self) -> str:
+        return " joined with ".join(str(file.shown) for file in self.files)
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def relation(self) -> str:
+        return f"SELECT * EXCLUDE ({self.keys}) FROM {self.table}"
+
+
 def select(expressions: dict[str, str], table: str) -> str:
     """SELECT expression AS name, ... FROM table."""
     return (
