@@ -28,7 +28,7 @@ import typing
 
 from absl import flags
 
-from benchmarks import paper_report
+from benchmarks import paper_report, paper_results
 from benchmarks.paper_runs import Run, read_result, train_all
 from pwiser_tf import data, workdir
 from pwiser_tf.command_line import run
@@ -154,7 +154,7 @@ def define_flags() -> None:
     flags.DEFINE_enum(
         "published",
         None,
-        list(paper_report.PUBLISHED),
+        list(paper_results.PUBLISHED),
         "Show MTReclib's numbers for this country. Default: the country in an AliExpress data "
         "set's schema.",
     )
@@ -178,9 +178,11 @@ def main() -> None:
         print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished", flush=True)
         if unfinished:
             train_all(unfinished, args.parallel or len(os.sched_getaffinity(0)))
-        finished = [paper_report.Finished(run, read_result(run, schemas[run.data])) for run in runs]
+        finished = [
+            paper_results.Finished(run, read_result(run, schemas[run.data])) for run in runs
+        ]
         command = "python -m benchmarks.paper_table " + shlex.join(sys.argv[1:])
-        found = paper_report.results(finished, schemas, command, args.published)
+        found = paper_results.results(finished, schemas, command, args.published)
         paper_report.write(found, output)
     print((output / "table.md").read_text(encoding="utf-8"))
     print(f"written to {output}")

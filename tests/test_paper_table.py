@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import paired, paper_report, paper_runs, paper_table
+from benchmarks import paired, paper_report, paper_results, paper_runs, paper_table
 from pwiser_tf import metrics
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Schema, Split
@@ -212,7 +212,7 @@ def _finished(folder, settings, loss, seed, scores, grade, best_epoch=1, epochs=
     np.save(folder / "runs" / "made" / "test_grade.npy", grade)
     test = metrics.summary(grade, predictions, None)
     entries = [{"epoch": k + 1, "test": test} for k in range(epochs)]
-    return paper_report.Finished(run, {"best_epoch": best_epoch, "test": test, "epochs": entries})
+    return paper_results.Finished(run, {"best_epoch": best_epoch, "test": test, "epochs": entries})
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ def made(settings, tmp_path):
 
 def test_a_win_a_tie_and_a_loss(made, tmp_path):
     finished, schemas = made({"bce": 1.0, "better": 0.5, "alike": 1.0, "worse": 2.0})
-    found = paper_report.results(finished, schemas, "command", None)
+    found = paper_results.results(finished, schemas, "command", None)
     verdicts = {
         row["loss"]: row["verdict"]
         for row in found["comparisons"]
@@ -288,12 +288,12 @@ def test_less_log_loss_is_a_win():
         {"kind": kind, "task": "ctr", "mean": -0.5, "p_value": 0.001}
         for kind in ("log_loss", "auc", "pcoc")
     ]
-    paper_report._correct(rows)
+    paper_results._correct(rows)
     assert [row["verdict"] for row in rows] == ["win", "loss", "win"]
 
 
 def test_pcoc_is_compared_by_its_distance_from_1():
-    measure = paper_report.Measure("pcoc", "ctr")
+    measure = paper_results.Measure("pcoc", "ctr")
     twice, half = ({"ctr": {"pcoc": value}} for value in (2.0, 0.5))
     assert measure.compared(twice) == measure.compared(half) == pytest.approx(math.log(2))
     assert measure.value(half) == 0.5
@@ -302,7 +302,7 @@ def test_pcoc_is_compared_by_its_distance_from_1():
 
 def test_without_conversions_their_tasks_are_undefined(made, tmp_path):
     finished, schemas = made({"bce": 1.0, "other": 1.2}, conversions=False)
-    found = paper_report.results(finished, schemas, "command", None)
+    found = paper_results.results(finished, schemas, "command", None)
     text = paper_report.markdown(found)
     assert "| mmoe:experts=2 | other | CTCVR | - | - | - | - | - | - |" in text
     undefined = {row["task"]: row["undefined"] for row in found["counts"]}
@@ -312,7 +312,7 @@ def test_without_conversions_their_tasks_are_undefined(made, tmp_path):
 
 def test_one_seed_has_differences_but_no_verdict(made, tmp_path):
     finished, schemas = made({"bce": 1.0, "better": 0.5}, seeds=1)
-    found = paper_report.results(finished, schemas, "command", None)
+    found = paper_results.results(finished, schemas, "command", None)
     row = found["comparisons"][0]
     assert row["mean"] > 0
     assert (row["low"], row["p_seeds"], row["verdict"]) == (None, None, None)
@@ -323,7 +323,7 @@ def test_one_seed_has_differences_but_no_verdict(made, tmp_path):
 
 def test_one_loss_alone_has_no_differences(made, tmp_path):
     finished, schemas = made({"bce": 1.0})
-    found = paper_report.results(finished, schemas, "command", None)
+    found = paper_results.results(finished, schemas, "command", None)
     paper_report.write(found, tmp_path)
     text = (tmp_path / "table.md").read_text()
     assert "±" in text
@@ -333,7 +333,7 @@ def test_one_loss_alone_has_no_differences(made, tmp_path):
 
 def test_only_epochs_that_all_reached_are_compared(made):
     finished, schemas = made({"bce": 1.0, "better": 0.5}, bce=4, better=3)
-    found = paper_report.results(finished, schemas, "command", None)
+    found = paper_results.results(finished, schemas, "command", None)
     epochs = [row["epoch"] for row in found["fixed_epochs"] if row["task"] == "ctr"]
     assert epochs == [1, 2, 3]
     assert found["fixed_epochs"][0]["mean"] == found["comparisons"][0]["mean"]
@@ -350,7 +350,7 @@ def test_published_numbers_stand_beside_their_country(made):
 
 
 def _table(finished, schemas, published=None):
-    text = paper_report.markdown(paper_report.results(finished, schemas, "command", published))
+    text = paper_report.markdown(paper_results.results(finished, schemas, "command", published))
     return text[text.index("## made") :]
 
 
