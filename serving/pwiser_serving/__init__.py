@@ -6,7 +6,27 @@
 Nothing here imports TensorFlow, but for what `python -m pwiser_serving.server` needs.
 """
 
-from pwiser_serving.errors import FeatureError, ScoringError, ServerUnavailable
-from pwiser_serving.scorer import Scorer
+from pwiser_serving.connection import TLS
+from pwiser_serving.errors import (
+    DeadlineExceeded,
+    FeatureError,
+    ModelNotFound,
+    ScoringError,
+    ServerUnavailable,
+)
+from pwiser_serving.hedging import Hedge
+from pwiser_serving.scorer import Metadata, Scorer, Scores, VersionStatus
 
-__all__ = ["FeatureError", "Scorer", "ScoringError", "ServerUnavailable"]
+__all__ = [
+    "TLS",
+    "DeadlineExceeded",
+    "FeatureError",
+    "Hedge",
+    "Metadata",
+    "ModelNotFound",
+    "Scorer",
+    "Scores",
+    "ScoringError",
+    "ServerUnavailable",
+    "VersionStatus",
+]

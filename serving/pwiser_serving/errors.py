@@ -13,32 +13,76 @@ class FeatureError(ValueError):
     """
 
     def __init__(self, feature: str, expected: str, *, row: int | None = None, found=None):
+        # The exception's arguments are those that it is built from, so that it can be pickled.
+        super().__init__(feature, expected)
         self.feature, self.row, self.expected = feature, row, expected
         self.found = None if found is None else shorten(found)
-        place = f"feature {feature}" if row is None else f"feature {feature}, row {row}"
-        text = expected if found is None else f"found {self.found}, expected {expected}"
-        super().__init__(f"{place}: {text}")
+
+    def __str__(self) -> str:
+        place = f"feature {self.feature}"
+        place += "" if self.row is None else f", row {self.row}"
+        if self.found is None:
+            return f"{place}: {self.expected}"
+        return f"{place}: found {self.found}, expected {self.expected}"
 
 
 class ScoringError(RuntimeError):
     """The server refused, failed, or did not answer in time.
 
     Attributes:
-      code: the grpc.StatusCode; model: the model's name; version: the version asked for, or None
-      for the newest; details: the server's message.
+      code: the grpc.StatusCode; model: the model's name; version: the version (int) or label (str)
+      asked for, or None for the newest; details: the server's message.
     """
 
     def __init__(
-        self, address: str, model: str, version: int | None, code: grpc.StatusCode, details: str
+        self,
+        address: str,
+        model: str,
+        version: int | str | None,
+        code: grpc.StatusCode,
+        details: str,
     ):
-        self.code, self.model, self.version = code, model, version
+        super().__init__(address, model, version, code, details)
+        self.address, self.model, self.version, self.code = address, model, version, code
         self.details = " ".join(details.split())
-        which = model if version is None else f"{model}, version {version}"
-        super().__init__(f"{address}, model {which}: {code.name}: {self.details}")
+
+    def __str__(self) -> str:
+        which = self.model
+        if self.version is not None:
+            kind = "label" if isinstance(self.version, str) else "version"
+            which += f", {kind} {self.version}"
+        return f"{self.address}, model {which}: {self.code.name}: {self.details}"
 
 
 class ServerUnavailable(ScoringError):
-    """No server answers at that address, after several tries."""
+    """No server answers at that address, after several tries: none is there, or TLS failed."""
+
+
+class DeadlineExceeded(ScoringError):
+    """No answer within the timeout."""
+
+
+class ModelNotFound(ScoringError):
+    """The server does not hold that model, version or label, at least not now."""
+
+
+# A label that the server does not know is no NOT_FOUND there, though it is one for the caller.
+_UNKNOWN_LABEL = "Unrecognized servable version label"
+
+
+def scoring_error(
+    address: str, model: str, version: int | str | None, timeout: float, error: grpc.RpcError
+) -> ScoringError:
+    """The typed error for a call that gRPC says has failed."""
+    code, details = error.code(), error.details() or ""
+    kind = ScoringError
+    if code is grpc.StatusCode.UNAVAILABLE:
+        kind, details = ServerUnavailable, f"no server answers ({details})"
+    elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        kind, details = DeadlineExceeded, f"no answer within {timeout:g} seconds"
+    elif code is grpc.StatusCode.NOT_FOUND or details.startswith(_UNKNOWN_LABEL):
+        kind = ModelNotFound
+    return kind(address, model, version, code, details)
 
 
 def shorten(value: object) -> str:

@@ -1,57 +1,114 @@
 """Scorer: a model behind a server, called with features and answering with scores."""
 
+import asyncio
 import collections
+import concurrent.futures
+import dataclasses
 import itertools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 
 from pwiser_serving import features as feature_columns
-from pwiser_serving import services, tensors
-from pwiser_serving.errors import FeatureError, ScoringError, ServerUnavailable
+from pwiser_serving import futures, services, tensors
+from pwiser_serving.connection import TLS, open_channel
+from pwiser_serving.errors import FeatureError, ModelNotFound, ScoringError, scoring_error
+from pwiser_serving.hedging import Hedge, Hedger
 from pwiser_serving.protos import service_pb2, tensor_pb2
 
 OUTPUTS = ("ctr", "cvr", "ctcvr")
 RAW_SIGNATURE = "predict_raw"
 ID_SIGNATURE = "predict"
 
-# Only a call that reached no server is tried again: to score twice is harmless, but a server that
-# fails for another reason needs less work, not more.
-_RETRY = {
-    "methodConfig": [
-        {
-            "name": [{"service": services.PREDICT.service}],
-            "retryPolicy": {
-                "maxAttempts": 4,
-                "initialBackoff": "0.1s",
-                "maxBackoff": "1s",
-                "backoffMultiplier": 2,
-                "retryableStatusCodes": ["UNAVAILABLE"],
-            },
-        }
-    ]
-}
+# Which of them a call takes is told by its features' names: raw ones, ids, serialized Examples.
+_SIGNATURES = (RAW_SIGNATURE, ID_SIGNATURE, services.DEFAULT_SIGNATURE)
 
-Scores = dict[str, np.ndarray]
+# What a server may say to features that the model took yesterday.
+_CHANGED_MODEL = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
+
+
+class Scores(dict[str, np.ndarray]):
+    """The scores of one call: "ctr", "cvr" and "ctcvr", float32 [n].
+
+    Attributes:
+      versions: the versions of the model that answered, in order; several only where the server
+        changed over during the call. Empty where there were no rows, or the server does not say.
+    """
+
+    def __init__(self, values: Mapping[str, np.ndarray], versions: Iterable[int] = ()):
+        super().__init__(values)
+        self.versions = tuple(sorted(set(versions)))
+
+    @property
+    def version(self) -> int | None:
+        """The version that answered; None where it was not exactly one."""
+        return self.versions[0] if len(self.versions) == 1 else None
+
+
+class VersionStatus(NamedTuple):
+    """How one version of a model is: its state (START, LOADING, AVAILABLE, UNLOADING or END), and
+    the code and message of its error, OK and empty where it has none."""
+
+    version: int
+    state: str
+    code: grpc.StatusCode
+    message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Metadata:
+    """What a version of a model takes and gives.
+
+    Attributes:
+      version: which one; None where the server does not say.
+      signatures: [signature]["inputs" or "outputs"][name] is {"type": "int64", "shape": [None]},
+        with None for a size that is free; [signature]["method"] is the method's name.
+    """
+
+    version: int | None
+    signatures: dict[str, dict]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """What a server said about a model."""
+
+    version: int | None
+    signatures: Mapping[str, tensor_pb2.Signature]
+
+    def inputs(self, signature: str) -> Mapping[str, tensor_pb2.TensorInfo]:
+        found = self.signatures.get(signature)
+        return found.inputs if found else {}
 
 
 class Scorer:
     """Scores candidates with a model that a server of TF Serving's gRPC API holds.
 
-    One channel is opened and kept; a Scorer may be used by several threads at once. What the
-    model takes is asked from the server, at the first call.
+    Keep it: one channel is opened at the first call and used for all that follow, and what the
+    model takes is asked from the server then, and again when a new version answers. Several
+    threads may use one Scorer at once. A process that forks opens its Scorers after the fork:
+    gRPC's connections do not survive one.
 
     Args:
-      address: host:port of the server.
+      address: host:port of the server, or any name that gRPC takes.
       model: the model's name there.
-      version: the version to use; None for the newest.
-      timeout: seconds that one request may take, retries included.
-      signature: the signature to call. None chooses by the features' names: `predict` for
-        `categorical` and `numerical`, unless raw features are called so, else `predict_raw`.
+      version: the version to use, or the label of one ("stable"); None for the newest.
+      timeout: seconds that one request may take, tries and hedges included.
+      tls: speak TLS, so; None for a plain connection.
+      signature: the signature to call. None chooses by the features' names: `predict_raw` for raw
+        features, `predict` for `categorical` and `numerical`, `serving_default` for serialized
+        tf.train.Examples.
       rows_per_request: larger calls are split into requests of so many rows.
-      requests_in_flight: how many of them are on their way at once.
+      requests_in_flight: how many of one call's requests are on their way at once.
+      hedge: send a second copy of a slow request; None for never. Calls are then spread over all
+        servers that the address stands for.
+
+    Raises:
+      ValueError: an argument out of range, a TLS file that is not there or no PEM.
     """
 
     def __init__(
@@ -59,13 +116,15 @@ class Scorer:
         address: str,
         model: str,
         *,
-        version: int | None = None,
+        version: int | str | None = None,
         timeout: float = 5.0,
+        tls: TLS | None = None,
         signature: str | None = None,
         rows_per_request: int = 4096,
         requests_in_flight: int = 4,
+        hedge: Hedge | None = None,
     ):
-        if timeout <= 0 or rows_per_request < 1 or requests_in_flight < 1:
+        if not timeout > 0 or rows_per_request < 1 or requests_in_flight < 1:
             raise ValueError(
                 "timeout, rows_per_request and requests_in_flight must be above 0, found "
                 f"{timeout}, {rows_per_request}, {requests_in_flight}"
@@ -73,41 +132,51 @@ class Scorer:
         self.address, self.model, self.version = address, model, version
         self.timeout, self.signature = timeout, signature
         self.rows_per_request, self.requests_in_flight = rows_per_request, requests_in_flight
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_send_message_length", -1),
-                ("grpc.max_receive_message_length", -1),
-                ("grpc.service_config", json.dumps(_RETRY)),
-                # A server that comes back is found within the tries, not after gRPC's seconds.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ],
-        )
+        self._channel = open_channel(address, tls, several_servers=hedge is not None)
+        self._hedger = Hedger(hedge) if hedge else None
         self._predict = self._method(services.PREDICT)
         self._get_metadata = self._method(services.GET_MODEL_METADATA)
-        self._signatures: Mapping[str, tensor_pb2.Signature] | None = None
+        self._get_status = self._method(services.GET_MODEL_STATUS)
+        # Replaced as a whole, never changed: threads share it without a lock.
+        self._model: _Model | None = None
 
     def score(self, features: Mapping[str, Sequence]) -> Scores:
         """Scores the candidates, in their order.
 
+        A call that is split while the server changes to another version is scored again, all by
+        the newer one, where the server still holds it.
+
         Args:
           features: columns of raw features by name (lists, NumPy arrays, a pandas frame), each
             [n]; None, NaN and "" are missing values. Or ids: `categorical` [n, C], `numerical`
-            [n, N].
+            [n, N]. Or the one input of `serving_default`: serialized Examples of raw features.
 
         Returns:
-          "ctr", "cvr", "ctcvr": float32 [n], probabilities.
+          "ctr", "cvr", "ctcvr": float32 [n], probabilities; and the `version` that answered.
 
         Raises:
           FeatureError: the model does not take these features; nothing was sent.
-          ServerUnavailable: no server answers.
-          ScoringError: the server refused, failed, or did not answer in time.
+          ServerUnavailable, DeadlineExceeded, ModelNotFound: as they say.
+          ScoringError: the server refused or failed otherwise; the kind of all three.
         """
-        parts = list(self.score_batches([features]))
-        if not parts:
-            return {name: np.zeros(0, np.float32) for name in OUTPUTS}
-        return {name: np.concatenate([part[name] for part in parts]) for name in OUTPUTS}
+        future = self.score_future(features)
+        try:
+            return future.result()
+        finally:
+            # Without effect on one that is done: for a caller that is interrupted.
+            future.cancel()
+
+    def score_future(self, features: Mapping[str, Sequence]) -> "concurrent.futures.Future[Scores]":
+        """As `score`, without waiting: a future with the scores or the exception.
+
+        `features` must not change until it is done. No thread waits for it: its callbacks run on
+        gRPC's own and should be short, and must not wait for other scores there.
+        """
+        return futures.run(self._steps(features))
+
+    async def score_async(self, features: Mapping[str, Sequence]) -> Scores:
+        """As `score`, for asyncio; cancelling it cancels the requests."""
+        return await asyncio.wrap_future(self.score_future(features))
 
     def score_batches(self, batches: Iterable[Mapping[str, Sequence]]) -> Iterator[Scores]:
         """Scores a stream of features in bounded memory, as `score` does each of them.
@@ -115,28 +184,68 @@ class Scorer:
         A batch of at most rows_per_request rows gives one result; a larger one gives several.
         Results come in order, while later requests are on their way.
         """
-        requests = itertools.chain.from_iterable(map(self._requests, batches))
+        requests = itertools.chain.from_iterable(map(self._stream, batches))
         waiting = collections.deque()
         try:
             for request, rows in requests:
-                waiting.append((self._predict.future(request, timeout=self.timeout), rows))
+                waiting.append((self._send(request), rows))
                 if len(waiting) >= self.requests_in_flight:
-                    yield self._scores(*waiting.popleft())
+                    yield self._wait(*waiting.popleft())
             while waiting:
-                yield self._scores(*waiting.popleft())
+                yield self._wait(*waiting.popleft())
         finally:
             for call, _ in waiting:
                 call.cancel()
 
     def inputs(self, signature: str) -> dict[str, tensor_pb2.TensorInfo]:
         """What a signature of the model takes, by name; empty where there is no such signature."""
-        if self._signatures is None:
-            self._signatures = self._ask_signatures()
-        found = self._signatures.get(signature)
-        return dict(found.inputs) if found else {}
+        return dict(self._known_model().inputs(signature))
+
+    def metadata(self) -> Metadata:
+        """Asks the server what the model takes and gives. Raises ScoringError."""
+        model = futures.run(self._ask()).result()
+        signatures = {
+            name: {
+                "inputs": _plain(signature.inputs),
+                "outputs": _plain(signature.outputs),
+                "method": signature.method_name,
+            }
+            for name, signature in sorted(model.signatures.items())
+        }
+        return Metadata(model.version, signatures)
+
+    def status(self) -> list[VersionStatus]:
+        """Asks the server how the model's versions are, or the one asked for, newest first.
+
+        Raises:
+          ModelNotFound: the server knows no such model, version or label.
+          ScoringError: another failure.
+        """
+        spec = self._spec()
+        if isinstance(self.version, str):
+            # The server's status knows no labels, and would list all versions.
+            spec.version.value = self.metadata().version or 0
+        request = service_pb2.GetModelStatusRequest(model_spec=spec)
+        try:
+            response = self._get_status(request, timeout=self.timeout)
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        states = service_pb2.ModelVersionStatus.State
+        found = [
+            VersionStatus(
+                version.version,
+                states.Name(version.state) if version.state in states.values() else "UNKNOWN",
+                _CODES.get(version.status.error_code, grpc.StatusCode.UNKNOWN),
+                version.status.error_message,
+            )
+            for version in response.model_version_status
+        ]
+        return sorted(found, reverse=True, key=lambda status: status.version)
 
     def close(self) -> None:
-        """Closes the channel; calls that are running end with an error."""
+        """Closes the channel; calls that are running end with an error. Once more does nothing."""
+        if self._hedger:
+            self._hedger.close()
         self._channel.close()
 
     def __enter__(self) -> "Scorer":
@@ -145,50 +254,126 @@ class Scorer:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _requests(self, features) -> Iterator[tuple[service_pb2.PredictRequest, int]]:
-        """The requests that the features make, each with its number of rows."""
-        known_before = self._signatures is not None
+    def _steps(self, features) -> Generator[object, object, Scores]:
+        """The steps of one call; yields each future that it waits for."""
+        model, asked_now = self._model, False
+        while True:
+            if model is None:
+                model, asked_now = (yield from self._ask()), True
+            try:
+                scores = yield from self._call(model, features, None)
+                break
+            except (FeatureError, ScoringError) as error:
+                refused = isinstance(error, FeatureError) or error.code in _CHANGED_MODEL
+                if asked_now or not refused:
+                    raise
+                # Perhaps the model was replaced by one that takes other features.
+                before, model, asked_now = model, (yield from self._ask()), True
+                if model == before:
+                    raise
+        if len(scores.versions) > 1:
+            try:
+                model = yield from self._ask()
+                scores = yield from self._call(model, features, scores.versions[-1])
+            except ModelNotFound:
+                # Removed already, as happens when a server goes back to an older version.
+                pass
+        return scores
+
+    def _call(self, model: _Model, features, version: int | None):
+        """The requests of one call, some of them at once; a generator of the scores."""
+        parts, waiting = [], collections.deque()
+        signature, arrays, count = self._columns(model, features)
         try:
-            signature, arrays, rows = self._columns(features)
+            for request, rows in self._requests(signature, arrays, count, version):
+                waiting.append((self._send(request), rows))
+                if len(waiting) >= self.requests_in_flight:
+                    parts.append((yield from self._answer(*waiting.popleft())))
+            while waiting:
+                parts.append((yield from self._answer(*waiting.popleft())))
+        finally:
+            for call, _ in waiting:
+                call.cancel()
+        if len(parts) == 1:
+            return parts[0]
+        if not parts:
+            return Scores({name: np.zeros(0, np.float32) for name in OUTPUTS})
+        return Scores(
+            {name: np.concatenate([part[name] for part in parts]) for name in OUTPUTS},
+            itertools.chain.from_iterable(part.versions for part in parts),
+        )
+
+    def _answer(self, call, rows: int):
+        """A generator: waits for one request's answer."""
+        try:
+            response = yield call
+        except grpc.RpcError as error:
+            raise self._error(error) from None
+        return self._scores(response, rows)
+
+    def _wait(self, call, rows: int) -> Scores:
+        try:
+            return self._scores(call.result(), rows)
+        except grpc.RpcError as error:
+            # Perhaps the model was replaced by one that takes other features: ask again.
+            self._model = None
+            raise self._error(error) from None
+
+    def _send(self, request: service_pb2.PredictRequest):
+        """Sends a request: a future of gRPC's kind."""
+        if self._hedger is None:
+            return self._predict.future(request, timeout=self.timeout)
+        end = time.monotonic() + self.timeout
+        return self._hedger.send(
+            lambda: self._predict.future(request, timeout=max(0, end - time.monotonic()))
+        )
+
+    def _stream(self, features) -> Iterator[tuple[service_pb2.PredictRequest, int]]:
+        """The requests that one batch of a stream makes, each with its number of rows."""
+        known = self._model
+        try:
+            columns = self._columns(known or self._known_model(), features)
         except FeatureError:
-            if not known_before:
+            if known is None:
                 raise
             # The server may hold a newer version by now, which takes other features.
-            self._signatures = None
-            signature, arrays, rows = self._columns(features)
-        for start in range(0, rows, self.rows_per_request):
+            self._model = None
+            columns = self._columns(self._known_model(), features)
+        return self._requests(*columns, None)
+
+    def _requests(self, signature: str, arrays, count: int, version: int | None):
+        for start in range(0, count, self.rows_per_request):
             part = slice(start, start + self.rows_per_request)
             request = service_pb2.PredictRequest(
-                model_spec=self._model_spec(),
+                model_spec=self._spec(version),
                 inputs={name: tensors.encode(array[part]) for name, array in arrays.items()},
                 output_filter=OUTPUTS,
             )
             request.model_spec.signature_name = signature
-            yield request, min(self.rows_per_request, rows - start)
+            yield request, min(self.rows_per_request, count - start)
 
-    def _columns(self, features) -> tuple[str, dict[str, np.ndarray], int]:
+    def _columns(self, model: _Model, features) -> tuple[str, dict[str, np.ndarray], int]:
         """The signature to call, its arrays, and their number of rows."""
         signature = self.signature
         if signature is None:
-            ids = self.inputs(ID_SIGNATURE)
             names = set(features.keys())
-            by_ids = bool(ids) and names == set(ids) != set(self.inputs(RAW_SIGNATURE))
-            signature = ID_SIGNATURE if by_ids else RAW_SIGNATURE
-        inputs = self.inputs(signature)
+            there = [name for name in _SIGNATURES if model.inputs(name)] or [RAW_SIGNATURE]
+            fitting = [name for name in there if model.inputs(name).keys() == names]
+            signature = (fitting or there)[0]
+        inputs = model.inputs(signature)
         if not inputs:
-            have = ", ".join(sorted(self._signatures))
+            have = ", ".join(sorted(model.signatures))
             details = f"the model has no signature {signature}, only {have}"
             raise self._fault(grpc.StatusCode.FAILED_PRECONDITION, details)
         arrays, rows = feature_columns.to_arrays(features, inputs)
         return signature, arrays, rows
 
-    def _scores(self, call: grpc.Future, rows: int) -> Scores:
-        try:
-            response = call.result()
-        except grpc.RpcError as error:
-            # Perhaps the model was replaced by one that takes other features: ask again.
-            self._signatures = None
-            raise self._error(error) from None
+    def _scores(self, response: service_pb2.PredictResponse, rows: int) -> Scores:
+        spec, known = response.model_spec, self._model
+        versions = [spec.version.value] if spec.HasField("version") else []
+        if known and versions and versions != [known.version]:
+            # Another version, perhaps with other features: to be asked before the next call.
+            self._model = None
         scores = {}
         for name in OUTPUTS:
             try:
@@ -200,23 +385,37 @@ class Scorer:
                 shape = list(scores[name].shape)
                 details = f"the answer's {name} has the shape {shape}, expected [{rows}]"
                 raise self._fault(grpc.StatusCode.INTERNAL, details)
-        return scores
+        return Scores(scores, versions)
 
-    def _ask_signatures(self) -> Mapping[str, tensor_pb2.Signature]:
+    def _known_model(self) -> _Model:
+        return self._model or futures.run(self._ask()).result()
+
+    def _ask(self) -> Generator[object, object, _Model]:
+        """A generator: asks for the metadata and remembers it."""
         request = service_pb2.GetModelMetadataRequest(
-            model_spec=self._model_spec(), metadata_field=[services.SIGNATURE_FIELD]
+            model_spec=self._spec(), metadata_field=[services.SIGNATURE_FIELD]
         )
         try:
-            response = self._get_metadata(request, timeout=self.timeout)
+            response = yield self._get_metadata.future(request, timeout=self.timeout)
+            value = response.metadata[services.SIGNATURE_FIELD].value
+            signatures = service_pb2.SignatureMap.FromString(value).signature_def
         except grpc.RpcError as error:
             raise self._error(error) from None
-        value = response.metadata[services.SIGNATURE_FIELD].value
-        return service_pb2.SignatureMap.FromString(value).signature_def
+        except DecodeError:
+            details = "the model's signatures cannot be read"
+            raise self._fault(grpc.StatusCode.INTERNAL, details) from None
+        spec = response.model_spec
+        version = spec.version.value if spec.HasField("version") else None
+        self._model = model = _Model(version, signatures)
+        return model
 
-    def _model_spec(self) -> service_pb2.ModelSpec:
+    def _spec(self, version: int | None = None) -> service_pb2.ModelSpec:
+        wanted = self.version if version is None else version
         spec = service_pb2.ModelSpec(name=self.model)
-        if self.version is not None:
-            spec.version.value = self.version
+        if isinstance(wanted, str):
+            spec.version_label = wanted
+        elif wanted is not None:
+            spec.version.value = wanted
         return spec
 
     def _method(self, method: services.Method):
@@ -227,13 +426,23 @@ class Scorer:
         )
 
     def _error(self, error: grpc.RpcError) -> ScoringError:
-        code, details = error.code(), error.details() or ""
-        kind = ScoringError
-        if code is grpc.StatusCode.UNAVAILABLE:
-            kind, details = ServerUnavailable, f"no server answers ({details})"
-        elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
-            details = f"no answer within {self.timeout:g} seconds"
-        return kind(self.address, self.model, self.version, code, details)
+        return scoring_error(self.address, self.model, self.version, self.timeout, error)
 
     def _fault(self, code: grpc.StatusCode, details: str) -> ScoringError:
         return ScoringError(self.address, self.model, self.version, code, details)
+
+
+_CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def _plain(infos: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, dict]:
+    """A signature's tensors in plain Python, by name."""
+    return {
+        name: {
+            "type": tensors.data_type_name(info.dtype),
+            "shape": None
+            if info.tensor_shape.unknown_rank
+            else [None if dim.size < 0 else dim.size for dim in info.tensor_shape.dim],
+        }
+        for name, info in sorted(infos.items())
+    }

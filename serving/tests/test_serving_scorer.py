@@ -1,19 +1,25 @@
 """scorer and features: what is sent, what is refused before, and what failures look like."""
 
+import asyncio
+import pickle
 import threading
-from concurrent import futures
+import time
 
 import grpc
 import numpy as np
 import pytest
 import serving_model
+from fake_server import FakeModel, Refused, serve
 from pwiser_serving import (
+    TLS,
+    DeadlineExceeded,
     FeatureError,
+    Hedge,
+    ModelNotFound,
     Scorer,
     ScoringError,
     ServerUnavailable,
     features,
-    services,
     tensors,
 )
 from pwiser_serving.protos import service_pb2, tensor_pb2
@@ -194,73 +200,18 @@ def test_no_server():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [{"timeout": 0}, {"rows_per_request": 0}])
+@pytest.mark.parametrize("wrong", [{"timeout": 0}, {"rows_per_request": 0}, {"timeout": np.nan}])
 def test_arguments_out_of_range(wrong):
     with pytest.raises(ValueError, match="must be above 0"):
         Scorer("localhost:1", "m", **wrong)
-
-
-class FakeModel:
-    """A servable of one feature, x; its answer is x everywhere, whatever `before` does first."""
-
-    def __init__(self):
-        self.signatures = {"predict_raw": tensor_pb2.Signature()}
-        self.calls = 0
-        self.before = lambda: None
-        self.answer = tensors.encode
-        self.set_inputs(x=tensor_pb2.DT_FLOAT)
-
-    def set_inputs(self, **data_types):
-        inputs = self.signatures["predict_raw"].inputs
-        inputs.clear()
-        for name, data_type in data_types.items():
-            inputs[name].dtype = data_type
-            inputs[name].tensor_shape.dim.add(size=-1)
-
-    def predict(self, request, context):
-        self.calls += 1
-        try:
-            self.before()
-        except _Refused as refused:
-            context.abort(*refused.args)
-        values = tensors.decode(next(iter(request.inputs.values()))).astype(np.float32)
-        outputs = {name: self.answer(values) for name in request.output_filter}
-        return service_pb2.PredictResponse(outputs=outputs)
-
-    def get_model_metadata(self, request, context):
-        signatures = service_pb2.SignatureMap(signature_def=self.signatures)
-        response = service_pb2.GetModelMetadataResponse()
-        response.metadata[services.SIGNATURE_FIELD].value = signatures.SerializeToString()
-        return response
-
-
-class _Refused(Exception):
-    """The code and the message of a call's end."""
 
 
 @pytest.fixture
 def fake():
     """A server in this process, without TensorFlow: (its address, its model)."""
     model = FakeModel()
-    server = grpc.server(
-        futures.ThreadPoolExecutor(8), options=[("grpc.max_receive_message_length", 10_000)]
-    )
-    for method, answer in (
-        (services.PREDICT, model.predict),
-        (services.GET_MODEL_METADATA, model.get_model_metadata),
-    ):
-        handler = grpc.unary_unary_rpc_method_handler(
-            answer,
-            request_deserializer=method.request.FromString,
-            response_serializer=method.response.SerializeToString,
-        )
-        server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(method.service, {method.name: handler})]
-        )
-    port = server.add_insecure_port("localhost:0")
-    server.start()
-    yield f"localhost:{port}", model
-    server.stop(None).wait()
+    with serve(model, options=[("grpc.max_receive_message_length", 10_000)]) as port:
+        yield f"localhost:{port}", model
 
 
 def _failing(times: int, code: grpc.StatusCode):
@@ -268,7 +219,7 @@ def _failing(times: int, code: grpc.StatusCode):
 
     def before():
         if next(left, None) is not None:
-            raise _Refused(code, "not now")
+            raise Refused(code, "not now")
 
     return before
 
@@ -385,3 +336,365 @@ def test_a_model_of_another_type_is_refused(fake):
     model.set_inputs(x=tensor_pb2.DT_INT32)
     with Scorer(address, "m") as scorer, pytest.raises(FeatureError, match="takes int32 here"):
         scorer.score({"x": [1]})
+
+
+def test_a_large_request_too_is_tried_again(fake):
+    """gRPC forgets a request of more than 256 KiB, unless told otherwise."""
+    model = FakeModel()
+    model.before = _failing(2, grpc.StatusCode.UNAVAILABLE)
+    with serve(model) as port, Scorer(f"localhost:{port}", "m", rows_per_request=10**6) as scorer:
+        assert scorer.score({"x": np.ones(200_000)})["ctr"].shape == (200_000,)
+    assert model.calls == 3
+
+
+def test_the_version_that_answered(fake):
+    address, model = fake
+    with Scorer(address, "m", rows_per_request=1) as scorer:
+        scores = scorer.score({"x": [0.5, 0.25]})
+        assert (scores.version, scores.versions) == (1, (1,))
+        model.set_version(2)
+        assert scorer.score({"x": [0.5]}).version == 2
+        assert scorer.score({"x": []}).versions == ()
+
+
+def _change_after_first(model, *, keep):
+    first = threading.Lock()
+
+    def before():
+        if first.acquire(blocking=False):
+            return
+        model.set_version(2, keep=keep)
+
+    model.before = before
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_split_call_is_answered_by_one_version(fake, keep):
+    address, model = fake
+    _change_after_first(model, keep=keep)
+    with Scorer(address, "m", rows_per_request=1, requests_in_flight=1) as scorer:
+        scores = scorer.score({"x": [0.5, 0.25, 0.125, 1.0]})
+    assert scores.version == 2
+    assert scores["ctr"].tolist() == [0.5, 0.25, 0.125, 1.0]
+    # The first request saw version 1, and so did the second before it changed the model.
+    assert model.calls == 8
+
+
+def test_a_split_call_of_two_versions_says_so_where_one_is_gone(fake):
+    address, model = fake
+    left = iter((1, 1, 3, 2))
+
+    def before():
+        model.set_version(next(left))
+
+    # After each request another version answers the next one, and the newest is gone at the end.
+    model.before = before
+    with Scorer(address, "m", rows_per_request=1, requests_in_flight=1) as scorer:
+        scores = scorer.score({"x": [0.5, 0.25, 0.125, 1.0]})
+    assert scores.versions == (1, 3)
+    assert scores.version is None
+    assert scores["ctr"].tolist() == [0.5, 0.25, 0.125, 1.0]
+
+
+def test_a_label_names_the_version(fake):
+    address, model = fake
+    model.set_version(2, keep=True)
+    model.labels["stable"] = 1
+    with Scorer(address, "m", version="stable") as scorer:
+        assert scorer.score({"x": [0.5]}).version == 1
+        assert [status.version for status in scorer.status()] == [99, 1]
+    with Scorer(address, "m", version="canary") as scorer:
+        for call in (scorer.status, scorer.metadata, lambda: scorer.score({"x": [0.5]})):
+            with pytest.raises(
+                ModelNotFound, match="m, label canary: INVALID_ARGUMENT: "
+            ) as caught:
+                call()
+            assert caught.value.version == "canary"
+
+
+def test_a_version_that_takes_other_features_is_asked_once(fake):
+    address, model = fake
+    with Scorer(address, "m") as scorer:
+        for _ in range(3):
+            scorer.score({"x": [0.5]})
+        assert model.metadata_calls == 1
+        # The server refuses what the old version took: the client finds out and says which.
+        model.set_version(2)
+        model.set_inputs(y=tensor_pb2.DT_FLOAT)
+        with pytest.raises(FeatureError, match="feature y: missing; the model takes y"):
+            scorer.score({"x": [0.5]})
+        assert scorer.score({"y": [0.5]}).version == 2
+        assert model.metadata_calls == 2
+        # And what is only added: the version in the answer tells.
+        model.set_version(3)
+        scorer.score({"y": [0.5]})
+        assert scorer.score({"y": [0.5]}).version == 3
+        assert model.metadata_calls == 3
+
+
+def test_a_refusal_of_the_same_model_is_not_sent_again(fake):
+    address, model = fake
+    with Scorer(address, "m") as scorer:
+        scorer.score({"x": [0.5]})
+        model.calls, model.before = 0, _failing(1, grpc.StatusCode.INVALID_ARGUMENT)
+        with pytest.raises(ScoringError, match="not now"):
+            scorer.score({"x": [0.5]})
+        assert model.calls == 1
+
+
+def test_threads_share_a_scorer_while_versions_change(fake):
+    address, model = fake
+    stop, errors = threading.Event(), []
+
+    def work():
+        while not stop.is_set():
+            try:
+                assert scorer.score({"x": [0.5]})["ctr"].tolist() == [0.5]
+            except Exception as error:
+                errors.append(error)
+
+    with Scorer(address, "m", timeout=20) as scorer:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for version in range(2, 30):
+            model.set_version(version, keep=True)
+            calls = model.calls
+            while model.calls < calls + 4 and not errors:
+                time.sleep(0.001)
+        stop.set()
+        for thread in threads:
+            thread.join()
+    assert errors == []
+
+
+def test_futures_and_asyncio(fake):
+    with Scorer(fake[0], "m", rows_per_request=1) as scorer:
+        found = [scorer.score_future({"x": [n, n]}) for n in range(10)]
+        assert [f.result(20)["ctr"].tolist() for f in found] == [[n, n] for n in range(10)]
+        with pytest.raises(FeatureError):
+            scorer.score_future({"y": [1]}).result(20)
+
+        async def several():
+            return await asyncio.gather(*(scorer.score_async({"x": [n]}) for n in range(10)))
+
+        assert [s["ctr"].tolist() for s in asyncio.run(several())] == [[n] for n in range(10)]
+
+
+def test_a_cancelled_future_ends_its_requests(fake):
+    address, model = fake
+    release, came = threading.Event(), threading.Semaphore(0)
+
+    def before():
+        came.release()
+        release.wait(20)
+
+    with Scorer(address, "m", rows_per_request=1, requests_in_flight=2, timeout=20) as scorer:
+        scorer.inputs("predict_raw")
+        model.before = before
+        future = scorer.score_future({"x": [1, 2, 3, 4]})
+        assert came.acquire(timeout=20)
+        assert came.acquire(timeout=20)
+        assert future.cancel()
+        release.set()
+        model.before = lambda: None
+        assert scorer.score({"x": [1]})["ctr"].tolist() == [1]
+        # Neither the third nor the fourth was sent.
+        assert model.calls == 3
+
+
+def test_hedging_sends_a_second_copy_within_its_budget(fake):
+    slow, quick = FakeModel(), FakeModel()
+    release = threading.Event()
+    slow.before = lambda: release.wait(20)
+    with serve(slow) as one, serve(quick) as two:
+        address = f"ipv4:127.0.0.1:{one},127.0.0.1:{two}"
+        with Scorer(address, "m", hedge=Hedge(0.05, budget=1), timeout=20) as scorer:
+            for number in range(6):
+                assert scorer.score({"x": [number]})["ctr"].tolist() == [number]
+            # Round robin sent some of them to the slow server first.
+            assert slow.calls
+            assert quick.calls == 6
+        release.set()
+        slow.calls = quick.calls = 0
+        slow.before = quick.before = lambda: time.sleep(0.1)
+        with Scorer(address, "m", hedge=Hedge(0.01, budget=0.25), timeout=20) as scorer:
+            for _ in range(8):
+                scorer.score({"x": [1]})
+        assert slow.calls + quick.calls == 10
+
+
+def test_a_hedged_call_that_fails_is_an_error(fake):
+    address, model = fake
+    with Scorer(address, "m", hedge=Hedge(0.01, budget=1), timeout=0.3) as scorer:
+        model.before = lambda: time.sleep(0.05) or _failing(1, grpc.StatusCode.INTERNAL)()
+        with pytest.raises(ScoringError, match="not now") as caught:
+            scorer.score({"x": [1]})
+        assert caught.value.code is grpc.StatusCode.INTERNAL
+        release = threading.Event()
+        model.before = lambda: release.wait(20)
+        with pytest.raises(DeadlineExceeded):
+            scorer.score({"x": [1]})
+        release.set()
+    assert model.calls == 4
+    for wrong in ((0, 0.1), (1, 0), (1, 2), (float("nan"), 0.1)):
+        with pytest.raises(ValueError, match="after_seconds must be above 0"):
+            Hedge(*wrong)
+
+
+def test_status_and_metadata_in_plain_python(fake):
+    address, model = fake
+    model.signatures["predict_raw"].method_name = "tensorflow/serving/predict"
+    model.signatures["predict_raw"].outputs["ctr"].dtype = tensor_pb2.DT_FLOAT
+    with Scorer(address, "m") as scorer:
+        assert scorer.status() == [
+            (99, "END", grpc.StatusCode.NOT_FOUND, "no\nsuch file"),
+            (1, "AVAILABLE", grpc.StatusCode.OK, ""),
+        ]
+        metadata = scorer.metadata()
+    assert metadata.version == 1
+    assert metadata.signatures == {
+        "predict_raw": {
+            "inputs": {"x": {"type": "float", "shape": [None]}},
+            "outputs": {"ctr": {"type": "float", "shape": []}},
+            "method": "tensorflow/serving/predict",
+        }
+    }
+
+
+def test_status_and_metadata_of_a_server(server):
+    with Scorer(server.address, "m", timeout=20) as scorer:
+        assert scorer.status() == [(7, "AVAILABLE", grpc.StatusCode.OK, "")]
+        metadata = scorer.metadata()
+        assert scorer.score(RAW).version == metadata.version == 7
+    inputs = metadata.signatures["predict"]["inputs"]
+    assert inputs["categorical"] == {"type": "int64", "shape": [None, 2]}
+    with (
+        Scorer(server.address, "other", timeout=20) as other,
+        pytest.raises(ModelNotFound, match="Could not find any versions of model other"),
+    ):
+        other.status()
+
+
+def test_serialized_examples_go_to_the_default_signature(scorer):
+    tensorflow = pytest.importorskip("tensorflow")
+    example = tensorflow.train.Example()
+    example.features.feature["brand"].bytes_list.value.append(b"acme")
+    example.features.feature["item"].int64_list.value.append(3)
+    found = scorer.score({"examples": [example.SerializeToString()] * 2})
+    wanted = _wanted(["acme"] * 2, [3] * 2, [float("nan")] * 2)
+    np.testing.assert_allclose(found["ctr"], wanted["ctr"], rtol=1e-6)
+
+
+def test_close_once_more_does_nothing(fake):
+    scorer = Scorer(fake[0], "m", hedge=Hedge(0.1))
+    scorer.score({"x": [1]})
+    scorer.close()
+    scorer.close()
+    with pytest.raises(ValueError, match="closed"):
+        scorer.score({"x": [1]})
+
+
+def test_errors_can_be_sent_to_another_process():
+    for error in (
+        FeatureError("item", "an integer", row=3, found="x"),
+        ModelNotFound("host:1", "m", "canary", grpc.StatusCode.NOT_FOUND, "two\nlines"),
+    ):
+        again = pickle.loads(pickle.dumps(error))
+        assert (type(again), str(again)) == (type(error), str(error))
+        assert again.__dict__ == error.__dict__
+    assert again.code is grpc.StatusCode.NOT_FOUND
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    """Files of two authorities: ours, which signed the server and a client, and a stranger."""
+    trustme = pytest.importorskip("trustme")
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("ours", "stranger"):
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(folder / f"{name}.pem")
+        for role, host in (("server", "localhost"), ("named", "model.example"), ("client", "c")):
+            issued = authority.issue_cert(host)
+            issued.private_key_pem.write_to_path(folder / f"{name}-{role}-key.pem")
+            with open(folder / f"{name}-{role}.pem", "wb") as chain:
+                chain.writelines(part.bytes() for part in issued.cert_chain_pems)
+    (folder / "empty.pem").write_text("no PEM")
+    return folder
+
+
+def _server_credentials(folder, role="server", *, mutual):
+    key, chain = (folder / f"ours-{role}{end}.pem" for end in ("-key", ""))
+    return grpc.ssl_server_credentials(
+        [(key.read_bytes(), chain.read_bytes())],
+        root_certificates=(folder / "ours.pem").read_bytes() if mutual else None,
+        require_client_auth=mutual,
+    )
+
+
+def _client(folder, roots="ours", client=None, **more):
+    if client:
+        more["private_key"] = folder / f"{client}-client-key.pem"
+        more["certificate_chain"] = folder / f"{client}-client.pem"
+    return TLS(root_certificates=folder / f"{roots}.pem", **more)
+
+
+def test_tls(certificates):
+    model = FakeModel()
+    with serve(model, credentials=_server_credentials(certificates, mutual=False)) as port:
+        address = f"localhost:{port}"
+        with Scorer(address, "m", tls=_client(certificates)) as scorer:
+            assert scorer.score({"x": [0.5]})["ctr"].tolist() == [0.5]
+        assert model.calls == 1
+        for tls in (_client(certificates, roots="stranger"), TLS(), None):
+            with (
+                Scorer(address, "m", tls=tls) as scorer,
+                pytest.raises(ServerUnavailable) as caught,
+            ):
+                scorer.score({"x": [0.5]})
+            assert "\n" not in str(caught.value)
+            if tls:
+                assert "CERTIFICATE_VERIFY_FAILED" in str(caught.value)
+        assert model.metadata_calls == 1
+
+
+def test_tls_checks_the_servers_name(certificates):
+    model = FakeModel()
+    with serve(model, credentials=_server_credentials(certificates, "named", mutual=False)) as port:
+        address = f"localhost:{port}"
+        right = _client(certificates, server_name="model.example")
+        with Scorer(address, "m", tls=right) as scorer:
+            scorer.score({"x": [0.5]})
+        for wrong in (_client(certificates), _client(certificates, server_name="other.example")):
+            with Scorer(address, "m", tls=wrong) as scorer, pytest.raises(ServerUnavailable):
+                scorer.score({"x": [0.5]})
+    assert (model.calls, model.metadata_calls) == (1, 1)
+
+
+def test_mutual_tls(certificates):
+    model = FakeModel()
+    with serve(model, credentials=_server_credentials(certificates, mutual=True)) as port:
+        address = f"localhost:{port}"
+        with Scorer(address, "m", tls=_client(certificates, client="ours")) as scorer:
+            scorer.score({"x": [0.5]})
+        for wrong in (_client(certificates), _client(certificates, client="stranger")):
+            with Scorer(address, "m", tls=wrong) as scorer, pytest.raises(ServerUnavailable):
+                scorer.score({"x": [0.5]})
+    assert (model.calls, model.metadata_calls) == (1, 1)
+
+
+def test_tls_files_that_are_none(certificates):
+    ours, key = certificates / "ours-client.pem", certificates / "ours-client-key.pem"
+    for tls, told in (
+        (TLS(root_certificates=certificates / "none"), "root_certificates .*none: No such file"),
+        (TLS(root_certificates=certificates), "root_certificates .*: Is a directory"),
+        (TLS(root_certificates=certificates / "empty.pem"), "empty.pem: found no PEM"),
+        (TLS(private_key=key), "go together, found one of them"),
+        (TLS(private_key=ours, certificate_chain=ours), "expected a private key without"),
+        (
+            TLS(private_key=certificates / "stranger-client-key.pem", certificate_chain=ours),
+            "the certificate that belongs to it",
+        ),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Scorer("localhost:1", "m", tls=tls)

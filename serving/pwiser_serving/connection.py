@@ -1,0 +1,122 @@
+"""The connection to a server: TLS, tries, keepalive."""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import grpc
+
+from pwiser_serving import services
+
+# Only a call that reached no server is tried again: to score twice is harmless, but a server that
+# fails for another reason needs less work, not more.
+_RETRY = {
+    "name": [{"service": services.PREDICT.service}, {"service": services.GET_MODEL_STATUS.service}],
+    "retryPolicy": {
+        "maxAttempts": 4,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "1s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    },
+}
+_OPTIONS = [
+    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", -1),
+    # gRPC keeps a request for another try only within this many bytes, by default 256 KiB: less
+    # than 1000 rows have.
+    ("grpc.per_rpc_retry_buffer_size", 2**30),
+    # A server that comes back is found within the tries, not after gRPC's seconds.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    # A server with gRPC's defaults, as TF Serving is, hangs up on a client that pings more often
+    # than every five minutes, or without a call under way. What finds a peer that is silently gone
+    # is the second value: on Linux it also bounds how long sent bytes may stay unacknowledged.
+    ("grpc.keepalive_time_ms", 360_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 0),
+]
+
+Path = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True)
+class TLS:
+    """How to speak to a server over TLS.
+
+    Attributes:
+      root_certificates: a PEM file with the authorities to trust; None for those that gRPC brings.
+      private_key, certificate_chain: PEM files by which this client shows who it is, both or
+        neither (mutual TLS).
+      server_name: the name that the server's certificate must bear; None for the address's host.
+    """
+
+    root_certificates: Path | None = None
+    private_key: Path | None = None
+    certificate_chain: Path | None = None
+    server_name: str | None = None
+
+
+def open_channel(address: str, tls: TLS | None, *, several_servers: bool) -> grpc.Channel:
+    """A channel to the address; it connects at its first call.
+
+    Args:
+      several_servers: spread the calls over all the servers that the address stands for; else
+        they go to the first that answers.
+
+    Raises:
+      ValueError: a file of `tls` is not there or does not hold what it should.
+    """
+    config = {"methodConfig": [_RETRY]}
+    if several_servers:
+        config["loadBalancingConfig"] = [{"round_robin": {}}]
+    options = [*_OPTIONS, ("grpc.service_config", json.dumps(config))]
+    if tls is None:
+        return grpc.insecure_channel(address, options=options)
+    if tls.server_name:
+        options += [
+            ("grpc.ssl_target_name_override", tls.server_name),
+            ("grpc.default_authority", tls.server_name),
+        ]
+    return grpc.secure_channel(address, _credentials(tls), options=options)
+
+
+def _credentials(tls: TLS) -> grpc.ChannelCredentials:
+    # gRPC takes any bytes here and fails at the first call, with a message that names no file.
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    roots = _read("root_certificates", tls.root_certificates)
+    if roots is not None:
+        try:
+            context.load_verify_locations(cadata=roots.decode("ascii"))
+        except (ssl.SSLError, UnicodeDecodeError):
+            raise _wrong("root_certificates", tls.root_certificates, "certificates") from None
+    key = _read("private_key", tls.private_key)
+    chain = _read("certificate_chain", tls.certificate_chain)
+    if (key is None) != (chain is None):
+        raise ValueError("TLS: private_key and certificate_chain go together, found one of them")
+    if key is not None:
+        try:
+            # An empty password: OpenSSL would ask for one at the terminal.
+            context.load_cert_chain(tls.certificate_chain, tls.private_key, password="")
+        except ssl.SSLError:
+            raise ValueError(
+                f"TLS: {tls.private_key} and {tls.certificate_chain}: expected a private key "
+                "without a password, and the certificate that belongs to it, in PEM"
+            ) from None
+    return grpc.ssl_channel_credentials(roots, key, chain)
+
+
+def _read(name: str, path: Path | None) -> bytes | None:
+    if path is None:
+        return None
+    try:
+        return pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"TLS: {name} {path}: {error.strerror}") from None
+
+
+def _wrong(name: str, path: Path, expected: str) -> ValueError:
+    return ValueError(f"TLS: {name} {path}: found no PEM, expected {expected}")
