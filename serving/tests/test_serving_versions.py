@@ -1,6 +1,7 @@
 """versions: what is loaded, kept, replaced and closed, with servables that only take notes."""
 
 import pathlib
+import time
 
 import grpc
 import pytest
@@ -43,13 +44,21 @@ def _add(base_path, name, broken=False):
         (base_path / name / "broken").touch()
 
 
+def _wait_until(condition):
+    """A version is closed by a thread of its own, after its last request."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def _states(versions):
     return [(status.version, status.state) for status in versions.statuses()]
 
 
 def test_an_empty_folder_has_no_version(versions):
     assert not versions.poll()
-    assert (versions.current, versions.statuses()) == (None, [])
+    assert (versions.available, versions.statuses()) == ([], [])
     with (
         pytest.raises(Status, match=r"Servable not found for request: Latest\(m\)"),
         versions.use(),
@@ -64,14 +73,14 @@ def test_only_folders_with_numbers_are_versions(versions, tmp_path, loads):
     assert not versions.poll()
     _add(tmp_path, "0007")
     assert versions.poll()
-    assert (versions.current, loads) == (7, ["0007"])
+    assert (versions.available, loads) == ([7], ["0007"])
 
 
 def test_the_newest_is_served_and_loaded_once(versions, tmp_path, loads):
     for name in ("2", "10", "9"):
         _add(tmp_path, name)
     assert [versions.poll(), versions.poll()] == [True, False]
-    assert (versions.current, loads) == (10, ["10"])
+    assert (versions.available, loads) == ([10], ["10"])
     with pytest.raises(Status) as caught, versions.use(9):
         pass
     assert caught.value.code is grpc.StatusCode.NOT_FOUND
@@ -90,11 +99,12 @@ def test_a_replaced_version_is_closed_after_its_last_request(versions, tmp_path)
             with versions.use() as (newer, second):
                 assert (number, newer) == (1, 2)
         assert not first.closed
-    assert (first.closed, second.closed) == (True, False)
-    assert _states(versions) == [(2, State.AVAILABLE), (1, State.END)]
+    _wait_until(lambda: first.closed)
+    _wait_until(lambda: _states(versions) == [(2, State.AVAILABLE), (1, State.END)])
+    assert not second.closed
     versions.close()
     assert second.closed
-    assert versions.current is None
+    assert versions.available == []
 
 
 def test_a_request_that_fails_lets_go(versions, tmp_path):
@@ -104,7 +114,7 @@ def test_a_request_that_fails_lets_go(versions, tmp_path):
         raise RuntimeError("failed")
     _add(tmp_path, "2")
     versions.poll()
-    assert servable.closed
+    _wait_until(lambda: servable.closed)
 
 
 def test_a_broken_version_is_tried_again_when_its_files_change(versions, tmp_path, loads):
@@ -112,7 +122,7 @@ def test_a_broken_version_is_tried_again_when_its_files_change(versions, tmp_pat
     versions.poll()
     _add(tmp_path, "2", broken=True)
     assert [versions.poll() for _ in range(3)] == [False] * 3
-    assert (versions.current, loads) == (1, ["1", "2"])
+    assert (versions.available, loads) == ([1], ["1", "2"])
     assert _states(versions) == [(2, State.END), (1, State.AVAILABLE)]
     status = versions.statuses()[0].status
     assert (status.error_code, status.error_message) == (15, "2 is broken")
@@ -121,7 +131,7 @@ def test_a_broken_version_is_tried_again_when_its_files_change(versions, tmp_pat
     assert loads == ["1", "2", "2"]
     (tmp_path / "2" / "broken").unlink()
     assert versions.poll()
-    assert versions.current == 2
+    assert versions.available == [2]
     assert versions.statuses()[0].status.error_code == 0
 
 
@@ -130,7 +140,7 @@ def test_the_next_older_one_stands_in_at_the_start(versions, tmp_path, loads):
     _add(tmp_path, "2")
     _add(tmp_path, "3", broken=True)
     assert versions.poll()
-    assert (versions.current, loads) == (2, ["3", "2"])
+    assert (versions.available, loads) == ([2], ["3", "2"])
 
 
 def test_a_removed_version_is_rolled_back_but_the_last_one_stays(versions, tmp_path):
@@ -139,10 +149,10 @@ def test_a_removed_version_is_rolled_back_but_the_last_one_stays(versions, tmp_p
     versions.poll()
     (tmp_path / "2").rmdir()
     assert versions.poll()
-    assert versions.current == 1
+    assert versions.available == [1]
     (tmp_path / "1").rmdir()
     assert not versions.poll()
-    assert versions.current == 1
+    assert versions.available == [1]
     tmp_path.rmdir()
     assert not versions.poll()
-    assert versions.current == 1
+    assert versions.available == [1]

@@ -10,6 +10,7 @@ import logging
 import pathlib
 import signal
 import threading
+from concurrent import futures
 
 from pwiser_serving import command_line
 
@@ -75,48 +76,56 @@ def main(arguments: list[str] | None = None) -> None:
     import pwiser_serving.server.quiet  # noqa: F401
 
     # isort: split
+    from pwiser_serving.server.models import Models, single_model
     from pwiser_serving.server.saved_model import SavedModel
     from pwiser_serving.server.service import Service, grpc_server
-    from pwiser_serving.server.versions import Versions
 
-    versions = Versions(flags.model_name, base_path, SavedModel)
-    service = Service(
-        {flags.model_name: versions}, as_content=flags.enable_serialization_as_tensor_content
-    )
+    models = Models(SavedModel)
+    models.configure(single_model(flags.model_name, base_path))
+    service = Service(models, as_content=flags.enable_serialization_as_tensor_content)
     server = grpc_server(service, max_message_bytes=flags.max_message_bytes)
     try:
         port = server.add_insecure_port(f"0.0.0.0:{flags.port}")
     except RuntimeError:
         command_line.fail(f"--port: {flags.port} is in use, or may not be used")
 
-    _watch(versions, server, port, flags.file_system_poll_wait_seconds, stop)
+    seconds = flags.file_system_poll_wait_seconds
+    if _wait_until_available(models, seconds, stop):
+        server.start()
+        print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
+        while not stop.wait(seconds or None):
+            models.poll()
     server.stop(_GRACE_SECONDS).wait()
-    versions.close()
+    models.close()
 
 
-def _watch(versions, server, port: int, seconds: float, stop: threading.Event) -> None:
-    """Starts the server with the first version, replaces it by newer ones, until told to stop."""
-    waiting = started = False
-    while not stop.is_set():
-        changed = versions.poll()
-        if changed and not started:
-            server.start()
-            started = True
-            print(
-                f"pwiser_serving: serving {versions.name} version {versions.current} "
-                f"on 0.0.0.0:{port}",
-                flush=True,
-            )
-        elif changed:
-            _log.info("%s version %d is served now", versions.name, versions.current)
-        elif not started:
-            problem = f"{versions.base_path} holds no version that loads"
+def _wait_until_available(models, seconds: float, stop: threading.Event) -> bool:
+    """Waits until each model has a version in service; False where told to stop before."""
+    warned = set()
+    while True:
+        looks = models.poll()
+        # A load may take minutes, and a signal should not wait for it.
+        while futures.wait(looks, timeout=0.1).not_done:
+            if stop.is_set():
+                return False
+        missing = models.missing()
+        if not missing:
+            return True
+        for model in missing:
+            problem = f"{model.base_path} holds no version that loads"
             if not seconds:
                 command_line.fail(problem)
-            if not waiting:
-                _log.warning("%s yet; waiting", problem)
-            waiting = True
-        stop.wait(seconds or None)
+            if model not in warned:
+                _log.warning("%s yet; waiting", problem, extra={"event": "waiting"})
+            warned.add(model)
+        if stop.wait(seconds):
+            return False
+
+
+def _served(models) -> str:
+    """What is in service: "a version 3, b version 1"."""
+    newest = {model.name: model.available[0] for model in models.all() if model.available}
+    return ", ".join(f"{name} version {version}" for name, version in newest.items())
 
 
 if __name__ == "__main__":

@@ -20,9 +20,9 @@ from tensorflow_serving.apis import (
 )
 
 from pwiser_serving import tensors
+from pwiser_serving.server.models import Models
 from pwiser_serving.server.saved_model import DEFAULT_SIGNATURE
-from pwiser_serving.server.status import Status, invalid_argument, not_found
-from pwiser_serving.server.versions import Versions, no_servable
+from pwiser_serving.server.status import Status, internal, invalid_argument
 
 _log = logging.getLogger("pwiser_serving")
 
@@ -34,12 +34,12 @@ class Service:
     """Answers requests, messages in and out; mistakes are raised as Status.
 
     Args:
-      models: Versions by model name. Their servables have `signatures` and `predict`, as
+      models: what is in service. Their servables have `signatures` and `predict`, as
         saved_model.SavedModel.
       as_content: numbers in answers as raw bytes instead of one by one.
     """
 
-    def __init__(self, models: dict[str, Versions], *, as_content: bool = False):
+    def __init__(self, models: Models, *, as_content: bool = False):
         self._models = models
         self._as_content = as_content
 
@@ -79,27 +79,18 @@ class Service:
         self, request: get_model_status_pb2.GetModelStatusRequest
     ) -> get_model_status_pb2.GetModelStatusResponse:
         spec = _model_spec(request)
-        model = self._models.get(spec.name)
-        statuses = model.statuses() if model else []
-        if spec.HasField("version"):
-            version = spec.version.value
-            statuses = [status for status in statuses if status.version == version]
-            if not statuses:
-                raise not_found(f"Could not find version {version} of model {spec.name}")
-        elif not statuses:
-            raise not_found(f"Could not find any versions of model {spec.name}")
-        return get_model_status_pb2.GetModelStatusResponse(model_version_status=statuses)
+        version = spec.version.value if spec.HasField("version") else None
+        return get_model_status_pb2.GetModelStatusResponse(
+            model_version_status=self._models.statuses(spec.name, version)
+        )
 
     def _use(self, spec: model_pb2.ModelSpec):
-        """The version that a request asks for, as Versions.use gives it."""
-        if not spec.name:
-            raise invalid_argument("ModelSpec has no name specified.")
-        if spec.HasField("version_label"):
-            raise invalid_argument(f"Unrecognized servable version label: {spec.version_label}")
-        version = spec.version.value if spec.HasField("version") else None
-        if spec.name not in self._models:
-            raise no_servable(spec.name, version)
-        return self._models[spec.name].use(version)
+        """The version that a request asks for, as Models.use gives it."""
+        return self._models.use(
+            spec.name,
+            spec.version.value if spec.HasField("version") else None,
+            spec.version_label if spec.HasField("version_label") else None,
+        )
 
 
 def _model_spec(request) -> model_pb2.ModelSpec:
@@ -171,7 +162,7 @@ def _handler(method: _Method):
             status = raised
         except Exception as error:
             _log.exception("%s failed", method.name)
-            status = Status(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            status = internal(error)
         context.abort(status.code, status.message)
 
     return handle

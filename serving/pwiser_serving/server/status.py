@@ -30,3 +30,12 @@ def not_found(message: str) -> Status:
 
 def failed_precondition(message: str) -> Status:
     return Status(grpc.StatusCode.FAILED_PRECONDITION, message)
+
+
+def unknown(message: str) -> Status:
+    return Status(grpc.StatusCode.UNKNOWN, message)
+
+
+def internal(error: Exception) -> Status:
+    """A fault of the server's own, told in one line."""
+    return Status(grpc.StatusCode.INTERNAL, " ".join(f"{type(error).__name__}: {error}".split()))

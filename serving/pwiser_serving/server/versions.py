@@ -1,19 +1,25 @@
-"""Versions: which version of a model is served, found in a folder and replaced while running."""
+"""Versions: which versions of a model are in service, found in a folder, replaced while running."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from tensorflow_serving.apis import get_model_status_pb2
 
-from pwiser_serving.server.status import Status, not_found
+from pwiser_serving.server import memory
+from pwiser_serving.server.status import Status, internal, not_found
 
 State = get_model_status_pb2.ModelVersionStatus
+
+# Ended versions whose state is remembered: a server that runs for a year must not collect them.
+_MAX_ENDED = 100
 
 _log = logging.getLogger(__name__)
 
@@ -24,57 +30,121 @@ class Servable(Protocol):
     def close(self) -> None: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Which of the versions found are wanted.
+
+    Attributes:
+      newest: this many of the newest ones, or None for all of them.
+      only: of these versions, or None for any.
+    """
+
+    newest: int | None = 1
+    only: frozenset[int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Retries:
+    """When a version that failed is tried again although its files are as they were.
+
+    Attributes:
+      count: how often; seconds: how long after the last failure.
+    """
+
+    count: int = 5
+    seconds: float = 60
+
+
+LATEST = Policy()
+RETRIES = Retries()
+
+
 class _Loaded:
     """A version in service, and how many requests are using it."""
 
     def __init__(self, version: int, servable: Servable):
-        self.version, self.servable = version, servable
+        self.version = version
+        self.servable: Servable | None = servable
         self.users = 0
         self.retired = False
+
+
+@dataclasses.dataclass
+class _Failure:
+    """What a version's files looked like when it failed, how often it did, and when last."""
+
+    files: list
+    count: int
+    time: float
 
 
 class Versions:
     """The versions of one model under `<base_path>/<version>/`.
 
-    The newest version that loads is served. A version that does not load is logged, never
-    replaces one that does, and is tried again when its files change. A replaced version is closed
-    when the last request that uses it has been answered. A folder that is emptied while running
-    leaves the version in memory in service.
+    Those that the policy wants are loaded, the newest first. One that does not load is reported
+    and skipped, so that of `newest` versions the newest that load are served. It is tried again as
+    soon as its files change, and a few times where they do not. A version that is no longer wanted
+    is taken out of service once a wanted one is in service, and closed when the last request that
+    uses it has been answered. A folder in which nothing is found that is wanted changes nothing.
+
+    Methods may be called from several threads at once.
 
     Args:
       name: the model's name in requests.
       base_path: the folder of the version folders, whose names are numbers.
       load: a version's folder to a Servable; raises Status where it does not load.
+      policy: which versions are wanted.
+      retries: see Retries.
     """
 
     def __init__(
-        self, name: str, base_path: pathlib.Path, load: Callable[[pathlib.Path], Servable]
+        self,
+        name: str,
+        base_path: pathlib.Path,
+        load: Callable[[pathlib.Path], Servable],
+        policy: Policy = LATEST,
+        retries: Retries = RETRIES,
     ):
         self.name = name
-        self.base_path = base_path
         self._load = load
+        self._retries = retries
+        # Held during a look at the folder and its loads, which may take minutes.
+        self._looking = threading.Lock()
+        # Held for an instant. It guards all that follows.
         self._lock = threading.Lock()
-        self._current: _Loaded | None = None
+        self._base_path, self._policy = base_path, policy
+        self._loaded: dict[int, _Loaded] = {}
+        self._newest: _Loaded | None = None
+        self._closed = False
         self._statuses: dict[int, get_model_status_pb2.ModelVersionStatus] = {}
-        # Version that failed: what its files looked like then.
-        self._failed: dict[int, list] = {}
+        self._failures: dict[int, _Failure] = {}
 
     @property
-    def current(self) -> int | None:
-        """The version in service, or None before there is one."""
+    def base_path(self) -> pathlib.Path:
+        """The folder that is looked at."""
+        return self._base_path
+
+    @property
+    def available(self) -> list[int]:
+        """The versions in service, newest first."""
         with self._lock:
-            return self._current and self._current.version
+            return sorted(self._loaded, reverse=True)
+
+    def configure(self, base_path: pathlib.Path, policy: Policy) -> None:
+        """What the next look goes by. A version in service is not loaded again for it."""
+        with self._lock:
+            self._base_path, self._policy = base_path, policy
 
     @contextlib.contextmanager
     def use(self, version: int | None = None) -> Iterator[tuple[int, Servable]]:
-        """The version and its servable, kept open within the `with`.
+        """A version, or with None the newest, and its servable, kept open within the `with`.
 
         Raises:
           Status: NOT_FOUND where that version, or with None any, is not in service.
         """
         with self._lock:
-            loaded = self._current
-            if loaded is None or version not in (None, loaded.version):
+            loaded = self._newest if version is None else self._loaded.get(version)
+            if loaded is None:
                 raise no_servable(self.name, version)
             loaded.users += 1
         try:
@@ -84,89 +154,168 @@ class Versions:
                 loaded.users -= 1
                 unused = loaded.retired and not loaded.users
             if unused:
-                self._close(loaded)
+                # Its caller should not wait until a model is taken down.
+                threading.Thread(target=self._close, args=(loaded,)).start()
 
     def statuses(self) -> list[get_model_status_pb2.ModelVersionStatus]:
-        """The state of each version that was ever tried, newest first."""
+        """The state of each version that was tried, newest first; of the ended ones the newest."""
         with self._lock:
             return [self._statuses[version] for version in sorted(self._statuses, reverse=True)]
 
     def poll(self) -> bool:
         """Looks at the folder once, and loads what should be served. True where that changed it."""
-        folders = self._folders()
-        current = self.current
-        for version in sorted(folders, reverse=True):
-            if version == current:
-                return False
-            files = _files(folders[version])
-            if self._failed.get(version) == files:
-                continue
-            servable = self._try(version, folders[version])
-            if servable is not None:
-                self._failed.pop(version, None)
-                self._replace(_Loaded(version, servable))
-                return True
-            self._failed[version] = files
-        return False
+        with self._looking:
+            with self._lock:
+                base_path, policy = self._base_path, self._policy
+            folders = _folders(base_path)
+            changed = False
+            wanted: set[int] = set()
+            for version in sorted(folders, reverse=True):
+                if len(wanted) == policy.newest:
+                    break
+                if policy.only is not None and version not in policy.only:
+                    continue
+                if version not in self._loaded:
+                    if not self._try(version, folders[version]):
+                        continue
+                    changed = True
+                wanted.add(version)
+            for version in [version for version in self._failures if version not in folders]:
+                del self._failures[version]
+            if wanted:
+                changed |= self._retire_all_but(wanted)
+            return changed
 
     def close(self) -> None:
-        """Takes the model out of service."""
-        self._replace(None)
+        """Takes the model out of service for good."""
+        with self._lock:
+            self._closed = True
+        self._retire_all_but(set())
 
-    def _folders(self) -> dict[int, pathlib.Path]:
-        folders = {}
-        try:
-            entries = sorted(os.scandir(self.base_path), key=lambda entry: entry.name)
-        except OSError as error:
-            _log.error("%s: %s", self.base_path, error.strerror)
-            return {}
-        for entry in entries:
-            if re.fullmatch(r"[0-9]{1,18}", entry.name) and entry.is_dir():
-                folders[int(entry.name)] = pathlib.Path(entry.path)
-        return folders
-
-    def _try(self, version: int, folder: pathlib.Path) -> Servable | None:
+    def _try(self, version: int, folder: pathlib.Path) -> bool:
+        """Loads a version and puts it into service, unless it failed and should be left alone."""
+        files = _files(folder)
+        failure = self._failures.get(version)
+        if failure is None or failure.files != files:
+            failure = _Failure(files, 0, 0.0)
+        elif (
+            failure.count > self._retries.count
+            or time.monotonic() < failure.time + self._retries.seconds
+        ):
+            return False
         self._note(version, State.LOADING)
         try:
             servable = self._load(folder)
-        except Status as status:
-            _log.error("%s version %d does not load: %s", self.name, version, status.message)
+        except Exception as error:
+            status = error
+            if not isinstance(error, Status):
+                _log.exception("%s version %d: a fault of the server", self.name, version)
+                status = internal(error)
+            self._failures[version] = _Failure(files, failure.count + 1, time.monotonic())
             self._note(version, State.END, status)
-            return None
-        self._note(version, State.AVAILABLE)
-        return servable
-
-    def _replace(self, loaded: _Loaded | None) -> None:
+            _log.error(
+                "%s version %d does not load: %s",
+                self.name,
+                version,
+                status.message,
+                extra=self._about(version, "does_not_load", code=status.code.name),
+            )
+            memory.give_back()
+            return False
+        self._failures.pop(version, None)
+        loaded = _Loaded(version, servable)
         with self._lock:
-            old, self._current = self._current, loaded
-            if old is None:
-                return
-            old.retired = True
-            unused = not old.users
-        self._note(old.version, State.UNLOADING)
-        if unused:
-            self._close(old)
+            if self._closed:
+                loaded.retired = True
+            else:
+                self._loaded[version] = loaded
+                self._newest = self._loaded[max(self._loaded)]
+        if loaded.retired:
+            self._close(loaded)
+            return False
+        self._note(version, State.AVAILABLE)
+        _log.info(
+            "%s version %d is served now",
+            self.name,
+            version,
+            extra=self._about(version, "served"),
+        )
+        return True
+
+    def _retire_all_but(self, wanted: set[int]) -> bool:
+        """Takes the other versions out of service. True where there were any."""
+        with self._lock:
+            retired = [self._loaded.pop(version) for version in set(self._loaded) - wanted]
+            self._newest = self._loaded[max(self._loaded)] if self._loaded else None
+            for loaded in retired:
+                loaded.retired = True
+            unused = [loaded for loaded in retired if not loaded.users]
+            for loaded in retired:
+                self._statuses[loaded.version] = _status(loaded.version, State.UNLOADING)
+        for loaded in unused:
+            self._close(loaded)
+        return bool(retired)
 
     def _close(self, loaded: _Loaded) -> None:
-        loaded.servable.close()
+        servable, loaded.servable = loaded.servable, None
+        servable.close()
+        del servable
+        memory.give_back()
         self._note(loaded.version, State.END)
-        _log.info("%s version %d is closed", self.name, loaded.version)
+        _log.info(
+            "%s version %d is closed",
+            self.name,
+            loaded.version,
+            extra=self._about(loaded.version, "closed"),
+        )
 
     def _note(self, version: int, state: int, status: Status | None = None) -> None:
-        entry = get_model_status_pb2.ModelVersionStatus(version=version, state=state)
-        # An empty status, which is OK, is sent too.
-        entry.status.SetInParent()
-        if status is not None:
-            entry.status.error_code = status.code.value[0]
-            entry.status.error_message = status.message
         with self._lock:
-            self._statuses[version] = entry
+            # A version may have come back while its predecessor of the same number was closed.
+            if state == State.END and version in self._loaded:
+                return
+            self._statuses[version] = _status(version, state, status)
+            ended = [
+                version for version, entry in self._statuses.items() if entry.state == State.END
+            ]
+            for version in sorted(ended, reverse=True)[_MAX_ENDED:]:
+                del self._statuses[version]
+
+    def _about(self, version: int, event: str, **more) -> dict:
+        """A log record's fields."""
+        return {"event": event, "model": self.name, "version": version, **more}
 
 
 def no_servable(name: str, version: int | None) -> Status:
     """What a request for that version, or with None for any, is answered when there is none."""
     which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
     return not_found(f"Servable not found for request: {which}")
+
+
+def _status(
+    version: int, state: int, status: Status | None = None
+) -> get_model_status_pb2.ModelVersionStatus:
+    entry = get_model_status_pb2.ModelVersionStatus(version=version, state=state)
+    # An empty status, which is OK, is sent too.
+    entry.status.SetInParent()
+    if status is not None:
+        entry.status.error_code = status.code.value[0]
+        entry.status.error_message = status.message
+    return entry
+
+
+def _folders(base_path: pathlib.Path) -> dict[int, pathlib.Path]:
+    """The version folders by their numbers."""
+    folders = {}
+    try:
+        entries = sorted(os.scandir(base_path), key=lambda entry: entry.name)
+    except OSError as error:
+        _log.error("%s: %s", base_path, error.strerror, extra={"event": "no_base_path"})
+        return {}
+    for entry in entries:
+        if re.fullmatch(r"[0-9]{1,18}", entry.name) and entry.is_dir():
+            folders[int(entry.name)] = pathlib.Path(entry.path)
+    return folders
 
 
 def _files(folder: pathlib.Path) -> list:

@@ -1,0 +1,310 @@
+"""Models: from a ModelServerConfig to the models in service, and what a request gets of them."""
+
+import logging
+import pathlib
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from contextlib import AbstractContextManager
+
+from google.protobuf.message import Message
+from tensorflow_serving.apis import get_model_status_pb2
+from tensorflow_serving.config import model_server_config_pb2
+
+from pwiser_serving.server.status import (
+    failed_precondition,
+    invalid_argument,
+    not_found,
+    unknown,
+)
+from pwiser_serving.server.versions import (
+    RETRIES,
+    Policy,
+    Retries,
+    Servable,
+    Versions,
+    no_servable,
+)
+
+_log = logging.getLogger(__name__)
+
+PLATFORM = "tensorflow"
+# Models that load at the same time; others wait for their turn.
+_LOADING_THREADS = 16
+
+
+def single_model(name: str, base_path: pathlib.Path) -> model_server_config_pb2.ModelServerConfig:
+    """The configuration of one model whose newest version is served."""
+    config = model_server_config_pb2.ModelServerConfig()
+    config.model_config_list.config.add(
+        name=name, base_path=str(base_path.absolute()), model_platform=PLATFORM
+    )
+    return config
+
+
+class Models:
+    """The models of a configuration, which may be changed while they are in service.
+
+    Methods may be called from several threads at once.
+
+    Args:
+      load: a version's folder to a Servable; raises Status where it does not load.
+      allow_labels_for_unavailable: a new label may name a version that is not in service (yet).
+      retries: when a version that failed is tried again.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[pathlib.Path], Servable],
+        *,
+        allow_labels_for_unavailable: bool = False,
+        retries: Retries = RETRIES,
+    ):
+        self._load = load
+        self._allow_labels_for_unavailable = allow_labels_for_unavailable
+        self._retries = retries
+        self._pool = futures.ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load")
+        # Held while the configuration is changed.
+        self._configuring = threading.Lock()
+        self._config = model_server_config_pb2.ModelServerConfig()
+        # Both are replaced, never changed: readers need no lock.
+        self._models: dict[str, Versions] = {}
+        self._labels: dict[tuple[str, str], int] = {}
+        # Models that were removed, for the states of their versions.
+        self._removed: dict[str, Versions] = {}
+        self._looks: dict[Versions, futures.Future] = {}
+
+    @property
+    def config(self) -> model_server_config_pb2.ModelServerConfig:
+        """The configuration in force. Not to be changed."""
+        return self._config
+
+    def use(
+        self, name: str, version: int | None = None, label: str | None = None
+    ) -> AbstractContextManager[tuple[int, Servable]]:
+        """A model's version and its servable, kept open within the `with`.
+
+        Args:
+          name: the model's; version: its version, or None for the newest in service; label: a
+          version by its label.
+
+        Raises:
+          Status: INVALID_ARGUMENT for an empty name or an unknown label, NOT_FOUND where that
+            version is not in service.
+        """
+        if not name:
+            raise invalid_argument("ModelSpec has no name specified.")
+        if label is not None:
+            version = self._labels.get((name, label))
+            if version is None:
+                raise invalid_argument(f"Unrecognized servable version label: {label}")
+        model = self._models.get(name)
+        if model is None:
+            raise no_servable(name, version)
+        return model.use(version)
+
+    def statuses(
+        self, name: str, version: int | None = None, label: str | None = None
+    ) -> list[get_model_status_pb2.ModelVersionStatus]:
+        """The states of a model's versions, newest first, or of one of them.
+
+        As with TF Serving, a label chooses nothing here: all versions are told.
+
+        Raises:
+          Status: NOT_FOUND where there are none.
+        """
+        model = self._models.get(name) or self._removed.get(name)
+        statuses = model.statuses() if model else []
+        if version is not None:
+            statuses = [status for status in statuses if status.version == version]
+            if not statuses:
+                raise not_found(f"Could not find version {version} of model {name}")
+        elif not statuses:
+            raise not_found(f"Could not find any versions of model {name}")
+        return statuses
+
+    def configure(self, config: model_server_config_pb2.ModelServerConfig) -> list[str]:
+        """Goes by that configuration from the next look on, or changes nothing.
+
+        Models that it does not list are taken out of service. No version is loaded here.
+
+        Returns:
+          The names of the models that were not there before.
+
+        Raises:
+          Status: the configuration is refused, as TF Serving refuses it.
+        """
+        if config.WhichOneof("config") != "model_config_list":
+            raise invalid_argument(
+                "ServerModelConfig type not supported by HandleReloadConfigRequest. "
+                "Only ModelConfigList is currently supported"
+            )
+        with self._configuring:
+            entries = config.model_config_list.config
+            _check(entries, set(self._models))
+            labels = self._checked_labels(entries)
+            models, new = {}, []
+            for entry in entries:
+                base_path, policy = pathlib.Path(entry.base_path), _policy(entry)
+                model = self._models.get(entry.name)
+                if model is None:
+                    model = Versions(entry.name, base_path, self._load, policy, self._retries)
+                    new.append(entry.name)
+                else:
+                    model.configure(base_path, policy)
+                models[entry.name] = model
+            removed = {name: model for name, model in self._models.items() if name not in models}
+            self._models, self._labels, self._config = models, labels, config
+            for model in removed.values():
+                model.close()
+            self._removed = {
+                name: model
+                for name, model in (self._removed | removed).items()
+                if name not in models and model.statuses()
+            }
+        return new
+
+    def reload(self, config: model_server_config_pb2.ModelServerConfig) -> None:
+        """Goes by that configuration, and returns when each model's versions were looked at.
+
+        Raises:
+          Status: as `configure` does, which changes nothing; UNKNOWN where a new model has no
+            version that loads: it stays configured, and is served as soon as it has one.
+        """
+        new = self.configure(config)
+        futures.wait([self._pool.submit(_look, model) for model in self.all()])
+        missing = [model for model in self.missing() if model.name in new]
+        if missing:
+            raise unknown(
+                f"{len(missing)} model(s) did not become available: {{"
+                + "".join(_problem(model) for model in missing)
+                + "}"
+            )
+
+    def poll(self) -> list[futures.Future]:
+        """Begins a look at the folder of each model that is not being looked at.
+
+        Returns:
+          The looks that are under way. None of them raises.
+        """
+        with self._configuring:
+            before = self._looks
+            self._looks = {
+                model: before[model]
+                if model in before and not before[model].done()
+                else self._pool.submit(_look, model)
+                for model in self._models.values()
+            }
+            return list(self._looks.values())
+
+    def all(self) -> list[Versions]:
+        """The models of the configuration."""
+        return list(self._models.values())
+
+    def missing(self) -> list[Versions]:
+        """The models of which no version is in service."""
+        return [model for model in self.all() if not model.available]
+
+    def close(self) -> None:
+        """Takes all models out of service for good."""
+        with self._configuring:
+            models, self._models = self._models, {}
+            for model in models.values():
+                model.close()
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _checked_labels(self, entries) -> dict[tuple[str, str], int]:
+        labels = {}
+        for entry in entries:
+            model = self._models.get(entry.name)
+            available = model.available if model else []
+            for label, version in entry.version_labels.items():
+                key = (entry.name, label)
+                allowed = self._allow_labels_for_unavailable and (
+                    self._labels.get(key, version) == version
+                )
+                if not allowed and version not in available:
+                    raise failed_precondition(
+                        f"Request to assign label to version {version} of model {entry.name}, "
+                        "which is not currently available for inference"
+                    )
+                labels[key] = version
+        return labels
+
+
+def _look(model: Versions) -> None:
+    try:
+        model.poll()
+    except Exception:
+        # The next look may go well; the thread must be there for it.
+        _log.exception("%s: a fault of the server", model.name)
+
+
+def _problem(model: Versions) -> str:
+    """A model that has no version in service, as TF Serving lists it."""
+    for status in model.statuses():
+        return (
+            f"{{{{name: {model.name} version: {status.version}}} due to error: "
+            f"{status.status.error_message}}}, "
+        )
+    return f"{{{{name: {model.name}}} due to error: no version in {model.base_path}}}, "
+
+
+def _check(entries, present: set[str]) -> None:
+    """Raises Status for a configuration that no server could go by."""
+    names = set()
+    for entry in entries:
+        if entry.name in names:
+            raise invalid_argument(
+                f"Illegal to list model {entry.name} multiple times in config list"
+            )
+        names.add(entry.name)
+    for entry in entries:
+        if "://" not in entry.base_path and not entry.base_path.startswith("/"):
+            raise invalid_argument(
+                f"Expected model {entry.name} to have an absolute path or URI; "
+                f"got base_path()={entry.base_path}"
+            )
+    for entry in entries:
+        platform = _platform(entry)
+        if platform != PLATFORM and entry.name in present:
+            raise invalid_argument(
+                f"Illegal to change a model's platform. For model {entry.name} platform was "
+                f"{PLATFORM} and new platform requested is {platform}"
+            )
+        if platform != PLATFORM:
+            raise invalid_argument(f"Model {entry.name} requests unsupported platform {platform}")
+
+
+def _platform(entry: Message) -> str:
+    """The platform of a ModelConfig, by its new field or the old one."""
+    if entry.model_type and entry.model_platform:
+        raise invalid_argument(
+            "Illegal setting both ModelServerConfig::model_type (deprecated) and "
+            f"ModelServerConfig::model_platform, model name is {entry.name}"
+        )
+    if entry.model_type not in (
+        model_server_config_pb2.MODEL_TYPE_UNSPECIFIED,
+        model_server_config_pb2.TENSORFLOW,
+    ):
+        raise invalid_argument(
+            f"ModelServerConfig::model_type choice {entry.model_type} not supported."
+        )
+    platform = PLATFORM if entry.model_type else entry.model_platform
+    if not platform:
+        raise invalid_argument(
+            "Illegal setting neither ModelServerConfig::model_type (deprecated) nor "
+            f"ModelServerConfig::model_platform, model name is {entry.name}"
+        )
+    return platform
+
+
+def _policy(entry: Message) -> Policy:
+    """A ModelConfig's version policy; the newest version where it names none."""
+    policy = entry.model_version_policy
+    choice = policy.WhichOneof("policy_choice")
+    if choice == "all":
+        return Policy(newest=None)
+    if choice == "specific":
+        return Policy(newest=None, only=frozenset(policy.specific.versions))
+    return Policy(newest=max(1, policy.latest.num_versions))
