@@ -8,6 +8,7 @@ from pwiser_serving.protos import tensor_pb2
 
 Tensor = tensor_pb2.Tensor
 
+_STRINGS = np.dtype(object)
 # Data type: its NumPy type, and the field that holds values sent one by one.
 _TYPES = {
     tensor_pb2.DT_FLOAT: (np.dtype("<f4"), "float_val"),
@@ -22,9 +23,15 @@ _TYPES = {
     tensor_pb2.DT_UINT32: (np.dtype("<u4"), "uint32_val"),
     tensor_pb2.DT_UINT64: (np.dtype("<u8"), "uint64_val"),
     tensor_pb2.DT_BOOL: (np.dtype("?"), "bool_val"),
-    tensor_pb2.DT_STRING: (np.dtype(object), "string_val"),
+    tensor_pb2.DT_STRING: (_STRINGS, "string_val"),
 }
 _DATA_TYPES = {dtype: data_type for data_type, (dtype, _) in _TYPES.items()}
+# Data types whose repeated field has a fixed size a number: the field's tag.
+_PACKED = {
+    data_type: bytes([tensor_pb2.Tensor.DESCRIPTOR.fields_by_name[field].number << 3 | 2])
+    for data_type, (_, field) in _TYPES.items()
+    if field in ("float_val", "double_val")
+}
 
 # A shape may claim this many elements more than were sent: a few bytes must not fill the memory.
 MAX_PADDING = 2**20
@@ -70,14 +77,19 @@ def fill(tensor: Tensor, array: np.ndarray, *, as_content: bool = True) -> None:
 
     The array's type must be one that `encode` takes.
     """
-    tensor.dtype = _DATA_TYPES[array.dtype]
+    data_type = _DATA_TYPES[array.dtype]
+    tensor.dtype = data_type
+    dimensions = tensor.tensor_shape.dim
     for size in array.shape:
-        tensor.tensor_shape.dim.add(size=size)
-    if as_content and tensor.dtype != tensor_pb2.DT_STRING:
+        dimensions.add(size=size)
+    if as_content and data_type != tensor_pb2.DT_STRING:
         tensor.tensor_content = array.tobytes()
+    elif data_type in _PACKED and array.size:
+        # Numbers one by one are on the wire what they are in memory, behind a tag and their length.
+        tensor.MergeFromString(_PACKED[data_type] + _varint(array.nbytes) + array.tobytes())
     else:
-        values = array.view(np.uint16) if tensor.dtype == tensor_pb2.DT_HALF else array
-        getattr(tensor, _TYPES[tensor.dtype][1]).extend(values.ravel().tolist())
+        values = array.view(np.uint16) if data_type == tensor_pb2.DT_HALF else array
+        getattr(tensor, _TYPES[data_type][1]).extend(values.ravel().tolist())
 
 
 def decode(tensor: Tensor) -> np.ndarray:
@@ -93,21 +105,33 @@ def decode(tensor: Tensor) -> np.ndarray:
     if tensor.dtype not in _TYPES:
         raise ValueError(f"data type {tensor.dtype}")
     dtype, field = _TYPES[tensor.dtype]
-    shape = tuple(dimension.size for dimension in tensor.tensor_shape.dim)
-    if tensor.tensor_shape.unknown_rank or any(size < 0 for size in shape):
+    described = tensor.tensor_shape
+    shape = [dimension.size for dimension in described.dim]
+    if described.unknown_rank or (shape and min(shape) < 0):
         raise ValueError("a shape that is not fully known")
     # The product of Python integers: it cannot overflow.
     count = math.prod(shape)
-    if count and tensor.tensor_content:
-        if tensor.dtype == tensor_pb2.DT_STRING:
-            values = np.fromiter(_split_strings(tensor.tensor_content, count), object, count)
-        elif len(tensor.tensor_content) != count * dtype.itemsize:
+    content = tensor.tensor_content
+    if count and content:
+        if dtype is _STRINGS:
+            values = np.fromiter(_split_strings(content, count), object, count)
+        elif len(content) != count * dtype.itemsize:
             raise ValueError("a byte count that does not fit the shape")
         else:
-            values = np.frombuffer(tensor.tensor_content, dtype)
+            values = np.frombuffer(content, dtype)
     else:
         values = _pad(_listed(getattr(tensor, field), dtype), count)
     return values.reshape(shape)
+
+
+def _varint(number: int) -> bytes:
+    """A number as protocol buffers write it: seven bits a byte, the lowest first."""
+    parts = bytearray()
+    while number > 0x7F:
+        parts.append(number & 0x7F | 0x80)
+        number >>= 7
+    parts.append(number)
+    return bytes(parts)
 
 
 def _listed(field, dtype: np.dtype) -> np.ndarray:

@@ -4,10 +4,11 @@ The only room that needs TensorFlow. Checks, their order and their messages are 
 Serving (servables/tensorflow/predict_util.cc).
 """
 
+import dataclasses
 import functools
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -48,6 +49,9 @@ class SavedModel:
                     self._session, [tf.saved_model.SERVING], str(folder)
                 )
             self.signatures: dict[str, meta_graph_pb2.SignatureDef] = dict(loaded.signature_def)
+            self._aliases = {
+                name: sorted(signature.inputs) for name, signature in self.signatures.items()
+            }
             self._prepare = functools.lru_cache(_PREPARED)(self._make_callable)
             for request in _warm_up_requests(folder / WARM_UP_FILE):
                 name = request.model_spec.signature_name or DEFAULT_SIGNATURE
@@ -88,70 +92,104 @@ class SavedModel:
         signature = self.signatures.get(name)
         if signature is None:
             raise failed_precondition(f'Serving signature key "{name}" not found.')
-        arrays = _inputs(signature, inputs)
-        outputs = _outputs(signature, output_filter)
-        feeds, run, fetched = self._prepare(name, outputs)
-        _check_types(feeds, arrays)
+        arrays = _inputs(signature, self._aliases[name], inputs)
+        prepared = self._prepare(name, tuple(output_filter))
         try:
-            results = run(*(arrays[alias] for alias, _ in feeds))
+            results = prepared.run(*prepared.feed(arrays))
         except tf.errors.OpError as error:
             raise Status(error.error_code, error.message) from None
         except UnicodeDecodeError as error:
             # The op quotes bytes of the request, and TensorFlow cannot make a Python exception of
             # them, so its code is lost; only a request brings bytes that are no text.
             raise invalid_argument(error.object.decode("utf-8", "replace")) from None
-        return {
-            alias: np.asarray(results[position])
-            for alias, position in zip(outputs, fetched, strict=True)
-        }
+        return {alias: np.asarray(results[position]) for alias, position in prepared.outputs}
 
-    def _make_callable(self, name: str, outputs: tuple[str, ...]):
-        """The graph of a signature's outputs, ready to run.
-
-        Returns:
-          feeds: (alias, data type) of each argument, in order; run: arrays to a list of arrays;
-          fetched: the position of each output in that list.
-        """
+    def _make_callable(self, name: str, output_filter: tuple[str, ...]) -> "_Prepared":
+        """The graph from a signature's inputs to some of its outputs, ready to run."""
         signature = self.signatures[name]
+        outputs = _outputs(signature, output_filter)
         # Sorted by the tensor's name: TF Serving's messages count the arguments so.
         feeds = sorted(signature.inputs.items(), key=lambda item: item[1].name)
         names = [signature.outputs[alias].name for alias in outputs]
         fetches = sorted(set(names))
         options = config_pb2.CallableOptions(feed=[info.name for _, info in feeds], fetch=fetches)
-        # Session.make_callable with feeds is a Session.run in disguise: four times slower at
-        # batch 1, and it converts types silently where TF Serving refuses.
-        run = self._session._make_callable_from_options(options)
-        return (
-            [(alias, info.dtype) for alias, info in feeds],
-            run,
-            [fetches.index(name) for name in names],
+        # Operations run one after the other in the caller's thread (large ones still share their
+        # own work among cores): threads that wake each other cost more than a small batch does,
+        # and requests that run side by side fill the cores anyway. The answers are the same bits.
+        options.run_options.inter_op_thread_pool = -1
+        try:
+            # Session.make_callable with feeds is a Session.run in disguise: four times slower at
+            # batch 1, and it converts types silently where TF Serving refuses.
+            run = self._session._make_callable_from_options(options)
+        except tf.errors.OpError as error:
+            raise Status(error.error_code, error.message) from None
+        return _Prepared(
+            run=run,
+            inputs=[(alias, info.dtype) for alias, info in feeds],
+            outputs=[
+                (alias, fetches.index(name)) for alias, name in zip(outputs, names, strict=True)
+            ],
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A part of a graph, ready to run.
+
+    Attributes:
+      run: arrays to a list of arrays; inputs: (alias, data type) of each argument, in order;
+      outputs: (alias, position in that list) of each output.
+    """
+
+    run: Callable[..., list[np.ndarray]]
+    inputs: Sequence[tuple[str, int]]
+    outputs: Sequence[tuple[str, int]]
+
+    def feed(self, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The arguments of `run`, whose types are as the graph wants them."""
+        arguments = []
+        for alias, expected in self.inputs:
+            array = arrays[alias]
+            found = tensors.data_type(array)
+            if found != expected:
+                raise invalid_argument(
+                    f"Expects arg[{len(arguments)}] to be {tensors.data_type_name(expected)} "
+                    f"but {tensors.data_type_name(found)} is provided"
+                )
+            arguments.append(array)
+        return arguments
 
 
 def _inputs(
     signature: meta_graph_pb2.SignatureDef,
+    aliases: Sequence[str],
     given: Mapping[str, tensor_pb2.TensorProto | np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """The arrays of a request, by input name, with the signature's defaults."""
-    expected, sent = set(signature.inputs), set(given)
-    if len(sent) > len(expected) or (len(sent) < len(expected) and not signature.defaults):
+    """The arrays of a request, by input name, with the signature's defaults.
+
+    `aliases` are the names of the signature's inputs, sorted.
+    """
+    if len(given) > len(aliases) or (len(given) < len(aliases) and not signature.defaults):
+        expected, sent = set(aliases), set(given)
         raise invalid_argument(
             f"input size does not match signature: {len(sent)}!={len(expected)} "
             f"len({_names(sent)}) != len({_names(expected)}). "
             f"Sent extra: {_names(sent - expected)}. "
             f"Missing but required: {_names(expected - sent)}."
         )
-    arrays = {}
-    for alias in sorted(expected):
-        if alias in sent:
-            tensor = given[alias]
+    arrays, used = {}, 0
+    for alias in aliases:
+        # Not `given[alias]`: a message's map would make an entry of it.
+        tensor = given.get(alias)
+        if tensor is not None:
+            used += 1
         elif alias in signature.defaults:
             tensor = signature.defaults[alias]
         else:
             raise invalid_argument(
                 f"Signature input alias: {alias}(feed name: {signature.inputs[alias].name}) not "
                 "found in request and no default value provided. Inputs expected to be in the "
-                f"request {_names(sent)}, or default input alias set: "
+                f"request {_names(given)}, or default input alias set: "
                 + ",".join(sorted(signature.defaults))
             )
         try:
@@ -159,10 +197,11 @@ def _inputs(
             arrays[alias] = tensor if isinstance(tensor, np.ndarray) else tensors.decode(tensor)
         except ValueError:
             raise invalid_argument(f"tensor parsing error: {alias}") from None
-    if sent - expected:
+    if used < len(given):
+        known = ",".join(alias for alias in aliases if alias in given)
         raise invalid_argument(
-            f"Inputs contains invalid name. Used request inputs: "
-            f"{','.join(sorted(sent & expected))}, request input: {','.join(sorted(sent))}"
+            f"Inputs contains invalid name. Used request inputs: {known}, "
+            f"request input: {','.join(sorted(given))}"
         )
     return arrays
 
@@ -180,16 +219,6 @@ def _outputs(signature: meta_graph_pb2.SignatureDef, wanted: Sequence[str]) -> t
             raise invalid_argument(f"duplicate output tensor alias: {alias}")
         seen.add(alias)
     return tuple(sorted(seen or signature.outputs))
-
-
-def _check_types(feeds: Sequence[tuple[str, int]], arrays: Mapping[str, np.ndarray]) -> None:
-    for position, (alias, expected) in enumerate(feeds):
-        found = tensors.data_type(arrays[alias])
-        if found != expected:
-            raise invalid_argument(
-                f"Expects arg[{position}] to be {tensors.data_type_name(expected)} "
-                f"but {tensors.data_type_name(found)} is provided"
-            )
 
 
 def _names(names) -> str:

@@ -1,0 +1,435 @@
+"""What serving costs on top of the model: ours beside a naive server, over gRPC on loopback.
+
+    python -m benchmarks.serving [--model=exported/demo/1] [--rounds=5]
+
+Without --model a model of the size of configs/sample.flags (16 categorical, 63 numerical features,
+random weights) is exported by pwiser_tf. Each of these is a process of its own, and they take
+turns within each round, so that a noisy machine disturbs all of them alike:
+
+- model: the Session callable alone, in process, NumPy arrays in and out. No server.
+- empty: a gRPC method of the same Python server stack that returns at once. No model.
+- ours: `python -m pwiser_serving.server`; "content" answers as tensor_content, else as float_val.
+- naive: what one would write first: tf.saved_model.load, the signature called eagerly,
+  tf.make_ndarray and tf.make_tensor_proto, the same number of threads.
+
+The caller sends bytes prepared before and reads the answer as bytes, so a call's time is the
+server's work and gRPC itself, both ends, in Python. Microseconds of a call: p50 is the median of
+the rounds' medians; p99 and p99.9 are over all rounds. A ratio is the median of the rounds'
+ratios. Requests a second are counted with --callers processes that each wait for their answer.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent import futures
+
+import grpc
+import numpy as np
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+PREDICT = "/tensorflow.serving.PredictionService/Predict"
+EMPTY, MODEL = "/benchmark/Empty", "/benchmark/Model"
+# Calls of one case in one round.
+CALLS = {1: 400, 50: 200, 500: 100}
+WARM_UP_CALLS = 50
+
+
+def define_flags():
+    flags.DEFINE_string(
+        "model", None, "A version's folder of an export with pwiser_tf's signatures."
+    )
+    flags.DEFINE_integer("rounds", 5, "Rounds in which the cases take turns.", lower_bound=1)
+    flags.DEFINE_integer("callers", 4, "Callers at once, for requests a second.", lower_bound=1)
+    flags.DEFINE_float("seconds", 2, "Of load for requests a second, a server and round.")
+    flags.DEFINE_string("worker", None, "Used by the benchmark itself: what this process does.")
+    flags.DEFINE_string("address", None, "Used by the benchmark itself: a caller's server.")
+
+
+# The processes that are measured.
+
+
+def export(folder: pathlib.Path) -> None:
+    """Writes a model of the size of configs/sample.flags, untrained, into the folder."""
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
+    import tensorflow as tf
+
+    from pwiser_tf.export import ServedModel
+    from pwiser_tf.models import MODELS, ModelConfig
+    from pwiser_tf.schema import Categorical, Numerical, Schema, Split
+    from pwiser_tf.tasks import LossConfig
+
+    # Named as the exported tensors are, so that Examples and raw tensors share their names.
+    schema = Schema(
+        dataset="generated",
+        categorical=tuple(
+            Categorical(f"feature_{k}", "int64", range(50 * (k + 1))) for k in range(16)
+        ),
+        numerical=tuple(
+            Numerical(f"feature_{k}", "identity", 0.5, 0.3, 0.5) for k in range(16, 79)
+        ),
+        click="click",
+        conversion="conversion",
+        group=None,
+        splits={"train": Split(1000, 50, 5, 0, ())},
+    )
+    config = ModelConfig(embedding_dim=16, bottom_units=(128, 64), tower_units=(32,))
+    loss = LossConfig(loss="bce")
+    model = MODELS["shared_bottom"](schema, config, {"ctr": loss, "ctcvr": loss})
+    model(
+        {"categorical": np.zeros((1, 16), np.int64), "numerical": np.zeros((1, 63), np.float32)},
+        training=False,
+    )
+    served = ServedModel(model, schema)
+    tf.saved_model.save(served, str(folder), signatures=served.functions)
+
+
+def _serve(methods: dict) -> None:
+    """Serves path-to-function methods, bytes to bytes, until stdin closes; prints the port."""
+
+    class Handler(grpc.GenericRpcHandler):
+        def service(self, details):
+            method = methods.get(details.method)
+            return method and grpc.unary_unary_rpc_method_handler(method)
+
+    server = grpc.server(
+        futures.ThreadPoolExecutor(4 * (os.cpu_count() or 1)), handlers=[Handler()]
+    )
+    print(server.add_insecure_port("localhost:0"), flush=True)
+    server.start()
+    sys.stdin.read()
+    server.stop(None).wait()
+
+
+def serve_reference(folder: str) -> None:
+    """The empty call, and the model alone: a request is timed `calls` times in this process."""
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
+    import tensorflow as tf
+    from tensorflow.core.protobuf import config_pb2
+    from tensorflow_serving.apis import predict_pb2
+
+    session = tf.compat.v1.Session(graph=tf.Graph())
+    with session.graph.as_default():
+        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], folder)
+    callables = {}
+    for name, signature in loaded.signature_def.items():
+        options = config_pb2.CallableOptions(
+            feed=[info.name for _, info in sorted(signature.inputs.items())],
+            fetch=[info.name for _, info in sorted(signature.outputs.items())],
+        )
+        # What initialises a loaded model is listed among the signatures, and fetches nothing.
+        if signature.inputs:
+            callables[name] = session._make_callable_from_options(options)
+
+    def time_model(data: bytes, context) -> bytes:
+        request = predict_pb2.PredictRequest.FromString(data)
+        arrays = [tf.make_ndarray(tensor) for _, tensor in sorted(request.inputs.items())]
+        run = callables[request.model_spec.signature_name]
+        calls = CALLS[arrays[0].shape[0]]
+        return np.array(_timed(lambda: run(*arrays), calls)).tobytes()
+
+    _serve({EMPTY: lambda data, context: b"", MODEL: time_model})
+
+
+def serve_naive(folder: str) -> None:
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
+    import tensorflow as tf
+    from tensorflow_serving.apis import predict_pb2
+
+    loaded = tf.saved_model.load(folder)
+
+    def predict(data: bytes, context) -> bytes:
+        request = predict_pb2.PredictRequest.FromString(data)
+        inputs = {
+            name: tf.constant(tf.make_ndarray(tensor)) for name, tensor in request.inputs.items()
+        }
+        response = predict_pb2.PredictResponse()
+        for name, values in loaded.signatures[request.model_spec.signature_name](**inputs).items():
+            response.outputs[name].CopyFrom(tf.make_tensor_proto(values.numpy()))
+        return response.SerializeToString()
+
+    _serve({PREDICT: predict})
+
+
+def count_calls(address: str) -> None:
+    """A caller: reads a request in hexadecimal and seconds, prints how many calls it made."""
+    with grpc.insecure_channel(address) as channel:
+        for line in sys.stdin:
+            seconds, data = json.loads(line)
+            call, data = channel.unary_unary(PREDICT), bytes.fromhex(data)
+            calls, end = 0, time.perf_counter() + seconds
+            while time.perf_counter() < end:
+                call(data, timeout=60)
+                calls += 1
+            print(calls, flush=True)
+
+
+# The process that measures.
+
+
+class Worker:
+    """A process, the address at which it serves, and its log, which is told if it does not."""
+
+    def __init__(self, command: list[str]):
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def wait_for_port(self) -> grpc.Channel:
+        line = self.process.stdout.readline()
+        # Our server says more than its port, and the port last.
+        port = line.rsplit(":", 1)[-1].strip()
+        if not port.isdecimal():
+            self._log.seek(0)
+            raise RuntimeError(f"{self.process.args} did not start: {self._log.read()}")
+        self.address = f"localhost:{port}"
+        return grpc.insecure_channel(self.address, [("grpc.max_receive_message_length", -1)])
+
+    def stop(self) -> None:
+        # A signal for our server, the end of stdin for the others.
+        self.process.stdin.close()
+        self.process.terminate()
+        self.process.wait()
+        self.process.stdout.close()
+        self._log.close()
+
+
+def _timed(call, calls: int) -> list[float]:
+    """Microseconds of each call."""
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def _arrays(signature, batch: int) -> dict[str, np.ndarray]:
+    """Random inputs of a signature of numbers."""
+    random = np.random.default_rng(batch)
+    arrays = {}
+    for name, info in sorted(signature.inputs.items()):
+        shape = (batch, *(dim.size for dim in info.tensor_shape.dim[1:]))
+        integers = info.dtype == 9
+        arrays[name] = (
+            random.integers(0, 4, shape) if integers else random.random(shape, np.float32)
+        )
+    return arrays
+
+
+def _examples(raw: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Raw features as serialized Examples, as a caller of serving_default makes them."""
+    from tensorflow.core.example import example_pb2
+
+    columns = {name: values.tolist() for name, values in raw.items()}
+    serialized = []
+    for row in range(len(next(iter(columns.values())))):
+        example = example_pb2.Example()
+        for name, values in columns.items():
+            feature = example.features.feature[name]
+            kind = feature.int64_list if isinstance(values[row], int) else feature.float_list
+            kind.value.append(values[row])
+        serialized.append(example.SerializeToString())
+    return {"examples": np.array(serialized, object)}
+
+
+def _request(signature_name: str, arrays: dict[str, np.ndarray], *, as_content=True) -> bytes:
+    from pwiser_serving import tensors
+    from pwiser_serving.protos import service_pb2
+
+    request = service_pb2.PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "m", signature_name
+    for name, array in arrays.items():
+        tensors.fill(request.inputs[name], array, as_content=as_content)
+    return request.SerializeToString()
+
+
+def _percentiles(rounds: list[list[float]]) -> tuple[float, float, float]:
+    everything = np.concatenate(rounds)
+    return (
+        statistics.median(statistics.median(times) for times in rounds),
+        float(np.percentile(everything, 99)),
+        float(np.percentile(everything, 99.9)),
+    )
+
+
+def _ratio(above: list[list[float]], below: list[list[float]]) -> float:
+    return statistics.median(
+        statistics.median(a) / statistics.median(b) for a, b in zip(above, below, strict=True)
+    )
+
+
+def _table(title: str, rows: dict[str, list[list[float]]]) -> None:
+    print(f"\n{title}\n\n| | p50 us | p99 us | p99.9 us |\n|---|---|---|---|")
+    for name, rounds in rows.items():
+        print(f"| {name} | " + " | ".join(f"{p:.0f}" for p in _percentiles(rounds)) + " |")
+
+
+def _take_turns(cases: dict[str, tuple]) -> dict[str, list[list[float]]]:
+    """Case: (call, calls) to case: the times of each round."""
+    results = {name: [] for name in cases}
+    for call, _ in cases.values():
+        _timed(call, WARM_UP_CALLS)
+    for _ in range(FLAGS.rounds):
+        for name, (call, calls) in cases.items():
+            results[name].append(_timed(call, calls))
+    return results
+
+
+def measure(folder: pathlib.Path) -> None:
+    """Runs all comparisons and prints their tables."""
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
+    from tensorflow.core.protobuf import saved_model_pb2
+
+    saved = saved_model_pb2.SavedModel.FromString((folder / "saved_model.pb").read_bytes())
+    signatures = saved.meta_graphs[0].signature_def
+    with contextlib.ExitStack() as stack:
+        base = stack.enter_context(tempfile.TemporaryDirectory())
+        os.symlink(folder.resolve(), os.path.join(base, "1"))
+        ours = ["pwiser_serving.server", "--port=0", "--model_name=m", "--model_base_path", base]
+        commands = {
+            "reference": ["benchmarks.serving", "--worker=reference", f"--model={folder}"],
+            "naive": ["benchmarks.serving", "--worker=naive", f"--model={folder}"],
+            "ours": ours,
+            "ours, content": [*ours, "--enable_serialization_as_tensor_content"],
+        }
+        workers = {name: Worker(command) for name, command in commands.items()}
+        for worker in workers.values():
+            stack.callback(worker.stop)
+        channels = {
+            name: stack.enter_context(worker.wait_for_port()) for name, worker in workers.items()
+        }
+
+        def sends(server: str, data: bytes, path: str = PREDICT):
+            call = channels[server].unary_unary(path)
+            return lambda: call(data, timeout=60)
+
+        requests = {
+            batch: _request("predict", _arrays(signatures["predict"], batch)) for batch in CALLS
+        }
+        _compare_calls(requests, sends)
+        _compare_wires(signatures, sends)
+        _compare_throughput(requests[1], workers, stack)
+
+
+def _compare_calls(requests: dict[int, bytes], sends) -> None:
+    cases, empties = {}, {"empty": (sends("reference", b"", EMPTY), CALLS[1])}
+    for batch, data in requests.items():
+        for server in ("ours", "ours, content", "naive"):
+            cases[server, batch] = sends(server, data), CALLS[batch]
+    model = {batch: sends("reference", data, MODEL) for batch, data in requests.items()}
+    # One message times many calls in its own process.
+    for batch in requests:
+        model[batch]()
+    results = {key: [] for key in [*cases, *empties, *(("model", batch) for batch in model)]}
+    for call, _ in (*cases.values(), *empties.values()):
+        _timed(call, WARM_UP_CALLS)
+    for _ in range(FLAGS.rounds):
+        for batch, call in model.items():
+            results["model", batch].append(np.frombuffer(call()).tolist())
+        for key, (call, calls) in (empties | cases).items():
+            results[key].append(_timed(call, calls))
+    for batch in requests:
+        rows = {"empty": results["empty"]} if batch == 1 else {}
+        rows |= {
+            f"{server}": results[server, batch]
+            for server in ("model", "ours", "ours, content", "naive")
+        }
+        _table(f"Batch {batch}, signature predict", rows)
+        for server in ("ours", "ours, content", "naive"):
+            ratio = _ratio(results[server, batch], results["model", batch])
+            print(f"\n{server} / model: {ratio:.2f}", end="")
+            if batch == 1:
+                print(f"; / empty: {_ratio(results[server, 1], results['empty']):.2f}", end="")
+        print()
+
+
+def _compare_wires(signatures, sends) -> None:
+    batch = 500
+    ids, raw = (_arrays(signatures[name], batch) for name in ("predict", "predict_raw"))
+    encoders = {
+        "ids, tensor_content": lambda: _request("predict", ids),
+        "ids, repeated values": lambda: _request("predict", ids, as_content=False),
+        "raw, tensor_content": lambda: _request("predict_raw", raw),
+        "raw, repeated values": lambda: _request("predict_raw", raw, as_content=False),
+        "raw, Examples": lambda: _request("serving_default", _examples(raw)),
+    }
+    cases = {}
+    for name, encode in encoders.items():
+        cases[f"{name}: encode"] = encode, 5
+        cases[f"{name}: call"] = sends("ours", encode()), 50
+    _table(f"Wire formats, batch {batch}: encoding in the client, and the call", _take_turns(cases))
+
+
+def _compare_throughput(data: bytes, workers: dict[str, Worker], stack) -> None:
+    servers = ("ours", "naive")
+    callers = {server: [] for server in servers}
+    for server in servers:
+        for _ in range(FLAGS.callers):
+            caller = Worker(
+                ["benchmarks.serving", "--worker=caller", f"--address={workers[server].address}"]
+            )
+            stack.callback(caller.stop)
+            callers[server].append(caller.process)
+    rates = {server: [] for server in servers}
+    # The first round finds the callers still starting, and is not counted.
+    for round_ in range(FLAGS.rounds + 1):
+        for server in servers:
+            for process in callers[server]:
+                seconds = FLAGS.seconds if round_ else 0.2
+                print(json.dumps([seconds, data.hex()]), file=process.stdin, flush=True)
+            calls = sum(int(process.stdout.readline()) for process in callers[server])
+            if round_:
+                rates[server].append(calls / FLAGS.seconds)
+    print(f"\nRequests a second, batch 1, {FLAGS.callers} callers\n")
+    for server in servers:
+        print(f"{server}: {statistics.median(rates[server]):.0f}")
+    ratios = [a / b for a, b in zip(rates["ours"], rates["naive"], strict=True)]
+    print(f"ours / naive: {statistics.median(ratios):.2f}")
+
+
+def main(_):
+    if FLAGS.worker == "reference":
+        serve_reference(FLAGS.model)
+    elif FLAGS.worker == "naive":
+        serve_naive(FLAGS.model)
+    elif FLAGS.worker == "caller":
+        count_calls(FLAGS.address)
+    elif FLAGS.worker == "export":
+        export(pathlib.Path(FLAGS.model))
+    elif FLAGS.model:
+        measure(pathlib.Path(FLAGS.model))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = pathlib.Path(folder, "1")
+            command = ["-m", "benchmarks.serving", "--worker=export", f"--model={path}"]
+            subprocess.run([sys.executable, *command], check=True)
+            measure(path)
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
