@@ -14,7 +14,7 @@ Serving holds one. Rows are random: a model's time does not depend on their valu
 - num_batch_threads: the cores that this process may use.
 - batch_timeout_micros: what a request of --rows rows can win at best: the time of its own call,
   less its share of a full batch's. To wait longer for company never pays.
-- max_enqueued_batches: as many as the threads work off within --latency_ms.
+- max_enqueued_batches: those of the largest request, and what is worked off in --latency_ms.
 
 Whether batching pays at all is measured apart: --callers threads that each call with --rows rows,
 beside the batch threads calling with the same rows put together and padded.
@@ -222,7 +222,8 @@ def derive(model: Model, cores: int, args: flags.FlagValues) -> str:
     company = max(1, min(args.callers, largest // rows))
     alone = seconds[rows - 1]
     shared = seconds[padded(rows * company, allowed) - 1] / company
-    enqueued = max(1, int(budget / seconds[largest - 1] * cores))
+    # The largest request must find room, or it would never be served.
+    enqueued = -(-args.largest_request // largest) + int(budget / seconds[largest - 1] * cores)
     # The batch threads share the rows in flight; padding is work too, and no answer.
     each = min(largest, max(1, rows * args.callers // cores))
     padded_each = padded(each, allowed)
@@ -255,7 +256,8 @@ enable_large_batch_splitting {{ value: true }}
 # {rows} rows take {1e6 * alone:.0f} us alone, and {1e6 * shared:.0f} us in a batch of {company} \
 such requests: a longer wait cannot pay.
 batch_timeout_micros {{ value: {max(0, round(1e6 * (alone - shared)))} }}
-# A batch a core, and as many waiting as are worked off in {args.latency_ms:g} ms; then UNAVAILABLE.
+# A batch a core. The largest request may wait, and what is worked off in {args.latency_ms:g} ms; a
+# request that finds more waiting is UNAVAILABLE.
 num_batch_threads {{ value: {cores} }}
 max_enqueued_batches {{ value: {enqueued} }}
 # Padding to the next of these adds at most {args.padding:.0%} to a call, {np.mean(added):.0%} on \

@@ -1,13 +1,11 @@
-"""The distribution: light, apart from pwiser_tf, at peace with TensorFlow; and deploy/."""
+"""The distribution: light, apart from pwiser_tf, at peace with TensorFlow."""
 
 import ast
-import inspect
 import pathlib
 import subprocess
 import sys
 
 import pytest
-from pwiser_serving import Scorer
 
 SERVING = pathlib.Path(__file__).resolve().parents[1]
 
@@ -112,118 +110,3 @@ def test_neither_distribution_imports_the_other():
     library = SERVING.parent / "pwiser_tf"
     if library.is_dir():
         assert "pwiser_serving" not in _imports(library) | _imports(SERVING.parent / "tools")
-
-
-def _server_config(name):
-    pytest.importorskip("tensorflow_serving")
-    from google.protobuf import text_format
-    from tensorflow_serving.config import model_server_config_pb2
-
-    text = (SERVING / "deploy" / name).read_text()
-    return text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
-
-
-def test_models_config():
-    models = _server_config("models.config").model_config_list.config
-    assert [model.model_platform for model in models] == ["tensorflow"] * len(models)
-    for model in models:
-        assert model.base_path == f"/models/{model.name}"
-
-
-def _session_config_messages():
-    """The two messages that tensorflow-serving-api leaves out, from deploy's description."""
-    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
-
-    kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(
-        name="deploy_test.proto",
-        package="deploy_test",
-        syntax="proto3",
-        dependency=[wrappers_pb2.DESCRIPTOR.name],
-    )
-
-    def message(name, **fields):
-        added = file.message_type.add(name=name)
-        for number, (field, kind) in enumerate(fields.items(), 1):
-            entry = added.field.add(name=field, number=number, label=kinds.LABEL_OPTIONAL)
-            if isinstance(kind, str):
-                entry.type, entry.type_name = kinds.TYPE_MESSAGE, kind
-            else:
-                entry.type = kind
-            if field == "allowed_batch_sizes":
-                entry.label = kinds.LABEL_REPEATED
-
-    integer = ".google.protobuf.Int64Value"
-    message(
-        "Batching",
-        max_batch_size=integer,
-        batch_timeout_micros=integer,
-        max_enqueued_batches=integer,
-        num_batch_threads=integer,
-        allowed_batch_sizes=kinds.TYPE_INT64,
-        pad_variable_length_inputs=kinds.TYPE_BOOL,
-    )
-    message("Prometheus", enable=kinds.TYPE_BOOL, path=kinds.TYPE_STRING)
-    message("Monitoring", prometheus_config=".deploy_test.Prometheus")
-    text, flag = kinds.TYPE_STRING, kinds.TYPE_BOOL
-    message("Ssl", server_key=text, server_cert=text, custom_ca=text, client_verify=flag)
-    pool = descriptor_pool.DescriptorPool()
-    pool.AddSerializedFile(wrappers_pb2.DESCRIPTOR.serialized_pb)
-    pool.Add(file)
-    return {
-        name: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"deploy_test.{name}"))
-        for name in ("Batching", "Monitoring", "Ssl")
-    }
-
-
-def _parsed(name, kind):
-    from google.protobuf import text_format
-
-    text = (SERVING / "deploy" / name).read_text()
-    return text_format.Parse(text, _session_config_messages()[kind]())
-
-
-def test_batching_config():
-    config = _parsed("batching.config", "Batching")
-    sizes = list(config.allowed_batch_sizes)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == config.max_batch_size.value
-    assert config.num_batch_threads.value >= 1
-    # What the client sends in one request must be allowed in one batch.
-    default = inspect.signature(Scorer).parameters["rows_per_request"].default
-    assert default <= config.max_batch_size.value
-
-
-def test_monitoring_and_ssl_config():
-    monitoring = _parsed("monitoring.config", "Monitoring").prometheus_config
-    assert monitoring.enable
-    assert monitoring.path == "/monitoring/prometheus/metrics"
-    ssl = _parsed("ssl.config", "Ssl")
-    assert "PRIVATE KEY" in ssl.server_key
-    assert "CERTIFICATE" in ssl.server_cert
-    assert not ssl.client_verify
-
-
-def test_compose_and_kubernetes_name_files_that_are_there():
-    yaml = pytest.importorskip("yaml")
-    compose = yaml.safe_load((SERVING / "deploy/docker-compose.yaml").read_text())
-    service = compose["services"]["serving"]
-    # [flag=value] of the server's command line
-    flags = dict(argument.removeprefix("--").split("=", 1) for argument in service["command"])
-    mounts = {volume.split(":")[1]: volume.split(":")[0] for volume in service["volumes"]}
-    for flag, value in flags.items():
-        if flag.endswith("_file"):
-            assert mounts["/config"] == "."
-            assert (SERVING / "deploy" / pathlib.Path(value).relative_to("/config")).is_file()
-    documents = list(yaml.safe_load_all((SERVING / "deploy/kubernetes.yaml").read_text()))
-    kinds = {document["kind"]: document for document in documents}
-    assert {"ConfigMap", "Deployment", "Service"} <= set(kinds)
-    container = kinds["Deployment"]["spec"]["template"]["spec"]["containers"][0]
-    assert container["image"] == service["image"]
-    # The cluster's copies of the files are these files.
-    for name, text in kinds["ConfigMap"]["data"].items():
-        assert text == (SERVING / "deploy" / name).read_text()
-    named = {argument.split("=", 1)[0] for argument in container["args"]}
-    assert named == {f"--{flag}" for flag in flags}
-    ports = {port["containerPort"] for port in container["ports"]}
-    assert ports == {int(flags["port"]), int(flags["rest_api_port"])}
