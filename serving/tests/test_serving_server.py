@@ -580,7 +580,7 @@ def _run(*flags, seconds=60):
 
 def test_a_wrong_flag_is_one_line(tmp_path):
     for flags, told in (
-        ([], "--model_base_path"),
+        ([], "expected --model_base_path or --model_config_file"),
         (["--model_base_path", str(tmp_path / "none")], "is not a folder"),
         (["--model_base_path", str(tmp_path), "--port=70000"], "found 70000, expected 0 to 65535"),
         (["--model_base_path", str(tmp_path), "--port=x"], "invalid int value: 'x'"),

@@ -10,6 +10,16 @@ except (OSError, AttributeError):
     _trim = None
 
 
+def settle() -> None:
+    """Takes all that is there now out of the collector's sight, to be called when all is imported.
+
+    TensorFlow's modules are 400,000 objects. A collection that walks through them takes 150 ms, in
+    which no request is answered; without them it takes 2.
+    """
+    gc.collect()
+    gc.freeze()
+
+
 def give_back() -> None:
     """Frees what only a collection finds, and returns the allocator's free pages.
 

@@ -172,7 +172,12 @@ class Models:
             version that loads: it stays configured, and is served as soon as it has one.
         """
         new = self.configure(config)
-        futures.wait([self._pool.submit(_look, model) for model in self.all()])
+        with self._configuring:
+            # A look that is under way may have begun before the change.
+            looks = self._looks = {
+                model: self._pool.submit(_look, model) for model in self._models.values()
+            }
+        futures.wait(looks.values())
         missing = [model for model in self.missing() if model.name in new]
         if missing:
             raise unknown(
@@ -237,7 +242,11 @@ def _look(model: Versions) -> None:
         model.poll()
     except Exception:
         # The next look may go well; the thread must be there for it.
-        _log.exception("%s: a fault of the server", model.name)
+        _log.exception(
+            "%s: looking for versions failed in a way that was not foreseen",
+            model.name,
+            extra={"event": "fault", "model": model.name},
+        )
 
 
 def _problem(model: Versions) -> str:

@@ -1,26 +1,30 @@
 """The gRPC services: a request's checks and its answer, in TensorFlow Serving's own messages.
 
-PredictionService/Predict, PredictionService/GetModelMetadata and ModelService/GetModelStatus.
-Codes, messages and the order of checks are those of tensorflow/serving.
+PredictionService, ModelService and, where it is asked for, the standard health service. Codes,
+messages and the order of checks are those of tensorflow/serving.
 """
 
 import dataclasses
 import logging
-import os
+import threading
+import time
 from collections.abc import Callable
 from concurrent import futures
 
 import grpc
 from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
+    model_management_pb2,
     model_pb2,
     predict_pb2,
 )
 
 from pwiser_serving import tensors
 from pwiser_serving.server.models import Models
+from pwiser_serving.server.monitoring import Monitoring
 from pwiser_serving.server.saved_model import DEFAULT_SIGNATURE
 from pwiser_serving.server.status import Status, internal, invalid_argument
 
@@ -28,6 +32,8 @@ _log = logging.getLogger("pwiser_serving")
 
 # The one metadata field there is.
 SIGNATURE_FIELD = "signature_def"
+# Requests that are held at a time, running or waiting for a thread; one more is refused.
+_MAX_REQUESTS = 512
 
 
 class Service:
@@ -36,25 +42,31 @@ class Service:
     Args:
       models: what is in service. Their servables have `signatures` and `predict`, as
         saved_model.SavedModel.
+      monitoring: counts the requests.
       as_content: numbers in answers as raw bytes instead of one by one.
     """
 
-    def __init__(self, models: Models, *, as_content: bool = False):
+    def __init__(self, models: Models, monitoring: Monitoring, *, as_content: bool = False):
         self._models = models
+        self._monitoring = monitoring
         self._as_content = as_content
 
     def predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
-        spec = _model_spec(request)
-        signature = spec.signature_name or DEFAULT_SIGNATURE
-        with self._use(spec) as (version, model):
-            outputs = model.predict(signature, request.inputs, request.output_filter)
-        response = predict_pb2.PredictResponse()
-        for name, array in outputs.items():
-            tensors.fill(response.outputs[name], array, as_content=self._as_content)
-        response.model_spec.name = spec.name
-        response.model_spec.version.value = version
-        response.model_spec.signature_name = signature
-        return response
+        name = request.model_spec.name
+        with self._monitoring.request(name, "Predict", "GRPC"):
+            spec = _model_spec(request)
+            signature = spec.signature_name or DEFAULT_SIGNATURE
+            with self._use(spec) as (version, model):
+                start = time.perf_counter()
+                outputs = model.predict(signature, request.inputs, request.output_filter)
+                self._monitoring.runtime(name, "Predict", time.perf_counter() - start)
+            response = predict_pb2.PredictResponse()
+            for alias, array in outputs.items():
+                tensors.fill(response.outputs[alias], array, as_content=self._as_content)
+            response.model_spec.name = name
+            response.model_spec.version.value = version
+            response.model_spec.signature_name = signature
+            return response
 
     def get_model_metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest
@@ -84,6 +96,19 @@ class Service:
             model_version_status=self._models.statuses(spec.name, version)
         )
 
+    def handle_reload_config(
+        self, request: model_management_pb2.ReloadConfigRequest
+    ) -> model_management_pb2.ReloadConfigResponse:
+        response = model_management_pb2.ReloadConfigResponse()
+        response.status.SetInParent()
+        try:
+            self._models.reload(request.config)
+        except Status as status:
+            _log.error("the new configuration: %s", status.message, extra={"event": "reload"})
+            raise
+        _log.info("a new configuration is in force", extra={"event": "reload"})
+        return response
+
     def _use(self, spec: model_pb2.ModelSpec):
         """The version that a request asks for, as Models.use gives it."""
         return self._models.use(
@@ -99,11 +124,17 @@ def _model_spec(request) -> model_pb2.ModelSpec:
     return request.model_spec
 
 
-def grpc_server(service: Service, *, max_message_bytes: int) -> grpc.Server:
-    """A server with the service's methods, not yet bound to a port nor started."""
+def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> grpc.Server:
+    """A server with the service's methods, not yet bound to a port nor started.
+
+    Args:
+      max_message_bytes: the largest request accepted.
+      threads: how many requests run at a time.
+    """
     server = grpc.server(
         # The work is done by TensorFlow's own threads, outside Python's lock.
-        futures.ThreadPoolExecutor(4 * (os.cpu_count() or 1)),
+        futures.ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
+        maximum_concurrent_rpcs=_MAX_REQUESTS,
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
@@ -111,33 +142,81 @@ def grpc_server(service: Service, *, max_message_bytes: int) -> grpc.Server:
             ("grpc.so_reuseport", 0),
         ],
     )
-    prediction, model = "tensorflow.serving.PredictionService", "tensorflow.serving.ModelService"
-    for service_name, method in (
-        (prediction, _Method("Predict", predict_pb2.PredictRequest, service.predict)),
-        (
-            prediction,
+    methods = {
+        "tensorflow.serving.PredictionService": (
+            _Method("Predict", predict_pb2.PredictRequest, service.predict),
             _Method(
                 "GetModelMetadata",
                 get_model_metadata_pb2.GetModelMetadataRequest,
                 service.get_model_metadata,
             ),
         ),
-        (
-            model,
+        "tensorflow.serving.ModelService": (
             _Method(
                 "GetModelStatus",
                 get_model_status_pb2.GetModelStatusRequest,
                 service.get_model_status,
             ),
+            _Method(
+                "HandleReloadConfigRequest",
+                model_management_pb2.ReloadConfigRequest,
+                service.handle_reload_config,
+            ),
         ),
-    ):
-        handler = grpc.unary_unary_rpc_method_handler(
-            _handler(method), response_serializer=lambda response: response.SerializeToString()
-        )
-        server.add_generic_rpc_handlers(
-            [grpc.method_handlers_generic_handler(service_name, {method.name: handler})]
-        )
+    }
+    server.add_generic_rpc_handlers(
+        [
+            grpc.method_handlers_generic_handler(
+                service_name,
+                {
+                    method.name: grpc.unary_unary_rpc_method_handler(
+                        _handler(method),
+                        response_serializer=lambda response: response.SerializeToString(),
+                    )
+                    for method in members
+                },
+            )
+            for service_name, members in methods.items()
+        ]
+    )
     return server
+
+
+class Health(health.HealthServicer):
+    """The standard health service, which knows the names that TF Serving gives it.
+
+    Args:
+      server: what it is added to, before that is started.
+    """
+
+    def __init__(self, server: grpc.Server):
+        super().__init__()
+        self._watchers: set[Callable] = set()
+        self._watchers_lock = threading.Lock()
+        for name in ("ModelService", "PredictionService"):
+            self.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(self, server)
+
+    def Watch(self, request, context, send_response_callback=None):
+        with self._watchers_lock:
+            self._watchers.add(send_response_callback)
+        context.add_callback(lambda: self._forget(send_response_callback))
+        return super().Watch(request, context, send_response_callback)
+
+    def end(self) -> None:
+        """Tells all who ask or watch that nothing is served any more, and ends the watching.
+
+        A server waits for the calls that are open, and a watching call has no end of its own.
+        """
+        self.enter_graceful_shutdown()
+        with self._watchers_lock:
+            watchers = list(self._watchers)
+        for send in watchers:
+            send(None)
+
+    def _forget(self, send: Callable) -> None:
+        with self._watchers_lock:
+            self._watchers.discard(send)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +240,9 @@ def _handler(method: _Method):
         except Status as raised:
             status = raised
         except Exception as error:
-            _log.exception("%s failed", method.name)
+            _log.exception(
+                "%s failed", method.name, extra={"event": "fault", "method": method.name}
+            )
             status = internal(error)
         context.abort(status.code, status.message)
 

@@ -209,7 +209,12 @@ class Versions:
         except Exception as error:
             status = error
             if not isinstance(error, Status):
-                _log.exception("%s version %d: a fault of the server", self.name, version)
+                _log.exception(
+                    "%s version %d: loading failed in a way that was not foreseen",
+                    self.name,
+                    version,
+                    extra=self._about(version, "fault"),
+                )
                 status = internal(error)
             self._failures[version] = _Failure(files, failure.count + 1, time.monotonic())
             self._note(version, State.END, status)
