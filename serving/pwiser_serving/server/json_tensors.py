@@ -1,0 +1,608 @@
+"""JSON to arrays and back, as TensorFlow Serving's REST API defines it.
+
+What is accepted, the messages, the digits of numbers and the layout of answers are those of
+tensorflow/serving (util/json_tensor.cc). It differs in four points: after `JSON Parse error:` come
+the words of Python's parser, a key that occurs twice in an object is refused, a document may not
+be nested deeper than Python's parser goes, and a number too big for a double is an infinity.
+"""
+
+import base64
+import binascii
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import grpc
+import numpy as np
+from tensorflow.core.example import example_pb2, feature_pb2
+from tensorflow_serving.apis import classification_pb2, input_pb2, regression_pb2
+
+from pwiser_serving import tensors
+from pwiser_serving.protos import tensor_pb2
+from pwiser_serving.server.status import Status, invalid_argument
+
+# A value quoted in a message is cut after so many characters.
+_QUOTED = 256
+# An input that holds bytes rather than text, and says so by its name.
+_BYTES_SUFFIX = "_bytes"
+# The dimensions that every NumPy takes.
+_MAX_RANK = 32
+
+_WIDE = (-(2**31), 2**31 - 1)
+# The whole numbers that JSON may give for a data type. TF Serving reads the small types as 32 bits
+# and keeps the lower ones.
+_BOUNDS = {
+    tensor_pb2.DT_INT8: _WIDE,
+    tensor_pb2.DT_INT16: _WIDE,
+    tensor_pb2.DT_INT32: _WIDE,
+    tensor_pb2.DT_UINT8: _WIDE,
+    tensor_pb2.DT_INT64: (-(2**63), 2**63 - 1),
+    tensor_pb2.DT_UINT32: (0, 2**32 - 1),
+    tensor_pb2.DT_UINT64: (0, 2**64 - 1),
+}
+_FLOATS = {tensor_pb2.DT_FLOAT, tensor_pb2.DT_DOUBLE}
+_KNOWN = {*_BOUNDS, *_FLOATS, tensor_pb2.DT_BOOL, tensor_pb2.DT_STRING}
+
+
+# ---- requests
+
+
+def parse(body: bytes) -> dict:
+    """A request's body, which must be a JSON object. What follows it is ignored.
+
+    Bytes that are no UTF-8 are kept, as surrogate escapes.
+
+    Raises:
+      Status: INVALID_ARGUMENT.
+    """
+    text = body.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
+    start = len(text) - len(text.lstrip(" \t\r\n"))
+    if start == len(text):
+        raise invalid_argument("JSON Parse error: The document is empty")
+    try:
+        document, _ = _DECODER.raw_decode(text, start)
+    except json.JSONDecodeError as error:
+        raise invalid_argument(f"JSON Parse error: {error.msg} at offset: {error.pos}") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError:
+        # Python converts no integer of more than 4300 digits.
+        raise invalid_argument("JSON Parse error: Number too big to be stored in double.") from None
+    if type(document) is not dict:
+        raise _format_error(document, "Is not object")
+    return document
+
+
+def signature_name(document: dict) -> str:
+    """The signature that a request names, "" where it names none."""
+    name = document.get("signature_name", "")
+    if type(name) is not str:
+        raise _format_error(
+            document, "not formatted correctly. 'signature_name' key must be a string value."
+        )
+    # A name that is no text is no signature's either.
+    return name.encode("utf-8", "replace").decode()
+
+
+def inputs(document: dict, data_types: Mapping[str, int]) -> tuple[dict[str, np.ndarray], bool]:
+    """The arrays of a Predict request.
+
+    Args:
+      document: what `parse` gave; data_types: of the signature's inputs, by name.
+
+    Returns:
+      The arrays by name, and whether the request is in the row format ("instances").
+
+    Raises:
+      Status: INVALID_ARGUMENT, UNIMPLEMENTED for a data type that JSON cannot give.
+    """
+    if not data_types:
+        name = signature_name(document) or "DEFAULT"
+        raise invalid_argument(f"Failed to get input map for signature: {name}")
+    try:
+        if "instances" in document:
+            if "inputs" in document:
+                raise _format_error(
+                    document,
+                    "Not formatted correctly expecting only one of 'inputs' or 'instances' keys "
+                    "to exist ",
+                )
+            return _rows(document, data_types), True
+        if "inputs" in document:
+            return _columns(document["inputs"], data_types), False
+    except RecursionError:
+        raise _too_deep() from None
+    raise invalid_argument("Missing 'inputs' or 'instances' key")
+
+
+def examples(document: dict) -> input_pb2.Input:
+    """The Examples of a Classify or Regress request, with their context where it has one.
+
+    Raises:
+      Status: INVALID_ARGUMENT.
+    """
+    result = input_pb2.Input()
+    listed = result.example_list
+    if "context" in document:
+        listed = result.example_list_with_context
+        _fill_example(document["context"], listed.context)
+        # An empty context is one too.
+        listed.context.SetInParent()
+    # TF Serving says classify for both.
+    if "examples" not in document:
+        raise _format_error(
+            document, "When method is classify, key 'examples' is expected and was not found"
+        )
+    rows = document["examples"]
+    if type(rows) is not list:
+        raise _format_error(document, "Expecting 'examples' value to be an list/array")
+    if not rows:
+        raise _format_error(document, "'examples' value is an empty array")
+    for row in rows:
+        _fill_example(row, listed.examples.add())
+    return result
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise invalid_argument("JSON Parse error: a key occurs twice in an object")
+    return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _too_deep() -> Status:
+    return invalid_argument("JSON Parse error: The document is nested too deeply")
+
+
+def _rows(document: dict, data_types: Mapping[str, int]) -> dict[str, np.ndarray]:
+    rows = document["instances"]
+    if type(rows) is not list:
+        raise _format_error(document, "Expecting 'instances' to be an list/array")
+    if not rows:
+        raise _format_error(document, "No values in 'instances' array")
+    if type(rows[0]) is not dict and len(data_types) > 1:
+        raise invalid_argument(
+            "instances is a plain list, but expecting list of objects as multiple input tensors "
+            "required as per tensorinfo_map"
+        )
+    named = _is_object(rows[0])
+    columns = {min(data_types): rows}
+    if named:
+        if not all(type(row) is dict and row.keys() == data_types.keys() for row in rows):
+            raise _wrong_rows(rows, named, data_types)
+        columns = {name: [row[name] for row in rows] for name in data_types}
+    arrays = {name: _array(column, data_types[name]) for name, column in columns.items()}
+    if any(array is None for array in arrays.values()):
+        raise _wrong_rows(rows, named, data_types)
+    return arrays
+
+
+def _columns(value: object, data_types: Mapping[str, int]) -> dict[str, np.ndarray]:
+    if _is_object(value):
+        columns = {}
+        for name in data_types:
+            if name not in value:
+                raise invalid_argument(f"Missing named input: {name} in 'inputs' object.")
+            columns[name] = value[name]
+    elif len(data_types) > 1:
+        raise invalid_argument(
+            "inputs is a plain value/list, but expecting an object as multiple input tensors "
+            "required as per tensorinfo_map"
+        )
+    else:
+        columns = {min(data_types): value}
+    arrays = {}
+    for name, column in columns.items():
+        arrays[name] = _array(column, data_types[name])
+        if arrays[name] is None:
+            _check(column, 0, _shape(column), data_types[name])
+            raise invalid_argument(f"tensor parsing error: {name}")
+    return arrays
+
+
+def _shape(value: object) -> list[int]:
+    """The shape of nested lists, as their first elements tell it."""
+    shape = []
+    while type(value) is list:
+        shape.append(len(value))
+        if not value:
+            break
+        value = value[0]
+    return shape
+
+
+def _array(value: object, data_type: int) -> np.ndarray | None:
+    """Nested lists as an array, or None where anything is wrong with them: `_check` says what."""
+    shape = _shape(value)
+    if data_type not in _KNOWN or len(shape) > _MAX_RANK:
+        return None
+    leaves = [value]
+    for size in shape:
+        if not all(type(items) is list and len(items) == size for items in leaves):
+            return None
+        leaves = list(itertools.chain.from_iterable(leaves))
+    # A boolean is no number here, though it is one to Python.
+    kinds = set(map(type, leaves))
+    if data_type in _FLOATS and kinds <= {int, float}:
+        try:
+            array = np.array(leaves, np.float64)
+        except OverflowError:
+            array = np.array([_float(leaf) for leaf in leaves], np.float64)
+        # What is too big for a float is an infinity.
+        with np.errstate(over="ignore"):
+            array = array.astype(tensors.numpy_type(data_type))
+    elif data_type in _BOUNDS and kinds <= {int}:
+        low, high = _BOUNDS[data_type]
+        if leaves and not low <= min(leaves) <= max(leaves) <= high:
+            return None
+        wide = np.uint64 if high > 2**63 else np.int64
+        array = np.array(leaves, wide).astype(tensors.numpy_type(data_type))
+    elif data_type == tensor_pb2.DT_BOOL and kinds <= {bool}:
+        array = np.array(leaves, bool)
+    elif data_type == tensor_pb2.DT_STRING and kinds <= {str, dict}:
+        try:
+            array = np.fromiter(map(_bytes, leaves), object, len(leaves))
+        except Status:
+            return None
+    else:
+        return None
+    return array.reshape(shape)
+
+
+def _float(number: int | float) -> float:
+    try:
+        return float(number)
+    except OverflowError:
+        return float("inf") if number > 0 else float("-inf")
+
+
+def _bytes(value: str | dict) -> bytes:
+    """A string's bytes; an object must be {"b64": ...}."""
+    if type(value) is dict:
+        return _decode_base64(value)
+    try:
+        return value.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise invalid_argument(
+            "JSON Parse error: The surrogate pair in string is invalid."
+        ) from None
+
+
+def _is_base64(value: object) -> bool:
+    return type(value) is dict and value.keys() == {"b64"} and type(value["b64"]) is str
+
+
+def _is_object(value: object) -> bool:
+    """Whether a value is an object, and not bytes in the form of one."""
+    return type(value) is dict and not _is_base64(value)
+
+
+def _decode_base64(value: dict) -> bytes:
+    if not _is_base64(value):
+        raise _format_error(value, "not formatted correctly for base64 data")
+    text = "".join(value["b64"].split())
+    bare = text.rstrip("=")
+    padding = -len(bare) % 4 * "="
+    try:
+        if text not in (bare, bare + padding):
+            raise ValueError
+        return base64.b64decode(bare + padding, validate=True)
+    except (binascii.Error, ValueError):
+        raise invalid_argument("Unable to base64 decode") from None
+
+
+# What follows says what is wrong, in TF Serving's order. It is slow, and asked only then.
+
+
+def _wrong_rows(rows: list, named: bool, data_types: Mapping[str, int]) -> Status:
+    """What is wrong with the first row that is not as it should be."""
+    shapes: dict[str, list[int]] = {}
+    for number, row in enumerate(rows):
+        if named and not _is_object(row):
+            return invalid_argument(f"Expecting object but got list at item {number} of input list")
+        if not named and _is_object(row):
+            return invalid_argument(
+                f"Expecting value/list but got object at item {number} of input list"
+            )
+        for name, value in row.items() if named else [(min(data_types), row)]:
+            try:
+                _check_item(name, value, shapes, data_types)
+            except Status as status:
+                key = f" key: {name}" if named else ""
+                return invalid_argument(
+                    f"Failed to process element: {number}{key} of 'instances' list. "
+                    f"Error: {status.code.name}: {status.message}"
+                )
+        if named and row.keys() != data_types.keys():
+            return invalid_argument(
+                f"Failed to process element: {number} of 'instances' list. "
+                f"JSON object: {_quote(row)} keys must be equal to: {','.join(sorted(data_types))}"
+            )
+    return invalid_argument(f"tensor parsing error: {','.join(sorted(data_types))}")
+
+
+def _check_item(
+    name: str, value: object, shapes: dict[str, list[int]], data_types: Mapping[str, int]
+) -> None:
+    """Raises Status for what is wrong with one row's value of one input.
+
+    `shapes` holds the first row's, and is filled by it.
+    """
+    if name not in data_types:
+        raise invalid_argument(f"JSON object: does not have named input: {name}")
+    shape = _shape(value)
+    _check(value, 0, shape, data_types[name])
+    first = shapes.setdefault(name, shape)
+    if math.prod(first) != math.prod(shape):
+        raise invalid_argument(
+            f"Expecting tensor size: {math.prod(first)} but got: {math.prod(shape)}"
+        )
+    if first != shape:
+        raise invalid_argument(f"Expecting shape {_joined(first)} but got: {_joined(shape)}")
+
+
+def _check(value: object, level: int, shape: list[int], data_type: int) -> None:
+    """Raises Status for the first value that does not fit its place or the data type."""
+    if type(value) is not list:
+        if level != len(shape):
+            raise invalid_argument(
+                f"JSON Value: {_quote(value)} found at incorrect level: {level + 1} in the JSON "
+                f"DOM. Expected at level: {len(shape)}"
+            )
+        _check_leaf(value, data_type)
+        return
+    if level >= len(shape):
+        raise invalid_argument(
+            f"Encountered list at unexpected level: {level} expected < {len(shape)}"
+        )
+    if len(value) != shape[level]:
+        raise invalid_argument(
+            f"Encountered list at unexpected size: {len(value)} at level: {level} "
+            f"expected size: {shape[level]}"
+        )
+    for item in value:
+        _check(item, level + 1, shape, data_type)
+
+
+def _check_leaf(value: object, data_type: int) -> None:
+    if type(value) is dict and data_type == tensor_pb2.DT_STRING:
+        _decode_base64(value)
+        return
+    name = tensors.data_type_name(data_type)
+    if type(value) is not dict and data_type not in _KNOWN:
+        raise Status(
+            grpc.StatusCode.UNIMPLEMENTED,
+            f"Conversion of JSON Value: {_quote(value)} to type: {name}",
+        )
+    if type(value) is str and data_type == tensor_pb2.DT_STRING:
+        _bytes(value)
+    elif _array(value, data_type) is None:
+        raise invalid_argument(
+            f"JSON Value: {_quote(value)} Type: {_type_name(value)} is not of expected type: {name}"
+        )
+
+
+def _format_error(value: object, message: str) -> Status:
+    return invalid_argument(f"JSON Value: {_quote(value)} {message}")
+
+
+def _type_name(value: object) -> str:
+    if value is None or type(value) is bool:
+        return {None: "Null", True: "True", False: "False"}[value]
+    return {dict: "Object", list: "Array", str: "String"}.get(type(value), "Number")
+
+
+def _joined(shape: list[int]) -> str:
+    return f"[{','.join(map(str, shape))}]"
+
+
+def _quote(value: object) -> str:
+    """A value's JSON for a message, cut where it is long."""
+    text = ""
+    for piece in _pieces(value, 0):
+        if len(text) >= _QUOTED:
+            break
+        text += piece
+    return text
+
+
+def _pieces(value: object, depth: int, before: str = "") -> Iterator[str]:
+    line = "\n" + "    " * depth
+    if type(value) is dict and value:
+        yield before + "{"
+        for number, (key, item) in enumerate(value.items()):
+            yield ("," if number else "") + line + "    " + _dump(key)
+            yield from _pieces(item, depth + 1, ": ")
+        yield line + "}"
+    elif type(value) is list and value:
+        yield before + "["
+        for number, item in enumerate(value):
+            yield from _pieces(item, depth + 1, ", " if number else "")
+        yield "]"
+    else:
+        yield before + _dump(value)
+
+
+# ---- Examples
+
+
+def _fill_example(row: object, example: example_pb2.Example) -> None:
+    if type(row) is not dict:
+        raise invalid_argument(f"Example must be JSON object but got JSON {_type_name(row)}")
+    for name, values in row.items():
+        text = _bytes(name).decode("utf-8", "replace")
+        feature = example.features.feature[text]
+        for value in values if type(values) is list else [values]:
+            _add_value(value, text, feature)
+
+
+def _add_value(value: object, name: str, feature: feature_pb2.Feature) -> None:
+    if value is None or type(value) is list or _is_object(value):
+        raise invalid_argument(
+            f"Feature: {name} has element with unexpected JSON type: {_type_name(value)}"
+        )
+    if type(value) is int and not -(2**63) <= value < 2**64:
+        value = _float(value)
+    kind = {bool: "int64_list", int: "int64_list", float: "float_list"}.get(
+        type(value), "bytes_list"
+    )
+    found = feature.WhichOneof("kind")
+    if found not in (None, kind):
+        expected = found.removesuffix("_list")
+        raise invalid_argument(
+            f"Unexpected element type in feature: {name} expecting type: {expected}"
+        )
+    if kind == "int64_list" and value >= 2**63:
+        raise invalid_argument(f"Feature: {name} has uint64_t element. Only int64_t is supported.")
+    if kind == "bytes_list":
+        value = _bytes(value)
+    elif type(value) is bool:
+        value = int(value)
+    getattr(feature, kind).value.append(value)
+
+
+# ---- answers
+
+
+def predictions(arrays: Mapping[str, np.ndarray], *, row: bool) -> bytes:
+    """The answer to a Predict request.
+
+    Args:
+      arrays: the outputs by name; row: whether the request was in the row format.
+
+    Raises:
+      Status: INVALID_ARGUMENT for outputs that this format cannot hold.
+    """
+    if not arrays:
+        raise invalid_argument("Cannot convert empty tensor map to JSON")
+    return _encode(_row_answer(arrays) if row else _column_answer(arrays))
+
+
+def classifications(result: classification_pb2.ClassificationResult) -> bytes:
+    """The answer to a Classify request."""
+    if not result.classifications:
+        raise invalid_argument("Cannot convert empty ClassificationResults to JSON")
+    rows = []
+    for row in result.classifications:
+        scores = _decimals(np.array([one.score for one in row.classes], np.float32))
+        pairs = zip(row.classes, scores, strict=True)
+        rows.append("[" + ", ".join(f"[{_dump(one.label)}, {score}]" for one, score in pairs) + "]")
+    return _encode('{\n    "results": [' + ", ".join(rows) + "\n    ]\n}")
+
+
+def regressions(result: regression_pb2.RegressionResult) -> bytes:
+    """The answer to a Regress request."""
+    if not result.regressions:
+        raise invalid_argument("Cannot convert empty RegressionResults to JSON")
+    values = _decimals(np.array([one.value for one in result.regressions], np.float32))
+    return _encode('{\n    "results": [' + ", ".join(values) + "]\n}")
+
+
+def error(message: str) -> bytes:
+    """The answer to a request that failed: always valid UTF-8, whatever it quotes."""
+    return f'{{\n    "error": {_dump(message)}\n}}'.encode("utf-8", "replace")
+
+
+def _row_answer(arrays: Mapping[str, np.ndarray]) -> str:
+    size = None
+    for name, array in arrays.items():
+        if not array.ndim:
+            raise invalid_argument(f"Tensor name: {name} has no shape information ")
+        if size not in (None, len(array)):
+            raise invalid_argument(
+                f"Tensor name: {name} has inconsistent batch size: {len(array)} expecting: {size}"
+            )
+        size = len(array)
+    columns = [_nest(_texts(name, array), array.shape, 1) for name, array in arrays.items()]
+    if len(columns) == 1:
+        return (
+            '{\n    "predictions": [' + ", ".join(columns[0]) + ("\n    ]\n}" if size else "]\n}")
+        )
+    keys = [_dump(name).replace("%", "%%") + ": %s" for name in arrays]
+    row = "\n        {\n            " + ",\n            ".join(keys) + "\n        }"
+    rows = ",".join(row % values for values in zip(*columns, strict=True))
+    return '{\n    "predictions": [' + rows + ("\n    ]\n}" if size else "]\n}")
+
+
+def _column_answer(arrays: Mapping[str, np.ndarray]) -> str:
+    if len(arrays) == 1:
+        ((name, array),) = arrays.items()
+        (text,) = _nest(_texts(name, array), array.shape, 0, indent=1)
+        return f'{{\n    "outputs": {text}\n}}'
+    lines = []
+    for name, array in arrays.items():
+        (text,) = _nest(_texts(name, array), array.shape, 0, indent=2)
+        lines.append(f"        {_dump(name)}: {text}")
+    return '{\n    "outputs": {\n' + ",\n".join(lines) + "\n    }\n}"
+
+
+def _texts(name: str, array: np.ndarray) -> list[str]:
+    """The elements of an output as JSON, in order."""
+    data_type = tensors.data_type(array)
+    if data_type in _FLOATS:
+        return _decimals(array.ravel())
+    values = array.ravel().tolist()
+    if data_type in _BOUNDS:
+        return list(map(str, values))
+    if data_type == tensor_pb2.DT_BOOL:
+        return ["true" if value else "false" for value in values]
+    if data_type != tensor_pb2.DT_STRING:
+        raise invalid_argument(
+            "Failed to write JSON value for tensor type: " + tensors.data_type_name(data_type)
+        )
+    if name.endswith(_BYTES_SUFFIX):
+        return [f'{{"b64": "{base64.b64encode(value).decode()}"}}' for value in values]
+    return [_dump(value.decode("utf-8", "surrogateescape")) for value in values]
+
+
+def _nest(
+    texts: list[str], shape: tuple[int, ...], first: int, indent: int | None = None
+) -> list[str]:
+    """Joins an array's elements to nested lists.
+
+    Args:
+      texts: the elements; shape: the array's; first: the axis at which the outermost lists begin;
+      indent: how deep they lie, for a line an element; None for one line.
+
+    Returns:
+      The outermost lists, or the elements where the array has no such axis.
+    """
+    for axis in range(len(shape) - 1, first - 1, -1):
+        start, between, end = "[", ", ", "]"
+        if indent is not None and shape[axis]:
+            line = "\n" + "    " * (indent + axis)
+            start, between, end = f"[{line}    ", f",{line}    ", f"{line}]"
+        size = shape[axis]
+        texts = [
+            start + between.join(texts[row * size : (row + 1) * size]) + end
+            for row in range(math.prod(shape[:axis]))
+        ]
+    return texts
+
+
+def _decimals(array: np.ndarray) -> list[str]:
+    """Floats, [n], as TF Serving writes them: with six digits where that is exact, else in full."""
+    digits = 9 if array.dtype == np.float32 else 17
+    values = array.tolist()
+    # One formatting of all values is several times faster than one of each.
+    texts = ("%.6g " * len(values) % tuple(values)).split()
+    with np.errstate(over="ignore"):
+        read = np.fromiter(map(float, texts), np.float64, len(texts)).astype(array.dtype)
+    for place in np.flatnonzero(read != array).tolist():
+        texts[place] = f"{values[place]:.{digits}g}"
+    texts = [text if "." in text or "e" in text else text + ".0" for text in texts]
+    for place in np.flatnonzero(~np.isfinite(array)).tolist():
+        texts[place] = _dump(values[place])
+    return texts
+
+
+def _encode(text: str) -> bytes:
+    # Strings that are no UTF-8 leave as the bytes that the model gave.
+    return text.encode("utf-8", "surrogateescape")
+
+
+_dump: Callable[[object], str] = json.JSONEncoder(ensure_ascii=False).encode

@@ -1,0 +1,326 @@
+"""REST: TensorFlow Serving's HTTP API, as a WSGI application and the server that runs it.
+
+Paths, methods, codes and messages are those of tensorflow/serving (http_rest_api_handler.cc,
+http_rest_api_util.cc, http_server.cc). Where it closes a request without a word, this one says in
+JSON what is wrong.
+"""
+
+import json
+import logging
+import re
+import threading
+import time
+import urllib.parse
+import zlib
+from collections.abc import Callable, Iterable
+
+import google.protobuf
+import grpc
+import waitress
+from google.protobuf import json_format
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_metadata_pb2,
+    get_model_status_pb2,
+    regression_pb2,
+)
+from waitress import wasyncore
+
+from pwiser_serving.server import json_tensors
+from pwiser_serving.server import monitoring as metrics
+from pwiser_serving.server.models import Models
+from pwiser_serving.server.saved_model import DEFAULT_SIGNATURE
+from pwiser_serving.server.service import SIGNATURE_FIELD, Service
+from pwiser_serving.server.status import Status, internal, invalid_argument
+
+_log = logging.getLogger("pwiser_serving")
+
+_NAME = r"/v1/models/(?P<name>[^/:]+)"
+_VERSION = r"(?:/versions/(?P<version>[0-9]+)|/labels/(?P<label>[^/:]+))?"
+_POST = re.compile(_NAME + _VERSION + r":(?P<verb>classify|regress|predict)", re.IGNORECASE)
+_GET = re.compile(
+    rf"/v1/models(?:/(?P<name>[^/:]+))?{_VERSION}(?:/(?P<verb>metadata))?", re.IGNORECASE
+)
+
+_HTTP = {
+    grpc.StatusCode.CANCELLED: "499 Client Closed Request",
+    grpc.StatusCode.INVALID_ARGUMENT: "400 Bad Request",
+    grpc.StatusCode.DEADLINE_EXCEEDED: "504 Gateway Timeout",
+    grpc.StatusCode.NOT_FOUND: "404 Not Found",
+    grpc.StatusCode.ALREADY_EXISTS: "409 Conflict",
+    grpc.StatusCode.PERMISSION_DENIED: "403 Forbidden",
+    grpc.StatusCode.RESOURCE_EXHAUSTED: "429 Too Many Requests",
+    grpc.StatusCode.FAILED_PRECONDITION: "400 Bad Request",
+    grpc.StatusCode.ABORTED: "409 Conflict",
+    grpc.StatusCode.OUT_OF_RANGE: "400 Bad Request",
+    grpc.StatusCode.UNIMPLEMENTED: "501 Not Implemented",
+    grpc.StatusCode.UNAVAILABLE: "503 Service Unavailable",
+    grpc.StatusCode.UNAUTHENTICATED: "401 Unauthorized",
+}
+_SERVER_ERROR = "500 Internal Server Error"
+# A body that was sent compressed may grow to this: TF Serving's bound.
+_MAX_UNCOMPRESSED = 100 * 2**20
+# The largest version number.
+_MAX_VERSION = 2**63 - 1
+
+# Connections that are open at the same time; further ones wait.
+_MAX_CONNECTIONS = 1000
+# How soon the server's thread notices that it should stop.
+_TICK_SECONDS = 0.1
+
+# A message that says so prints the fields that have their default too.
+_DEFAULTS_TOO = (
+    {"always_print_fields_with_no_presence": True}
+    if int(google.protobuf.__version__.split(".")[0]) >= 5
+    else {"including_default_value_fields": True}
+)
+
+
+def application(
+    models: Models,
+    service: Service,
+    monitoring: metrics.Monitoring,
+    *,
+    max_bytes: int,
+    monitoring_path: str | None = None,
+) -> Callable:
+    """The WSGI application.
+
+    Args:
+      models: what is in service; service: answers what needs no JSON tensors; monitoring: counts
+      the requests; max_bytes: the largest body, also where it came compressed; monitoring_path:
+      where the metrics are, None for nowhere.
+    """
+    rest = _Rest(models, service, monitoring, max_bytes)
+
+    def answer(environ: dict, start_response: Callable) -> Iterable[bytes]:
+        # As it was sent: a name may hold %2F, and TF Serving takes the query for a part of it.
+        path = re.sub("^https?://[^/]*", "", environ["REQUEST_URI"], flags=re.IGNORECASE)
+        content_type = "application/json"
+        if monitoring_path is not None and path == monitoring_path:
+            status, content_type = "200 OK", metrics.CONTENT_TYPE
+            body = monitoring.text().encode("utf-8", "replace")
+        elif path.lower().startswith("/v1/"):
+            status, body = rest.answer(environ["REQUEST_METHOD"], path, environ)
+        else:
+            status, body = "404 Not Found", json_tensors.error("Not Found")
+        if environ["REQUEST_METHOD"] == "HEAD":
+            body = b""
+        start_response(status, [("Content-Type", content_type), ("Content-Length", str(len(body)))])
+        return [body]
+
+    return answer
+
+
+class _Rest:
+    """Answers what is asked under /v1/."""
+
+    def __init__(
+        self, models: Models, service: Service, monitoring: metrics.Monitoring, max_bytes: int
+    ):
+        self._models, self._service, self._monitoring = models, service, monitoring
+        self._max_uncompressed = min(max_bytes, _MAX_UNCOMPRESSED)
+
+    def answer(self, method: str, path: str, environ: dict) -> tuple[str, bytes]:
+        """The HTTP status line and the body."""
+        pattern = {"POST": _POST, "GET": _GET}.get(method)
+        match = pattern and pattern.fullmatch(path)
+        name = _decode(match["name"]) if match else ""
+        verb = match["verb"] or "" if match else ""
+        try:
+            # TF Serving's labels: a GET has no API.
+            with self._monitoring.request(name, verb if method == "POST" else "", "REST"):
+                if not match:
+                    raise _malformed(method, path)
+                version = match["version"] and int(match["version"])
+                if version is not None and version > _MAX_VERSION:
+                    raise invalid_argument(
+                        f"Failed to convert version: {match['version']} to numeric."
+                    )
+                label = match["label"] and _decode(match["label"])
+                if method == "GET":
+                    return "200 OK", self._get(name, version, label, metadata=bool(verb))
+                # The path is compared without regard to case, the verb is not.
+                if verb not in ("predict", "classify", "regress"):
+                    raise _malformed(method, path)
+                document = json_tensors.parse(self._body(environ))
+                answer = self._predict if verb == "predict" else self._infer
+                return "200 OK", answer(verb, document, name, version, label)
+        except Status as raised:
+            status = raised
+        except Exception as error:
+            _log.exception("%s %s failed", method, path)
+            status = internal(error)
+        return _HTTP.get(status.code, _SERVER_ERROR), json_tensors.error(status.message)
+
+    def _body(self, environ: dict) -> bytes:
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        if "gzip" not in environ.get("HTTP_CONTENT_ENCODING", "").lower():
+            return body
+        unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        try:
+            body = unpacker.decompress(body, self._max_uncompressed)
+        except zlib.error:
+            raise invalid_argument("Failed to uncompress the gzipped body") from None
+        if not unpacker.eof:
+            raise invalid_argument(
+                "Failed to uncompress the gzipped body: it is cut short, or larger than "
+                f"{self._max_uncompressed} bytes"
+            )
+        return body
+
+    def _get(self, name: str, version: int | None, label: str | None, *, metadata: bool) -> bytes:
+        if not name:
+            raise invalid_argument("Missing model name in request.")
+        if not metadata:
+            request = get_model_status_pb2.GetModelStatusRequest()
+            _fill(request.model_spec, name, version, label)
+            return _status_json(self._service.get_model_status(request))
+        request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=[SIGNATURE_FIELD])
+        _fill(request.model_spec, name, version, label)
+        return _metadata_json(self._service.get_model_metadata(request))
+
+    def _predict(
+        self, verb: str, document: dict, name: str, version: int | None, label: str | None
+    ) -> bytes:
+        signature_name = json_tensors.signature_name(document)
+        with self._models.use(name, version, label) as (_, model):
+            key = signature_name or DEFAULT_SIGNATURE
+            signature = model.signatures.get(key)
+            if signature is None:
+                raise invalid_argument(
+                    f'Serving signature name: "{key}" not found in signature def'
+                )
+            data_types = {alias: info.dtype for alias, info in signature.inputs.items()}
+            arrays, row = json_tensors.inputs(document, data_types)
+            start = time.perf_counter()
+            outputs = model.predict(key, arrays)
+            self._monitoring.runtime(name, "Predict", time.perf_counter() - start)
+        return json_tensors.predictions(outputs, row=row)
+
+    def _infer(
+        self, verb: str, document: dict, name: str, version: int | None, label: str | None
+    ) -> bytes:
+        """Classify and Regress."""
+        classify = verb == "classify"
+        kind = (
+            classification_pb2.ClassificationRequest
+            if classify
+            else regression_pb2.RegressionRequest
+        )
+        request = kind()
+        _fill(request.model_spec, name, version, label)
+        request.model_spec.signature_name = json_tensors.signature_name(document)
+        request.input.CopyFrom(json_tensors.examples(document))
+        if classify:
+            return json_tensors.classifications(self._service.classify(request).result)
+        return json_tensors.regressions(self._service.regress(request).result)
+
+
+def _malformed(method: str, path: str) -> Status:
+    return invalid_argument(f"Malformed request: {method} {path}")
+
+
+def _decode(text: str | None) -> str:
+    """A part of a path, its %XX decoded."""
+    return urllib.parse.unquote(text or "", "utf-8", "replace")
+
+
+def _fill(spec, name: str, version: int | None, label: str | None) -> None:
+    spec.name = name
+    if version is not None:
+        spec.version.value = version
+    if label is not None:
+        spec.version_label = label
+
+
+def _status_json(response: get_model_status_pb2.GetModelStatusResponse) -> bytes:
+    answer = json_format.MessageToDict(response, preserving_proto_field_name=True, **_DEFAULTS_TOO)
+    return _dump(answer)
+
+
+def _metadata_json(response: get_model_metadata_pb2.GetModelMetadataResponse) -> bytes:
+    signatures = get_model_metadata_pb2.SignatureDefMap()
+    response.metadata[SIGNATURE_FIELD].Unpack(signatures)
+    spec, signature_map = (
+        json_format.MessageToDict(message, preserving_proto_field_name=True, **_DEFAULTS_TOO)
+        for message in (response.model_spec, signatures)
+    )
+    return _dump({"model_spec": spec, "metadata": {SIGNATURE_FIELD: signature_map}})
+
+
+def _dump(answer: dict) -> bytes:
+    return json.dumps(answer, indent=1, ensure_ascii=False).encode("utf-8", "replace")
+
+
+class Server:
+    """The HTTP server.
+
+    Args:
+      application: what `application` gave.
+      port: to listen on, 0 for a free one.
+      max_bytes: the largest body; a larger one is answered with 413.
+      threads: requests that are answered at the same time.
+
+    Attributes:
+      port: the one that it listens on.
+
+    Raises:
+      OSError: the port is in use, or may not be used.
+    """
+
+    def __init__(self, application: Callable, port: int, *, max_bytes: int, threads: int):
+        for name in ("waitress", "waitress.queue"):
+            # A line for each client that goes away, or request that waits a moment, is too many.
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self._sockets: dict = {}
+        self._server = waitress.create_server(
+            application,
+            map=self._sockets,
+            host="0.0.0.0",
+            port=port,
+            threads=threads,
+            # Told by nothing what runs here.
+            ident=None,
+            max_request_body_size=max_bytes,
+            connection_limit=_MAX_CONNECTIONS,
+            # select() knows no file descriptor above 1023.
+            asyncore_use_poll=True,
+        )
+        self.port = int(self._server.effective_port)
+        self._deadline: float | None = None
+        self._thread = threading.Thread(target=self._run, name="rest", daemon=True)
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread.start()
+
+    def stop(self, seconds: float) -> None:
+        """Takes no more connections, answers for so long what has come, and ends."""
+        self._deadline = time.monotonic() + seconds
+        self._server.pull_trigger()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while self._deadline is None:
+            self._turn()
+        # Closes the listening socket alone; its map still holds the connections.
+        wasyncore.dispatcher.close(self._server)
+        while time.monotonic() < self._deadline and self._close_idle():
+            self._turn()
+        self._server.task_dispatcher.shutdown(timeout=0)
+        wasyncore.close_all(self._sockets, ignore_all=True)
+
+    def _turn(self) -> None:
+        try:
+            wasyncore.loop(timeout=_TICK_SECONDS, use_poll=True, map=self._sockets, count=1)
+        except Exception:
+            # A connection that fails must not end the others.
+            _log.exception("a fault of the REST server")
+
+    def _close_idle(self) -> bool:
+        """Closes connections that owe no answer. True where others are left."""
+        for channel in list(self._server.active_channels.values()):
+            if not (channel.requests or channel.request or channel.total_outbufs_len):
+                channel.handle_close()
+        return bool(self._server.active_channels)

@@ -1,0 +1,806 @@
+"""REST: the JSON rules against a model that only looks on, HTTP itself, and the whole server.
+
+The rules are those of tensorflow/serving's util/json_tensor.cc and http_rest_api_handler.cc. Set
+REST_ADDRESS to the host:port of a real server that serves the model of serving_model.save(folder,
+0.0) as model m, version 7, to hold it to the tests of `TestServer`.
+"""
+
+import base64
+import contextlib
+import gzip
+import http.client
+import io
+import json
+import random
+import socket
+import threading
+import time
+
+import numpy as np
+import pytest
+import serving_model
+
+pytest.importorskip("tensorflow_serving.apis.predict_pb2")
+pytest.importorskip("waitress")
+
+import prometheus_client.parser
+import tensorflow as tf
+from pwiser_serving.server import json_tensors, rest
+from pwiser_serving.server.monitoring import Monitoring
+from pwiser_serving.server.service import Service
+from pwiser_serving.server.status import Status, not_found
+from tensorflow.core.example import example_pb2
+from tensorflow.core.protobuf import meta_graph_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    get_model_status_pb2,
+    regression_pb2,
+)
+
+ROWS = [("acme", 3, 0.5), ("zorg", 99, -2.0), ("", -5, 0.0), ("ünbekannt", 0, 30.25)]
+WANTED = [serving_model.expected(*row, bias=0.0) for row in ROWS]
+F, L, S = tf.float32.as_datatype_enum, tf.int64.as_datatype_enum, tf.string.as_datatype_enum
+FREE = 0
+
+
+# ---- what a request's JSON becomes
+
+
+def arrays(body: str | dict, **data_types):
+    if not isinstance(body, str):
+        body = json.dumps(body)
+    return json_tensors.inputs(json_tensors.parse(body.encode()), data_types)
+
+
+def refusal(body, **data_types) -> str:
+    with pytest.raises(Status) as raised:
+        arrays(body, **data_types)
+    assert raised.value.code.name == "INVALID_ARGUMENT"
+    return raised.value.message
+
+
+def same(found: np.ndarray, wanted, dtype) -> bool:
+    wanted = np.array(wanted, dtype)
+    return (
+        found.dtype == wanted.dtype
+        and found.shape == wanted.shape
+        and found.tolist() == wanted.tolist()
+    )
+
+
+class TestInputs:
+    def test_one_input_takes_bare_values_as_rows(self):
+        found, row = arrays({"instances": [1, 2.5, 3]}, x=F)
+        assert row
+        assert list(found) == ["x"]
+        assert same(found["x"], [1, 2.5, 3], np.float32)
+
+    def test_each_row_may_be_a_list_of_any_depth(self):
+        found, _ = arrays({"instances": [[[1, 2]], [[3, 4]], [[5, 6]]]}, x=L)
+        assert same(found["x"], [[[1, 2]], [[3, 4]], [[5, 6]]], np.int64)
+
+    def test_rows_as_objects(self):
+        body = {"instances": [{"a": [1], "b": "x"}, {"b": "ü", "a": [2]}]}
+        found, row = arrays(body, a=L, b=S)
+        assert row
+        assert same(found["a"], [[1], [2]], np.int64)
+        assert same(found["b"], [b"x", "ü".encode()], object)
+
+    def test_columns(self):
+        found, row = arrays({"inputs": {"a": [[1], [2]], "b": ["x", "y"], "extra": 1}}, a=L, b=S)
+        assert not row
+        assert list(found) == ["a", "b"]
+        assert same(found["a"], [[1], [2]], np.int64)
+
+    def test_one_column_may_come_bare_or_be_a_scalar(self):
+        assert same(arrays({"inputs": [1, 2]}, x=L)[0]["x"], [1, 2], np.int64)
+        assert same(arrays({"inputs": {"x": [1, 2]}}, x=L)[0]["x"], [1, 2], np.int64)
+        assert same(arrays({"inputs": 5}, x=L)[0]["x"], 5, np.int64)
+
+    def test_bytes(self):
+        value = {"b64": base64.b64encode(b"\xff\x00").decode()}
+        assert same(arrays({"instances": [value, "t"]}, x=S)[0]["x"], [b"\xff\x00", b"t"], object)
+        assert same(arrays({"inputs": value}, x=S)[0]["x"], b"\xff\x00", object)
+        assert same(arrays({"instances": [{"x": value}]}, x=S)[0]["x"], [b"\xff\x00"], object)
+        # Padding may be left out, but not be wrong.
+        assert same(arrays({"inputs": {"b64": "/wA"}}, x=S)[0]["x"], b"\xff\x00", object)
+        for text in ("/wA==", "/w$", "ü"):
+            assert refusal({"inputs": {"b64": text}}, x=S) == "Unable to base64 decode"
+
+    def test_bytes_that_are_no_text_pass_unchanged(self):
+        body = b'{"inputs": ["\xff\xfe", "\xc3\xbc"]}'
+        found, _ = json_tensors.inputs(json_tensors.parse(body), {"x": S})
+        assert same(found["x"], [b"\xff\xfe", b"\xc3\xbc"], object)
+
+    @pytest.mark.parametrize(
+        ("name", "value", "wanted"),
+        [
+            ("float32", 7, 7.0),
+            ("float32", 1435774380, 1435774336.0),
+            ("float32", 1.7976931348623157e308, float("inf")),
+            ("float64", 10**400, float("inf")),
+            ("float64", -(10**400), float("-inf")),
+            ("float64", 0.1, 0.1),
+            ("int64", -(2**63), -(2**63)),
+            ("int32", 2**31 - 1, 2**31 - 1),
+            # The small types keep the lower bits.
+            ("int8", 300, 44),
+            ("uint8", -1, 255),
+            ("int16", 2**16 + 5, 5),
+            ("uint32", 2**32 - 1, 2**32 - 1),
+            ("uint64", 2**64 - 1, 2**64 - 1),
+            ("bool", True, True),
+        ],
+    )
+    def test_numbers_by_data_type(self, name, value, wanted):
+        found, _ = arrays({"inputs": [value]}, x=tf.dtypes.as_dtype(name).as_datatype_enum)
+        assert same(found["x"], [wanted], name)
+
+    def test_numbers_that_are_none(self):
+        found, _ = arrays('{"inputs": [NaN, Infinity, -Infinity]}', x=F)
+        assert np.isnan(found["x"][0])
+        assert found["x"][1:].tolist() == [np.inf, -np.inf]
+
+    @pytest.mark.parametrize(
+        ("name", "value", "quoted"),
+        [
+            ("int64", "1.0", "1.0 Type: Number"),
+            ("int64", "9223372036854775808", "9223372036854775808 Type: Number"),
+            ("int32", "2147483648", "2147483648 Type: Number"),
+            ("uint8", "true", "true Type: True"),
+            ("uint32", "-1", "-1 Type: Number"),
+            ("uint64", "18446744073709551616", "18446744073709551616 Type: Number"),
+            ("float", "false", "false Type: False"),
+            ("double", '"1"', '"1" Type: String'),
+            ("bool", "0", "0 Type: Number"),
+            ("string", "null", "null Type: Null"),
+            ("string", "1", "1 Type: Number"),
+            ("float", '{"b64": "eA=="}', '{\n    "b64": "eA=="\n} Type: Object'),
+        ],
+    )
+    def test_values_of_another_type(self, name, value, quoted):
+        data_type = tf.dtypes.as_dtype(name).as_datatype_enum
+        message = f"JSON Value: {quoted} is not of expected type: {name}"
+        assert refusal(f'{{"inputs": [{value}]}}', x=data_type) == message
+        place = "Failed to process element: 0 of 'instances' list."
+        in_rows = f"{place} Error: INVALID_ARGUMENT: {message}"
+        assert refusal(f'{{"instances": [{value}]}}', x=data_type) == in_rows
+
+    def test_a_type_that_json_does_not_give(self):
+        with pytest.raises(Status) as raised:
+            arrays({"inputs": [1]}, x=tf.float16.as_datatype_enum)
+        assert raised.value.code.name == "UNIMPLEMENTED"
+        assert raised.value.message == "Conversion of JSON Value: 1 to type: half"
+
+    @pytest.mark.parametrize(
+        ("value", "message"),
+        [
+            # The first elements tell the shape.
+            ([1, [2]], "Encountered list at unexpected level: 1 expected < 1"),
+            (
+                [[1], 2],
+                "JSON Value: 2 found at incorrect level: 2 in the JSON DOM. Expected at level: 2",
+            ),
+            (
+                [[1, 2], [3]],
+                "Encountered list at unexpected size: 1 at level: 1 expected size: 2",
+            ),
+            ([[], [1]], "Encountered list at unexpected size: 1 at level: 1 expected size: 0"),
+        ],
+    )
+    def test_lists_that_are_no_tensor(self, value, message):
+        assert refusal({"inputs": value}, x=L) == message
+        assert refusal({"inputs": {"x": value}}, x=L) == message
+
+    @pytest.mark.parametrize(
+        ("rows", "place", "message"),
+        [
+            ([[1], [1, 2]], "", "Expecting tensor size: 1 but got: 2"),
+            ([[[1, 2]], [[1], [2]]], "", "Expecting shape [1,2] but got: [2,1]"),
+            ([{"x": 1}, {"y": 1}], " key: y", "JSON object: does not have named input: y"),
+        ],
+    )
+    def test_rows_that_do_not_fit_each_other(self, rows, place, message):
+        assert refusal({"instances": rows}, x=L) == (
+            f"Failed to process element: 1{place} of 'instances' list. "
+            f"Error: INVALID_ARGUMENT: {message}"
+        )
+
+    def test_a_row_that_lacks_an_input(self):
+        assert refusal({"instances": [{"x": 1, "y": 2}, {"x": 1}]}, x=L, y=L) == (
+            "Failed to process element: 1 of 'instances' list. "
+            'JSON object: {\n    "x": 1\n} keys must be equal to: x,y'
+        )
+
+    def test_rows_of_several_kinds(self):
+        assert (
+            refusal({"instances": [{"x": 1}, 2]}, x=L)
+            == "Expecting object but got list at item 1 of input list"
+        )
+        assert (
+            refusal({"instances": [1, {"x": 2}]}, x=L)
+            == "Expecting value/list but got object at item 1 of input list"
+        )
+        assert refusal({"instances": [1]}, x=L, y=L).startswith(
+            "instances is a plain list, but expecting list of objects as multiple input tensors"
+        )
+        assert refusal({"inputs": [1]}, x=L, y=L).startswith(
+            "inputs is a plain value/list, but expecting an object as multiple input tensors"
+        )
+        assert (
+            refusal({"inputs": {"x": 1}}, x=L, y=L) == "Missing named input: y in 'inputs' object."
+        )
+
+    def test_the_document(self):
+        quoted = 'JSON Value: {\n    "instances": [],\n    "n": 1\n}'
+        assert refusal({"instances": [], "n": 1}, x=L) == f"{quoted} No values in 'instances' array"
+        assert refusal({"instances": 1}, x=L).endswith(" Expecting 'instances' to be an list/array")
+        assert "expecting only one of 'inputs' or 'instances'" in refusal(
+            {"instances": [1], "inputs": [1]}, x=L
+        )
+        assert refusal({}, x=L) == "Missing 'inputs' or 'instances' key"
+        assert refusal("[1, 2]", x=L) == "JSON Value: [1, 2] Is not object"
+        assert refusal({"inputs": [1]}) == "Failed to get input map for signature: DEFAULT"
+        for body in ("", " \n"):
+            assert refusal(body, x=L) == "JSON Parse error: The document is empty"
+        assert refusal('{"inputs": tru}', x=L).endswith(" at offset: 11")
+        # What follows the document is ignored.
+        assert same(arrays('{"inputs": [1]} trailing', x=L)[0]["x"], [1], np.int64)
+        assert same(arrays('\ufeff{"inputs": [1]}', x=L)[0]["x"], [1], np.int64)
+
+    def test_a_long_value_is_cut_in_the_message(self):
+        message = refusal({"inputs": {"x": ["a"] * 100_000, "z": 1}, "instances": 1}, x=L)
+        assert len(message) < 400
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            ("[" * 100_000, "nested too deeply"),
+            ('{"inputs": ' + "[" * 100_000 + "]" * 100_000 + "}", "nested too deeply"),
+            ('{"inputs": ' + "[" * 700 + "]" * 700 + "}", "tensor parsing error: x"),
+            ('{"inputs": ' + "[" * 700 + "1, []" + "]" * 700 + "}", ""),
+            ('{"a":' * 100_000, "nested too deeply"),
+            ('{"inputs": ' + "9" * 5000 + "}", "Number too big to be stored in double."),
+            ('{"inputs": [1], "inputs": [2]}', "a key occurs twice in an object"),
+            ('{"instances": [{"x": 1, "x": 2}]}', "a key occurs twice in an object"),
+            (r'{"inputs": ["\ud800"]}', "is not of expected type"),
+            ("nul", "JSON Parse error"),
+            ('{"inputs": ["', "JSON Parse error"),
+        ],
+    )
+    def test_hostile_documents(self, body, message):
+        assert message in refusal(body, x=L)
+
+    def test_half_a_surrogate_pair_is_no_string(self):
+        assert "surrogate pair" in refusal(r'{"inputs": ["\ud800"]}', x=S)
+
+    def test_signature_name(self):
+        assert json_tensors.signature_name({"signature_name": "a"}) == "a"
+        assert json_tensors.signature_name({}) == ""
+        with pytest.raises(Status, match="'signature_name' key must be a string"):
+            json_tensors.signature_name({"signature_name": 100})
+
+
+class TestExamples:
+    def found(self, body) -> list[example_pb2.Example]:
+        return json_tensors.examples(json_tensors.parse(json.dumps(body).encode()))
+
+    def test_kinds_by_their_values(self):
+        body = {"examples": [{"f": 1.5, "i": [1, True], "s": ["a", {"b64": "/w=="}], "e": []}]}
+        (example,) = self.found(body).example_list.examples
+        feature = example.features.feature
+        assert feature["f"].float_list.value == [1.5]
+        assert feature["i"].int64_list.value == [1, 1]
+        assert feature["s"].bytes_list.value == [b"a", b"\xff"]
+        assert feature["e"].WhichOneof("kind") is None
+
+    def test_context(self):
+        found = self.found({"context": {"c": 1}, "examples": [{}, {}]}).example_list_with_context
+        assert found.context.features.feature["c"].int64_list.value == [1]
+        assert len(found.examples) == 2
+
+    @pytest.mark.parametrize(
+        ("body", "message"),
+        [
+            ({}, "When method is classify, key 'examples' is expected and was not found"),
+            ({"examples": 1}, "Expecting 'examples' value to be an list/array"),
+            ({"examples": []}, "'examples' value is an empty array"),
+            ({"examples": [1]}, "Example must be JSON object but got JSON Number"),
+            ({"examples": [{}], "context": []}, "Example must be JSON object but got JSON Array"),
+            (
+                {"examples": [{"x": None}]},
+                "Feature: x has element with unexpected JSON type: Null",
+            ),
+            (
+                {"examples": [{"x": [[1]]}]},
+                "Feature: x has element with unexpected JSON type: Array",
+            ),
+            (
+                {"examples": [{"x": {"y": 1}}]},
+                "Feature: x has element with unexpected JSON type: Object",
+            ),
+            (
+                {"examples": [{"x": [1.5, 1]}]},
+                "Unexpected element type in feature: x expecting type: float",
+            ),
+            (
+                {"examples": [{"x": [1, "a"]}]},
+                "Unexpected element type in feature: x expecting type: int64",
+            ),
+            (
+                {"examples": [{"x": 2**63}]},
+                "Feature: x has uint64_t element. Only int64_t is supported.",
+            ),
+        ],
+    )
+    def test_refusals(self, body, message):
+        with pytest.raises(Status) as raised:
+            self.found(body)
+        assert raised.value.message.endswith(message)
+
+
+class TestAnswers:
+    def rows(self, **outputs) -> str:
+        return json_tensors.predictions(outputs, row=True).decode()
+
+    def columns(self, **outputs) -> str:
+        return json_tensors.predictions(outputs, row=False).decode()
+
+    def test_rows_of_one_output(self):
+        # The last line's break is TF Serving's.
+        text = self.rows(y=np.array([2.5, 3, 4.5], np.float32))
+        assert text == '{\n    "predictions": [2.5, 3.0, 4.5\n    ]\n}'
+
+    def test_rows_of_several_outputs(self):
+        text = self.rows(a=np.array([1, 2]), b=np.array([[1.5, 0], [2, 3]]))
+        assert text == (
+            '{\n    "predictions": [\n        {\n            "a": 1,\n            "b": [1.5, 0.0]\n'
+            '        },\n        {\n            "a": 2,\n            "b": [2.0, 3.0]\n        }\n'
+            "    ]\n}"
+        )
+
+    def test_columns(self):
+        assert self.columns(y=np.array([1, 2])) == (
+            '{\n    "outputs": [\n        1,\n        2\n    ]\n}'
+        )
+        assert self.columns(y=np.array(1)) == '{\n    "outputs": 1\n}'
+        found = json.loads(self.columns(a=np.array([[1], [2]]), b=np.zeros([2, 0]), c=np.array(1)))
+        assert found == {"outputs": {"a": [[1], [2]], "b": [[], []], "c": 1}}
+
+    def test_no_rows(self):
+        assert json.loads(self.rows(y=np.zeros([0, 3]))) == {"predictions": []}
+        assert json.loads(self.rows(y=np.zeros(0), z=np.zeros(0))) == {"predictions": []}
+        assert json.loads(self.rows(y=np.zeros([2, 0, 3]))) == {"predictions": [[], []]}
+        assert json.loads(self.rows(y=np.zeros([2, 2, 0]))) == {"predictions": [[[], []]] * 2}
+
+    def test_a_deep_array_keeps_its_order(self):
+        array = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+        assert json.loads(self.rows(y=array))["predictions"] == array.tolist()
+        assert json.loads(self.columns(y=array))["outputs"] == array.tolist()
+
+    @pytest.mark.parametrize(
+        ("value", "text"),
+        [
+            (0.2, "0.2"),
+            (1 / 3, "0.333333343"),
+            (1.0, "1.0"),
+            (9e6, "9e+06"),
+            (3e-5, "3e-05"),
+            (16777216, "16777216.0"),
+            (-0.0, "-0.0"),
+            (float("nan"), "NaN"),
+            (float("inf"), "Infinity"),
+            (float("-inf"), "-Infinity"),
+            (1.1754944e-38, "1.17549435e-38"),
+        ],
+    )
+    def test_floats_have_six_digits_or_all(self, value, text):
+        assert self.columns(y=np.float32([value])).split()[-3] == text
+
+    def test_doubles(self):
+        lines = self.columns(y=np.array([0.1, 1 / 3])).split()
+        assert lines[3:5] == ["0.1,", "0.33333333333333331"]
+
+    def test_every_float_comes_back(self):
+        numbers = np.random.default_rng(0).integers(0, 2**32, 20_000, np.uint32).view(np.float32)
+        numbers = numbers[np.isfinite(numbers)]
+        found = json.loads(self.columns(y=numbers))["outputs"]
+        assert (np.array(found, np.float32) == numbers).all()
+
+    def test_strings_booleans_and_bytes(self):
+        strings = np.array([b'a"\n', "ü".encode()], object)
+        assert json.loads(self.rows(y=strings)) == {"predictions": ['a"\n', "ü"]}
+        assert json.loads(self.rows(y_bytes=strings[:1])) == {"predictions": [{"b64": "YSIK"}]}
+        assert json.loads(self.rows(y=np.array([True, False]))) == {"predictions": [True, False]}
+        invalid = json_tensors.predictions({"y": np.array([b"\xff"], object)}, row=True)
+        assert b'"\xff"' in invalid
+
+    def test_a_name_with_a_percent_sign(self):
+        found = json.loads(self.rows(**{"a%s": np.array([1]), "b": np.array([2])}))
+        assert found == {"predictions": [{"a%s": 1, "b": 2}]}
+
+    @pytest.mark.parametrize(
+        ("outputs", "message"),
+        [
+            ({}, "Cannot convert empty tensor map to JSON"),
+            ({"y": np.array(1)}, "Tensor name: y has no shape information "),
+            (
+                {"y": np.zeros(2), "z": np.zeros(3)},
+                "Tensor name: z has inconsistent batch size: 3 expecting: 2",
+            ),
+            (
+                {"y": np.zeros(2, np.float16)},
+                "Failed to write JSON value for tensor type: half",
+            ),
+        ],
+    )
+    def test_outputs_that_json_cannot_hold(self, outputs, message):
+        with pytest.raises(Status) as raised:
+            json_tensors.predictions(outputs, row=True)
+        assert raised.value.message == message
+
+    def test_classes_and_regressions(self):
+        result = classification_pb2.ClassificationResult()
+        for scores in ([("a", 0.5), ("b", 2.0)], [("", 12.0)]):
+            row = result.classifications.add()
+            for label, score in scores:
+                row.classes.add(label=label, score=score)
+        assert json_tensors.classifications(result) == (
+            b'{\n    "results": [[["a", 0.5], ["b", 2.0]], [["", 12.0]]\n    ]\n}'
+        )
+        result = regression_pb2.RegressionResult()
+        result.regressions.add(value=42)
+        result.regressions.add(value=0.1)
+        assert json_tensors.regressions(result) == b'{\n    "results": [42.0, 0.1]\n}'
+
+
+# ---- HTTP, with a model that only looks on
+
+
+class Echo:
+    """A servable that gives its inputs back, twice the number; and waits where a test asks."""
+
+    def __init__(self):
+        self.signatures = {"serving_default": meta_graph_pb2.SignatureDef()}
+        self.signatures["serving_default"].inputs["x"].dtype = F
+        self.running, self.go_on = threading.Event(), threading.Event()
+        self.go_on.set()
+        self.fault = None
+
+    def predict(self, name, inputs):
+        self.running.set()
+        assert self.go_on.wait(20)
+        if self.fault is not None:
+            raise self.fault
+        return {"y": inputs["x"] * 2}
+
+
+class OneModel:
+    """Models with model "m", version 7, label "stable", alone."""
+
+    def __init__(self):
+        self.model = Echo()
+
+    @contextlib.contextmanager
+    def use(self, name, version=None, label=None):
+        if (name, version or 7, label or "stable") != ("m", 7, "stable"):
+            raise not_found("Servable not found for request")
+        yield 7, self.model
+
+    def statuses(self, name, version=None):
+        status = get_model_status_pb2.ModelVersionStatus(version=7, state=30)
+        status.status.SetInParent()
+        if name != "m":
+            raise not_found(f"Could not find any versions of model {name}")
+        return [status]
+
+
+class Site:
+    """A running HTTP server in front of OneModel, and calls to it."""
+
+    def __init__(self):
+        self.models, self.monitoring = OneModel(), Monitoring()
+        application = rest.application(
+            self.models,
+            Service(self.models),
+            self.monitoring,
+            max_bytes=100_000,
+            monitoring_path="/metrics",
+        )
+        self.server = rest.Server(application, FREE, max_bytes=100_000, threads=2)
+        self.server.start()
+
+    def call(self, method, path, body=None, headers=None, **options):
+        with contextlib.closing(self.connect()) as connection:
+            connection.request(method, path, body, headers or {}, **options)
+            response = connection.getresponse()
+            return response.status, response.headers, response.read()
+
+    def connect(self):
+        return http.client.HTTPConnection("localhost", self.server.port, timeout=20)
+
+    def predict(self, body=b'{"instances": [1]}', path="/v1/models/m:predict", **options):
+        status, _, answer = self.call("POST", path, body, **options)
+        return status, json.loads(answer)
+
+    def socket(self):
+        return socket.create_connection(("localhost", self.server.port), timeout=20)
+
+
+@pytest.fixture(scope="module")
+def site():
+    site = Site()
+    yield site
+    site.server.stop(1)
+
+
+class TestHttp:
+    @pytest.mark.parametrize(
+        "path",
+        [
+            "/v1/models/m:predict",
+            "/v1/models/m/versions/7:predict",
+            "/v1/models/m/labels/stable:predict",
+            "/V1/MODELS/%6d/Labels/st%61ble:predict",
+            "http://localhost/v1/models/m:predict",
+        ],
+    )
+    def test_paths_that_name_the_model(self, site, path):
+        assert site.predict(path=path) == (200, {"predictions": [2.0]})
+
+    @pytest.mark.parametrize(
+        ("method", "path"),
+        [
+            ("GET", "/v1/foo"),
+            ("POST", "/v1/foo"),
+            ("GET", "/v1/models/debug/model_name"),
+            ("POST", "/v1/models"),
+            ("GET", "/v1/models/m:predict"),
+            ("POST", "/v1/models/m:PREDICT"),
+            ("POST", "/v1/models/m/version/7:predict"),
+            ("POST", "/v1/models/m/versions/HELLO:predict"),
+            ("POST", "/v1/models/m/versions/7/labels/stable:predict"),
+            ("POST", "/v1/models/m/metadata"),
+            ("POST", "/v1/models/m:predict?query"),
+            ("DELETE", "/v1/models/m"),
+            ("PUT", "/v1/models/m:predict"),
+            ("OPTIONS", "/v1/models/m:predict"),
+        ],
+    )
+    def test_malformed_requests(self, site, method, path):
+        status, headers, body = site.call(method, path, "{}")
+        assert status == 400
+        assert headers["Content-Type"] == "application/json"
+        assert json.loads(body) == {"error": f"Malformed request: {method} {path}"}
+
+    def test_what_is_not_there(self, site):
+        assert site.predict(path="/v1/models/x:predict")[0] == 404
+        assert site.predict(path="/v1/models/m/versions/8:predict")[0] == 404
+        assert site.call("GET", "/")[0] == 404
+        status, _, body = site.call("GET", "/v1/models")
+        assert (status, json.loads(body)) == (400, {"error": "Missing model name in request."})
+        version = "9223372036854775808"
+        assert site.predict(path=f"/v1/models/m/versions/{version}:predict") == (
+            400,
+            {"error": f"Failed to convert version: {version} to numeric."},
+        )
+
+    def test_the_body_is_read_before_the_model_is_sought(self, site):
+        assert site.predict(b"{", path="/v1/models/x:predict")[0] == 400
+
+    def test_head_has_no_body(self, site):
+        status, _, body = site.call("HEAD", "/v1/models/m")
+        assert (status, body) == (400, b"")
+
+    def test_the_server_does_not_say_what_it_is(self, site):
+        _, headers, _ = site.call("GET", "/v1/models/m")
+        assert "Server" not in headers
+        assert "Via" not in headers
+
+    def test_one_connection_takes_many_requests(self, site):
+        with contextlib.closing(site.connect()) as connection:
+            for number in range(3):
+                connection.request("POST", "/v1/models/m:predict", f'{{"instances": [{number}]}}')
+                answer = connection.getresponse()
+                assert json.load(answer) == {"predictions": [2.0 * number]}
+                assert not answer.will_close
+
+    def test_a_body_in_chunks(self, site):
+        pieces = iter([b'{"instances"', b": [1", b", 2]}"])
+        assert site.predict(
+            pieces, encode_chunked=True, headers={"Transfer-Encoding": "chunked"}
+        ) == (
+            200,
+            {"predictions": [2.0, 4.0]},
+        )
+
+    def test_a_body_in_gzip(self, site):
+        headers = {"Content-Encoding": "gzip"}
+        packed = gzip.compress(b'{"instances": [3]}')
+        assert site.predict(packed, headers=headers) == (200, {"predictions": [6.0]})
+        for wrong in (b"no gzip", packed[:-5], gzip.compress(b" " * 1_000_000)):
+            status, answer = site.predict(wrong, headers=headers)
+            assert status == 400
+            assert answer["error"].startswith("Failed to uncompress the gzipped body")
+
+    def test_a_body_that_is_too_large(self, site):
+        body = b'{"instances": [' + b"1," * 100_000 + b"1]}"
+        with contextlib.suppress(ConnectionError):
+            assert site.call("POST", "/v1/models/m:predict", body)[0] == 413
+        pieces = iter([body])
+        with contextlib.suppress(ConnectionError):
+            assert site.call("POST", "/v1/models/m:predict", pieces, encode_chunked=True)[0] == 413
+        assert site.predict() == (200, {"predictions": [2.0]})
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            b"GARBAGE\r\n\r\n",
+            b"POST /v1/models/m:predict HTTP/1.1\r\nContent-Length: x\r\n\r\n",
+            b"POST /v1/models/m:predict HTTP/1.1\r\nTransfer-Encoding: rot13\r\n\r\n",
+            b"POST /v1/models/m:predict HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+            b"GET /v1/models/\xff\xfe HTTP/1.1\r\n\r\n",
+            b"GET /v1/models/%ff%00 HTTP/1.1\r\n\r\n",
+            b"GET http://[/v1/ HTTP/1.1\r\n\r\n",
+            b"GET /" + b"x" * 400_000 + b" HTTP/1.1\r\n\r\n",
+        ],
+    )
+    def test_bytes_that_are_no_good_request(self, site, text):
+        with site.socket() as connection, contextlib.suppress(ConnectionError):
+            connection.sendall(text)
+            connection.shutdown(socket.SHUT_WR)
+            line = connection.makefile("rb").readline()
+            assert not line or int(line.split()[1]) in (400, 404, 431, 501)
+        assert site.predict() == (200, {"predictions": [2.0]})
+
+    def test_a_client_that_goes_away_disturbs_nobody(self, site):
+        for _ in range(20):
+            with site.socket() as connection:
+                connection.sendall(
+                    b"POST /v1/models/m:predict HTTP/1.1\r\nContent-Length: 18\r\n\r\n"
+                )
+                connection.sendall(b'{"instances": [1]}')
+        assert site.predict() == (200, {"predictions": [2.0]})
+
+    @pytest.mark.parametrize(
+        ("fault", "status"),
+        [
+            (Status(8, "full"), 429),
+            (Status(14, "away"), 503),
+            (Status(13, "broken"), 500),
+            (Status(15, "lost"), 500),
+            (KeyError("a fault\nin two lines"), 500),
+        ],
+    )
+    def test_faults_of_the_model(self, site, fault, status):
+        site.models.model.fault = fault
+        try:
+            found, answer = site.predict()
+        finally:
+            site.models.model.fault = None
+        assert found == status
+        assert list(answer) == ["error"]
+        assert "\n" not in answer["error"]
+
+    def test_mutated_bodies_never_fail_the_server(self, site):
+        draw = random.Random(5)
+        good = [
+            b'{"signature_name": "serving_default", "instances": [[1.5, 2], [3, -4e3]]}',
+            b'{"inputs": {"x": [[1], [NaN], [{"b64": "AA=="}]]}}',
+            b'{"instances": [{"x": 1}, {"x": true}], "\\u00fc": null, "y": {"a": [{}, []]}}',
+        ]
+        pieces = [b"[", b"]", b"{", b"}", b'"', b",", b":", b"\\u", b"1e999", b"-", b"\xff", b"\0"]
+        application = rest.application(
+            site.models, Service(site.models), site.monitoring, max_bytes=100_000
+        )
+        found = set()
+        for _ in range(3000):
+            body = bytearray(draw.choice(good))
+            for _ in range(draw.randint(1, 6)):
+                place = draw.randrange(len(body) + 1)
+                body[place : place + draw.randint(0, 3)] = draw.choice(pieces)
+            status, answer = wsgi(application, bytes(body))
+            found.add(status)
+            assert status in (200, 400), (bytes(body), answer)
+            json.loads(answer.decode("utf-8", "replace"))
+        assert found == {200, 400}
+
+
+def wsgi(application, body: bytes, path="/v1/models/m:predict") -> tuple[int, bytes]:
+    """A call without a socket."""
+    lines = []
+    environ = {
+        "REQUEST_METHOD": "POST",
+        "REQUEST_URI": path,
+        "CONTENT_LENGTH": str(len(body)),
+        "wsgi.input": io.BytesIO(body),
+    }
+    answer = b"".join(application(environ, lambda line, headers: lines.append(line)))
+    return int(lines[0].split()[0]), answer
+
+
+def test_requests_are_counted_under_their_names(site):
+    def counts():
+        text = site.call("GET", "/metrics")[2].decode()
+        return {
+            (sample.name, *sorted(sample.labels.values())): sample.value
+            for family in prometheus_client.parser.text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    before = counts()
+    site.predict()
+    site.predict(b"{")
+    site.predict(path="/v1/models/other:predict")
+    site.call("GET", "/v1/models/m")
+    after = counts()
+
+    def more(*key):
+        return after.get(key, 0) - before.get(key, 0)
+
+    count = ":tensorflow:serving:request_count_total"
+    assert more(count, "OK", "m") == 2
+    assert more(count, "INVALID_ARGUMENT", "m") == 1
+    assert more(count, "NOT_FOUND", "other") == 1
+    latency = ":tensorflow:serving:request_latency_count"
+    assert more(latency, "REST", "m", "predict") == 1
+    assert more(latency, "", "REST", "m") == 1
+    assert more(":tensorflow:serving:runtime_latency_count", "Predict", "TF1", "m") == 1
+
+
+def test_the_metrics_path_is_there_only_where_it_is_asked_for(site):
+    status, headers, _ = site.call("GET", "/metrics")
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/plain")
+    bare = rest.application(site.models, Service(site.models), site.monitoring, max_bytes=1)
+    assert wsgi(bare, b"", "/metrics")[0] == 404
+
+
+def test_a_stop_answers_what_runs_and_takes_nothing_new():
+    site = Site()
+    model = site.models.model
+    model.go_on.clear()
+    answers = []
+    caller = threading.Thread(target=lambda: answers.append(site.predict()))
+    caller.start()
+    assert model.running.wait(20)
+    idle = site.socket()
+    stopper = threading.Thread(target=site.server.stop, args=(20,))
+    stopper.start()
+    # The listening socket is closed while the request still runs, and so is an idle connection.
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            site.socket().close()
+        except ConnectionRefusedError:
+            break
+        time.sleep(0.02)
+    else:
+        pytest.fail("it still listens")
+    assert idle.recv(1) == b""
+    idle.close()
+    assert stopper.is_alive()
+    model.go_on.set()
+    stopper.join(20)
+    caller.join(20)
+    assert not stopper.is_alive()
+    assert answers == [(200, {"predictions": [2.0]})]
+
+
+def test_a_stop_waits_no_longer_than_told():
+    site = Site()
+    site.models.model.go_on.clear()
+    with site.socket() as connection:
+        body = b'{"instances": [1]}'
+        connection.sendall(
+            b"POST /v1/models/m:predict HTTP/1.1\r\nContent-Length: 18\r\n\r\n" + body
+        )
+        assert site.models.model.running.wait(20)
+        site.server.stop(0.2)
+        assert connection.recv(1) == b""
+    site.models.model.go_on.set()
+
+
+def test_a_port_in_use_is_told(site):
+    with pytest.raises(OSError, match="in use"):
+        rest.Server(print, site.server.port, max_bytes=1, threads=1)
