@@ -11,6 +11,7 @@ import gzip
 import http.client
 import io
 import json
+import os
 import random
 import socket
 import threading
@@ -502,7 +503,7 @@ class Site:
         self.models, self.monitoring = OneModel(), Monitoring()
         application = rest.application(
             self.models,
-            Service(self.models),
+            Service(self.models, self.monitoring),
             self.monitoring,
             max_bytes=100_000,
             monitoring_path="/metrics",
@@ -691,7 +692,7 @@ class TestHttp:
         ]
         pieces = [b"[", b"]", b"{", b"}", b'"', b",", b":", b"\\u", b"1e999", b"-", b"\xff", b"\0"]
         application = rest.application(
-            site.models, Service(site.models), site.monitoring, max_bytes=100_000
+            site.models, Service(site.models, site.monitoring), site.monitoring, max_bytes=100_000
         )
         found = set()
         for _ in range(3000):
@@ -752,7 +753,9 @@ def test_the_metrics_path_is_there_only_where_it_is_asked_for(site):
     status, headers, _ = site.call("GET", "/metrics")
     assert status == 200
     assert headers["Content-Type"].startswith("text/plain")
-    bare = rest.application(site.models, Service(site.models), site.monitoring, max_bytes=1)
+    bare = rest.application(
+        site.models, Service(site.models, site.monitoring), site.monitoring, max_bytes=1
+    )
     assert wsgi(bare, b"", "/metrics")[0] == 404
 
 
@@ -804,3 +807,222 @@ def test_a_stop_waits_no_longer_than_told():
 def test_a_port_in_use_is_told(site):
     with pytest.raises(OSError, match="in use"):
         rest.Server(print, site.server.port, max_bytes=1, threads=1)
+
+
+# ---- the whole server
+
+
+@pytest.fixture(scope="module")
+def running(models, start_server, tmp_path_factory):
+    """A server of model m, version 7, with REST and metrics."""
+    folder = tmp_path_factory.mktemp("rest")
+    os.makedirs(folder / "base")
+    os.symlink(models[0.0], folder / "base" / "7")
+    config = folder / "monitoring.config"
+    config.write_text('prometheus_config { enable: true path: "/numbers" }')
+    with socket.socket() as free:
+        free.bind(("0.0.0.0", 0))
+        port = free.getsockname()[1]
+    flags = (f"--rest_api_port={port}", f"--monitoring_config_file={config}")
+    with start_server(folder / "base", *flags) as server:
+        server.rest_address = f"localhost:{port}"
+        yield server
+
+
+@pytest.fixture(scope="module")
+def ask(request):
+    """A function from a method, a path below /v1/models/m and a body to (status, JSON)."""
+    address = os.environ.get("REST_ADDRESS") or request.getfixturevalue("running").rest_address
+    with contextlib.closing(http.client.HTTPConnection(address, timeout=20)) as connection:
+
+        def ask(method, path, body=None):
+            connection.request(method, "/v1/models/m" + path, body and json.dumps(body))
+            response = connection.getresponse()
+            return response.status, json.load(response)
+
+        yield ask
+
+
+def example(brand: str, item: int, price: float) -> bytes:
+    result = example_pb2.Example()
+    feature = result.features.feature
+    feature["brand"].bytes_list.value.append(brand.encode())
+    feature["item"].int64_list.value.append(item)
+    feature["price"].float_list.value.append(price)
+    return result.SerializeToString()
+
+
+RAW = [dict(zip(("brand", "item", "price"), row, strict=True)) for row in ROWS]
+COLUMNS = {name: [row[name] for row in RAW] for name in RAW[0]}
+
+
+class TestServer:
+    """What any TF Serving answers."""
+
+    def raw(self, **change):
+        return {"signature_name": "predict_raw", **change}
+
+    def check(self, rows):
+        assert len(rows) == len(WANTED)
+        for row, wanted in zip(rows, WANTED, strict=True):
+            assert row == pytest.approx(wanted, rel=1e-5)
+
+    @pytest.mark.parametrize("path", [":predict", "/versions/7:predict"])
+    def test_rows(self, ask, path):
+        status, answer = ask("POST", path, self.raw(instances=RAW))
+        assert status == 200
+        assert list(answer) == ["predictions"]
+        self.check(answer["predictions"])
+
+    def test_columns(self, ask):
+        status, answer = ask("POST", ":predict", self.raw(inputs=COLUMNS))
+        assert status == 200
+        assert list(answer) == ["outputs"]
+        names = list(answer["outputs"])
+        values = zip(*answer["outputs"].values(), strict=True)
+        self.check([dict(zip(names, row, strict=True)) for row in values])
+
+    def test_ids(self, ask):
+        # As ids: acme is 1, zorg 2, an unknown brand 0.
+        brands = {"acme": 1, "zorg": 2}
+        rows = [
+            {"categorical": [brands.get(brand, 0), item], "numerical": [price]}
+            for brand, item, price in ROWS
+        ]
+        status, answer = ask("POST", ":predict", {"signature_name": "predict", "instances": rows})
+        assert status == 200
+        self.check(answer["predictions"])
+
+    def test_examples_as_bytes(self, ask):
+        rows = [{"b64": base64.b64encode(example(*row)).decode()} for row in ROWS]
+        self.check(ask("POST", ":predict", {"instances": rows})[1]["predictions"])
+
+    @pytest.mark.parametrize(
+        ("path", "body", "status", "message"),
+        [
+            (
+                ":predict",
+                {"signature_name": "x", "instances": [1]},
+                400,
+                'Serving signature name: "x" not found in signature def',
+            ),
+            (
+                "/versions/8:predict",
+                {"instances": [1]},
+                404,
+                "Servable not found for request: Specific(m, 8)",
+            ),
+            (
+                "/labels/x:predict",
+                {"instances": [1]},
+                400,
+                "Unrecognized servable version label: x",
+            ),
+            (
+                ":predict",
+                {"signature_name": "predict_raw", "instances": [RAW[0] | {"item": 1.5}]},
+                400,
+                "Failed to process element: 0 key: item of 'instances' list. Error: "
+                "INVALID_ARGUMENT: JSON Value: 1.5 Type: Number is not of expected type: int64",
+            ),
+            (
+                ":predict",
+                {"signature_name": "predict_raw", "inputs": {"brand": [""], "item": [1]}},
+                400,
+                "Missing named input: price in 'inputs' object.",
+            ),
+        ],
+    )
+    def test_refusals(self, ask, path, body, status, message):
+        assert ask("POST", path, body) == (status, {"error": message})
+
+    def test_an_example_that_the_model_refuses(self, ask):
+        status, answer = ask("POST", ":predict", {"instances": ["no Example"]})
+        assert status == 400
+        assert "Could not parse example" in answer["error"]
+
+    @pytest.mark.parametrize("path", ["", "/versions/7"])
+    def test_status(self, ask, path):
+        assert ask("GET", path) == (
+            200,
+            {
+                "model_version_status": [
+                    {
+                        "version": "7",
+                        "state": "AVAILABLE",
+                        "status": {"error_code": "OK", "error_message": ""},
+                    }
+                ]
+            },
+        )
+
+    def test_status_of_what_is_not_there(self, ask):
+        assert ask("GET", "/versions/8") == (
+            404,
+            {"error": "Could not find version 8 of model m"},
+        )
+        assert ask("GET", "x") == (404, {"error": "Could not find any versions of model mx"})
+
+    def test_metadata(self, ask):
+        status, answer = ask("GET", "/metadata")
+        assert status == 200
+        assert answer["model_spec"] == {"name": "m", "signature_name": "", "version": "7"}
+        signatures = answer["metadata"]["signature_def"]["signature_def"]
+        assert {"serving_default", "predict_raw", "predict"} <= set(signatures)
+        assert signatures["predict"]["method_name"] == "tensorflow/serving/predict"
+        numerical = signatures["predict"]["inputs"]["numerical"]
+        assert numerical["dtype"] == "DT_FLOAT"
+        assert numerical["tensor_shape"] == {
+            "dim": [{"size": "-1", "name": ""}, {"size": "1", "name": ""}],
+            "unknown_rank": False,
+        }
+
+
+def test_the_metrics_of_a_running_server(running):
+    connection = http.client.HTTPConnection(running.rest_address, timeout=20)
+    with contextlib.closing(connection):
+        connection.request("POST", "/v1/models/m:predict", json.dumps({"instances": ["x"]}))
+        assert connection.getresponse().read()
+        connection.request("GET", "/numbers")
+        text = connection.getresponse().read().decode()
+    families = prometheus_client.parser.text_string_to_metric_families(text)
+    samples = [sample for family in families for sample in family.samples]
+    (loads,) = (sample for sample in samples if "load_attempt_count" in sample.name)
+    assert loads.labels["model_path"].endswith("/base/7")
+    assert loads.labels["status"] == "success"
+    assert loads.value == 1
+    counted = [sample.labels for sample in samples if "request_count" in sample.name]
+    assert {"model_name": "m", "status": "INVALID_ARGUMENT"} in counted
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--rest_api_port=70000"], "--rest_api_port: found 70000, expected 0 to 65535"),
+        (["--rest_api_num_threads=0"], "--rest_api_num_threads: found 0, expected 1 or more"),
+        (["--monitoring_config_file=x"], "the metrics are on the REST port"),
+        (
+            ["--rest_api_port=8501", "--monitoring_config_file=/nowhere"],
+            "--monitoring_config_file: /nowhere: No such file or directory",
+        ),
+    ],
+)
+def test_wrong_flags(tmp_path, capsys, flags, message):
+    from pwiser_serving.server import __main__ as server
+
+    with pytest.raises(SystemExit) as stopped:
+        server.main(["--model_base_path", str(tmp_path), *flags])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_stop_before_the_start():
+    site = OneModel()
+    monitoring = Monitoring()
+    application = rest.application(site, Service(site, monitoring), monitoring, max_bytes=1)
+    server = rest.Server(application, FREE, max_bytes=1, threads=1)
+    server.stop(5)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("localhost", server.port))

@@ -98,13 +98,29 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
         "--grpc_max_threads", type=int, default=_THREADS, help="gRPC requests that run at a time"
     )
     parser.add_argument(
+        "--rest_api_port", type=int, default=0, help="port of the REST API; 0 for none"
+    )
+    parser.add_argument(
+        "--rest_api_num_threads",
+        type=int,
+        default=_THREADS,
+        help="REST requests that run at a time",
+    )
+    parser.add_argument(
+        "--monitoring_config_file",
+        help="a MonitoringConfig as text: Prometheus metrics on the REST port",
+    )
+    parser.add_argument(
         "--max_message_bytes", type=int, default=2**31 - 1, help="the largest request accepted"
     )
     flags = parser.parse_args(arguments)
     if not flags.model_base_path and not flags.model_config_file:
         parser.error("expected --model_base_path or --model_config_file")
-    if not 0 <= flags.port < 2**16:
-        parser.error(f"--port: found {flags.port}, expected 0 to 65535")
+    for name in ("port", "rest_api_port"):
+        if not 0 <= getattr(flags, name) < 2**16:
+            parser.error(f"--{name}: found {getattr(flags, name)}, expected 0 to 65535")
+    if flags.monitoring_config_file and not flags.rest_api_port:
+        parser.error("--monitoring_config_file: the metrics are on the REST port: --rest_api_port")
     for name in (
         "file_system_poll_wait_seconds",
         "model_config_file_poll_wait_seconds",
@@ -113,8 +129,9 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     ):
         if not getattr(flags, name) >= 0:
             parser.error(f"--{name}: found {getattr(flags, name)}, expected 0 or more")
-    if flags.grpc_max_threads < 1:
-        parser.error(f"--grpc_max_threads: found {flags.grpc_max_threads}, expected 1 or more")
+    for name in ("grpc_max_threads", "rest_api_num_threads"):
+        if getattr(flags, name) < 1:
+            parser.error(f"--{name}: found {getattr(flags, name)}, expected 1 or more")
     if not 0 < flags.max_message_bytes < 2**31:
         parser.error("--max_message_bytes: expected 1 to 2147483647")
     return flags
@@ -129,6 +146,7 @@ def main(arguments: list[str] | None = None) -> None:
     logs.set_up()
     stop = _stop_event()
     credentials = flags.ssl_config_file and _credentials(flags.ssl_config_file)
+    monitoring_path = flags.monitoring_config_file and _metrics_path(flags.monitoring_config_file)
     if not flags.model_config_file and not pathlib.Path(flags.model_base_path).is_dir():
         command_line.fail(f"--model_base_path: {flags.model_base_path} is not a folder")
 
@@ -138,7 +156,7 @@ def main(arguments: list[str] | None = None) -> None:
     # isort: split
     from tensorflow_serving.config import model_server_config_pb2
 
-    from pwiser_serving.server import memory
+    from pwiser_serving.server import memory, rest
     from pwiser_serving.server.models import Models, single_model
     from pwiser_serving.server.monitoring import Monitoring
     from pwiser_serving.server.saved_model import SavedModel
@@ -149,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     memory.settle()
     monitoring = Monitoring()
     models = Models(
-        SavedModel,
+        lambda folder: SavedModel(folder, monitoring),
         allow_labels_for_unavailable=flags.allow_version_labels_for_unavailable_models,
         retries=Retries(flags.max_num_load_retries, flags.load_retry_interval_micros / 1e6),
     )
@@ -173,10 +191,30 @@ def main(arguments: list[str] | None = None) -> None:
     )
     health = flags.enable_grpc_healthcheck_service and Health(server)
     port = _bind(server, flags.port, credentials)
+    http = None
+    if flags.rest_api_port:
+        application = rest.application(
+            models,
+            service,
+            monitoring,
+            max_bytes=flags.max_message_bytes,
+            monitoring_path=monitoring_path,
+        )
+        try:
+            http = rest.Server(
+                application,
+                flags.rest_api_port,
+                max_bytes=flags.max_message_bytes,
+                threads=flags.rest_api_num_threads,
+            )
+        except OSError as error:
+            command_line.fail(f"--rest_api_port: {flags.rest_api_port}: {error.strerror}")
 
     seconds = flags.file_system_poll_wait_seconds
     if _wait_until_available(models, seconds, stop):
         server.start()
+        if http:
+            http.start()
         print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
         if flags.model_config_file and flags.model_config_file_poll_wait_seconds:
             threading.Thread(
@@ -189,7 +227,10 @@ def main(arguments: list[str] | None = None) -> None:
         _log.info("told to stop", extra={"event": "stopping"})
     if health:
         health.end()
-    server.stop(_GRACE_SECONDS).wait()
+    stopped = server.stop(_GRACE_SECONDS)
+    if http:
+        http.stop(_GRACE_SECONDS)
+    stopped.wait()
     models.close()
 
 
@@ -236,6 +277,20 @@ def _credentials(path: str) -> grpc.ServerCredentials:
         root_certificates=config.custom_ca.encode() or None,
         require_client_auth=config.client_verify,
     )
+
+
+def _metrics_path(path: str) -> str | None:
+    """Where a MonitoringConfig file wants the metrics, or None where it does not enable them."""
+    from pwiser_serving.server import monitoring
+
+    try:
+        config = _read(path, config_pb2.MonitoringConfig()).prometheus_config
+    except _BadFile as problem:
+        command_line.fail(f"--monitoring_config_file: {problem}")
+    where = config.path or monitoring.DEFAULT_PATH
+    if not where.startswith("/"):
+        command_line.fail(f"--monitoring_config_file: {path}: found path {where!r}, expected /...")
+    return where if config.enable else None
 
 
 def _bind(server: grpc.Server, port: int, credentials: grpc.ServerCredentials | None) -> int:

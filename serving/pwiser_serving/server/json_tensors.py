@@ -378,12 +378,21 @@ def _check_leaf(value: object, data_type: int) -> None:
             grpc.StatusCode.UNIMPLEMENTED,
             f"Conversion of JSON Value: {_quote(value)} to type: {name}",
         )
-    if type(value) is str and data_type == tensor_pb2.DT_STRING:
+    if data_type == tensor_pb2.DT_STRING and type(value) is str:
         _bytes(value)
-    elif _array(value, data_type) is None:
+    elif not _fits(value, data_type):
         raise invalid_argument(
             f"JSON Value: {_quote(value)} Type: {_type_name(value)} is not of expected type: {name}"
         )
+
+
+def _fits(value: object, data_type: int) -> bool:
+    if data_type in _FLOATS:
+        return type(value) in (int, float)
+    if data_type in _BOUNDS:
+        low, high = _BOUNDS[data_type]
+        return type(value) is int and low <= value <= high
+    return data_type == tensor_pb2.DT_BOOL and type(value) is bool
 
 
 def _format_error(value: object, message: str) -> Status:

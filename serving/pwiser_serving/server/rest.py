@@ -298,6 +298,8 @@ class Server:
     def stop(self, seconds: float) -> None:
         """Takes no more connections, answers for so long what has come, and ends."""
         self._deadline = time.monotonic() + seconds
+        if self._thread.ident is None:
+            self._thread.start()
         self._server.pull_trigger()
         self._thread.join()
 

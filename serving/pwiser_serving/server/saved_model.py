@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import logging
 import pathlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -18,6 +19,7 @@ from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
 from pwiser_serving import tensors
+from pwiser_serving.server.monitoring import Monitoring
 from pwiser_serving.server.status import Status, failed_precondition, invalid_argument
 
 WARM_UP_FILE = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
@@ -35,12 +37,15 @@ class SavedModel:
 
     Args:
       folder: the version's folder, with `saved_model.pb` in it.
+      monitoring: counts the load and the warm-up.
 
     Raises:
       Status: it does not load, or one of its warm-up requests fails.
     """
 
-    def __init__(self, folder: pathlib.Path):
+    def __init__(self, folder: pathlib.Path, monitoring: Monitoring | None = None):
+        monitoring = monitoring or Monitoring()
+        start, success = time.perf_counter(), False
         graph = tf.Graph()
         self._session = tf.compat.v1.Session(graph=graph)
         try:
@@ -53,9 +58,15 @@ class SavedModel:
                 name: sorted(signature.inputs) for name, signature in self.signatures.items()
             }
             self._prepare = functools.lru_cache(_PREPARED)(self._make_callable)
+            success = True
+            monitoring.loaded(str(folder), time.perf_counter() - start, success=True)
+            start, requests = time.perf_counter(), 0
             for request in _warm_up_requests(folder / WARM_UP_FILE):
                 name = request.model_spec.signature_name or DEFAULT_SIGNATURE
                 self.predict(name, request.inputs, request.output_filter)
+                requests += 1
+            if requests:
+                monitoring.warmed_up(str(folder), time.perf_counter() - start, requests)
         except tf.errors.OpError as error:
             self.close()
             raise Status(error.error_code, error.message) from None
@@ -66,6 +77,9 @@ class SavedModel:
             # What the loader raises for a folder that is no SavedModel.
             self.close()
             raise failed_precondition(f"{type(error).__name__}: {error}") from None
+        finally:
+            if not success:
+                monitoring.loaded(str(folder), time.perf_counter() - start, success=False)
 
     def close(self) -> None:
         """Frees the model. No call may be running."""
