@@ -1,7 +1,9 @@
-"""Candidates: a CSV of raw features, read in batches, its text turned into values."""
+"""Candidates: a file of raw features, read in batches. Here a CSV, its text turned into values;
+parquet.py and tfrecord.py read the other formats in the same way."""
 
 import csv
 import dataclasses
+import itertools
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +14,7 @@ from pwiser_serving import tensors
 from pwiser_serving.errors import shorten
 from pwiser_serving.features import MISSING_FLOAT, MISSING_INTEGER
 from pwiser_serving.protos import tensor_pb2
+from pwiser_serving.scorer import RAW_SIGNATURE
 
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
 # A text may be as long as it likes: the converter has no limit either.
@@ -19,8 +22,9 @@ csv.field_size_limit(sys.maxsize)
 
 
 class CandidateError(ValueError):
-    """A candidate file that cannot be scored. The message names file, row (the line, with the
-    header as line 1), column, what was found and what was expected, in one line."""
+    """A candidate file that cannot be scored. The message names file, row (in a CSV the line, with
+    the header as line 1; else counted from 1), column, what was found and what was expected, in
+    one line."""
 
     def __init__(self, expected: str, *, file, row=None, column=None, found=None):
         place = [str(file)]
@@ -38,12 +42,21 @@ class Batch:
     lines: Sequence[int]
     columns: Mapping[str, Sequence[str]]
 
-    def values(self, name: str, data_type: int) -> np.ndarray | Sequence[str]:
-        """A column as int64, float32 or string values, empty text as missing.
+    @property
+    def place(self) -> str:
+        """Which rows these are, for a message."""
+        return f"{self.lines[0]} to {self.lines[-1]}"
 
-        Raises:
-          CandidateError: a text that is no such value.
-        """
+    def column(self, name: str) -> Sequence[str]:
+        """A column as it is in the file."""
+        return self.columns[name]
+
+    def features(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, Sequence]:
+        """What the model takes, by name. CandidateError: a text that is no such value."""
+        return {name: self._values(name, info.dtype) for name, info in inputs.items()}
+
+    def _values(self, name: str, data_type: int) -> np.ndarray | Sequence[str]:
+        """A column as int64, float32 or string values, empty text as missing."""
         texts = self.columns[name]
         if data_type == tensor_pb2.DT_STRING:
             return texts
@@ -65,12 +78,29 @@ class Batch:
         return values
 
 
+def require_columns(path, row: int | None, have: Sequence[str], names: Sequence[str], reason: str):
+    """CandidateError where one of the names is absent from a header, or twice in it."""
+    for name in names:
+        if have.count(name) > 1:
+            raise CandidateError("each column once", file=path, row=row, found=name)
+        if name not in have:
+            raise CandidateError(
+                f"the file has no such column, which {reason}; it has: {', '.join(have)}",
+                file=path,
+                row=row,
+                column=name,
+            )
+
+
 class CandidateFile:
     """A CSV with a header, in UTF-8, its cells separated by the delimiter. Use it in a `with`.
 
     Raises:
       CandidateError: no such file, no header, text that is not UTF-8.
     """
+
+    signature = RAW_SIGNATURE
+    total = None
 
     def __init__(self, path: pathlib.Path, delimiter: str = ","):
         self.path = path
@@ -95,22 +125,20 @@ class CandidateFile:
 
     def require(self, names: Sequence[str], reason: str) -> None:
         """CandidateError where a column is absent or twice there; the reason says who needs it."""
-        for name in names:
-            if self.header.count(name) > 1:
-                raise CandidateError("each column once", file=self.path, row=1, found=name)
-            if name not in self.header:
-                have = ", ".join(self.header)
-                raise CandidateError(
-                    f"the file has no such column, which {reason}; it has: {have}",
-                    file=self.path,
-                    row=1,
-                    column=name,
-                )
+        require_columns(self.path, 1, self.header, names, reason)
 
-    def batches(self, rows: int) -> Iterator[Batch]:
-        """The rows after the header, in batches of at most so many; blank lines are skipped."""
+    def no_rows(self) -> Batch:
+        """A batch without rows."""
+        return Batch(self.path, [], dict.fromkeys(self.header, ()))
+
+    def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
+        """The rows after the header, in batches of at most so many; blank lines are none.
+
+        Args:
+          skip: leave out so many rows first, unread but for where they end.
+        """
         lines, collected = [], []
-        for row in self._rows():
+        for row in itertools.islice(self._rows(), skip, None):
             line = self._reader.line_num
             if len(row) != len(self.header):
                 raise CandidateError(

@@ -1,87 +1,216 @@
-"""Scores a CSV of candidates with a served model.
+"""A served model from the command line: scores a file of candidates, tells the model's state.
 
-    python -m pwiser_serving.client --server localhost:8500 --model demo \\
+    python -m pwiser_serving.client score --server localhost:8500 --model demo \\
         --input candidates.csv --output scores.csv --keep candidate_id
+    python -m pwiser_serving.client status --server localhost:8500 --model demo
+    python -m pwiser_serving.client metadata --server localhost:8500 --model demo
 
-The input has a header and a column for each raw feature of the model, in any order; an empty cell
-is a missing value, other columns are ignored. The output has a row for each row of the input, in
-its order: the columns of --keep, then ctr, cvr and ctcvr. It appears whole or not at all. Without
---output a table is printed.
+`score` reads a CSV with a header or a Parquet file, with a column for each raw feature of the
+model, in any order, and others, which are ignored; an empty cell or null is a missing value. Or a
+TFRecord file (.tfrecord, .tfrecords) of tf.train.Examples of raw features. The output has a row
+for each row of the input, in its order: the columns of --keep, then ctr, cvr and ctcvr. Its suffix
+says in which format: .jsonl, .parquet, else CSV. Without --output a table is printed.
+
+The output appears whole or not at all. A command that did not come to its end, for whatever
+reason, leaves OUTPUT.partial, and the same command goes on from there: no row is lost or there
+twice. All rows are scored by the version that answered first, so that those of two models never
+mix; where the server no longer holds it, or the input or a flag is another, the command says so
+and does nothing: remove OUTPUT.partial to begin anew. An input that is no regular file is always
+read from its beginning.
+
+Exit code 0: done. 2: the command, the input or the model's name is wrong. 1: the server is away,
+too slow or fails, so that the same command may succeed later; and for `status`, no version is
+AVAILABLE.
 """
 
 import argparse
 import collections
 import contextlib
-import csv
 import os
 import pathlib
 import signal
+import stat
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
-from pwiser_serving import command_line
+import grpc
+import numpy as np
+
+from pwiser_serving import command_line, outputs
 from pwiser_serving.candidates import CandidateError, CandidateFile
-from pwiser_serving.errors import FeatureError, ScoringError
+from pwiser_serving.connection import TLS
+from pwiser_serving.errors import FeatureError, ModelNotFound, ScoringError
 from pwiser_serving.scorer import OUTPUTS, RAW_SIGNATURE, Scorer
 
-Rows = Iterator[Sequence[str]]
+# As many requests' rows as this make a part of the output: what an ended command loses at most.
+_REQUESTS_PER_PART = 16
+
+# Of these the command is the reason, not the server: the same one will not succeed later.
+_WRONG_COMMAND = (
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.UNIMPLEMENTED,
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+)
 
 
-def score_file(scorer: Scorer, candidates: CandidateFile, keep: Sequence[str]) -> Iterator[Rows]:
-    """The output's rows, batch by batch: the columns of keep, then the scores as text.
+def open_candidates(path: pathlib.Path, delimiter: str = ","):
+    """A candidate file by its suffix: TFRecord, Parquet, else CSV.
+
+    Raises:
+      CandidateError: it cannot be opened or read so.
+    """
+    if path.suffix in (".tfrecord", ".tfrecords"):
+        from pwiser_serving import tfrecord
+
+        return tfrecord.CandidateFile(path)
+    if path.suffix == ".parquet":
+        try:
+            from pwiser_serving import parquet
+        except ImportError:
+            raise CandidateError(outputs.NO_PARQUET, file=path) from None
+        return parquet.CandidateFile(path)
+    return CandidateFile(path, delimiter)
+
+
+def score_file(
+    scorer: Scorer, candidates, keep: Sequence[str], *, skip: int = 0
+) -> Iterator[outputs.Columns]:
+    """The output's columns, batch by batch: those of keep, then the scores.
+
+    Args:
+      scorer: calls `candidates.signature`.
+      candidates: what `open_candidates` gave.
+      skip: leave out so many rows first.
 
     Raises:
       CandidateError: the file does not hold what the model takes.
       ScoringError: the server did not answer, or refused.
     """
     candidates.require(keep, "--keep names")
-    inputs = scorer.inputs(RAW_SIGNATURE)
-    candidates.require(sorted(inputs), f"model {scorer.model} needs")
-    kept = collections.deque()
+    inputs = scorer.inputs(candidates.signature)
+    if candidates.signature == RAW_SIGNATURE:
+        candidates.require(sorted(inputs), f"model {scorer.model} needs")
+    elif inputs:
+        candidates.names = sorted(scorer.inputs(RAW_SIGNATURE))
+    waiting = collections.deque()
 
     def features():
-        for batch in candidates.batches(scorer.rows_per_request):
-            kept.append([batch.columns[name] for name in keep])
-            yield {name: batch.values(name, info.dtype) for name, info in inputs.items()}
+        for batch in candidates.batches(scorer.rows_per_request, skip=skip):
+            waiting.append((batch.place, {name: batch.column(name) for name in keep}))
+            yield batch.features(inputs)
 
-    for scores in scorer.score_batches(features()):
-        texts = [scores[name].astype(str).tolist() for name in OUTPUTS]
-        yield zip(*kept.popleft(), *texts, strict=True)
+    results = scorer.score_batches(features())
+    while True:
+        try:
+            scores = next(results, None)
+        except ScoringError as error:
+            if error.code is not grpc.StatusCode.INVALID_ARGUMENT or not waiting:
+                raise
+            raise CandidateError(
+                f"the model refuses these rows: {error}", file=candidates.path, row=waiting[0][0]
+            ) from None
+        if scores is None:
+            return
+        yield waiting.popleft()[1] | scores
 
 
-def _write(batches: Iterator[Rows], header: Sequence[str], output: pathlib.Path) -> int:
-    """Writes the CSV aside and moves it into place. Returns the number of rows."""
-    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    rows = 0
-    _end_on_signals(aside)
+def _score(flags: argparse.Namespace) -> None:
+    with contextlib.ExitStack() as stack:
+        candidates = stack.enter_context(open_candidates(flags.input, flags.delimiter))
+        options = {"signature": candidates.signature, "rows_per_request": flags.batch_size}
+        scorer = stack.enter_context(_scorer(flags, flags.version, **options))
+        if flags.output:
+            _write(flags, candidates, scorer, options)
+            return
+        _print(score_file(scorer, candidates, flags.keep), [*flags.keep, *OUTPUTS])
+        sys.stdout.flush()
+
+
+def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) -> None:
+    """Scores into a file, after what an earlier command has done of it."""
+    identity = _identity(flags.input)
+    command = {
+        "input": identity,
+        "--model": flags.model,
+        "--version": flags.version,
+        "--keep": flags.keep,
+        "--delimiter": flags.delimiter,
+    }
+    names = [*flags.keep, *OUTPUTS]
+    with outputs.Partial(flags.output, names, command, resumable=identity is not None) as partial:
+        _end_on_signals(partial)
+        done = partial.rows
+        try:
+            if not done:
+                partial.begin(asked.metadata().version)
+            by = flags.model
+            by += "" if partial.version is None else f", version {partial.version}"
+            if done:
+                print(f"{flags.output}: resuming after {done} rows scored by {by}", file=sys.stderr)
+            pinned = flags.version if partial.version is None else partial.version
+            with _scorer(flags, pinned, **options) as scorer, _progress(candidates, done) as tell:
+                _save(score_file(scorer, candidates, flags.keep, skip=done), partial, tell)
+            empty = candidates.no_rows()
+            no_scores = dict.fromkeys(OUTPUTS, np.zeros(0, np.float32))
+            partial.finish({name: empty.column(name) for name in flags.keep} | no_scores)
+        except (ScoringError, OSError) as error:
+            if isinstance(error, ModelNotFound) and partial.rows:
+                error.add_note(
+                    f"{partial.folder} holds {partial.rows} rows of this version: remove it to "
+                    "begin anew, if it will not come back"
+                )
+            elif partial.keeps(error):
+                error.add_note(_kept(partial))
+            raise
+    print(f"{flags.output}: {partial.rows} rows scored by {by}", file=sys.stderr)
+
+
+def _save(batches: Iterator[outputs.Columns], partial: outputs.Partial, tell) -> None:
+    """Saves the batches in parts, and at a failure also the part that it interrupts."""
+    part, rows = [], 0
     try:
-        with open(aside, "x", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(header)
-            for batch in batches:
-                for row in batch:
-                    writer.writerow(row)
-                    rows += 1
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, output)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(output)) from None
+        for columns in batches:
+            part.append(columns)
+            rows += len(columns[OUTPUTS[0]])
+            tell(len(columns[OUTPUTS[0]]))
+            if len(part) == _REQUESTS_PER_PART:
+                # Forgotten first: a part that cannot be saved is not to be tried again below.
+                full, part = part, []
+                saved, rows = rows, 0
+                partial.save(full, saved)
     finally:
-        aside.unlink(missing_ok=True)
-    return rows
+        if part:
+            partial.save(part, rows)
 
 
-def _end_on_signals(aside: pathlib.Path | None = None) -> None:
-    """SIGINT and SIGTERM end the process at once, after removing the file written aside.
+def _identity(path: pathlib.Path) -> dict[str, int] | None:
+    """What tells that a file has not changed; None for one that cannot be read again."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        return None
+    return {"bytes": found.st_size, "modified_ns": found.st_mtime_ns}
+
+
+def _kept(partial: outputs.Partial) -> str:
+    return f"{partial.folder} keeps {partial.rows} rows: the same command goes on after them"
+
+
+def _end_on_signals(partial: outputs.Partial | None = None) -> None:
+    """SIGINT and SIGTERM end the process at once, saying what is kept.
 
     They raise nothing: an exception in the midst of a gRPC call leaves its channel so that
     closing it, which the way out does, waits for ever.
     """
 
     def end(number, _):
-        if aside:
-            aside.unlink(missing_ok=True)
+        if partial and partial.keeps(None):
+            # Not print: the signal may have come in the midst of one.
+            os.write(sys.stderr.fileno(), f"\n{_kept(partial)}\n".encode())
+        elif partial:
+            partial.discard()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
@@ -89,43 +218,135 @@ def _end_on_signals(aside: pathlib.Path | None = None) -> None:
         signal.signal(number, end)
 
 
-def _print(batches: Iterator[Rows], header: Sequence[str]) -> int:
-    """Prints a table whose widths are those of the first batch. Returns the number of rows."""
-    rows, widths = 0, None
-    for batch in batches:
-        batch = [(*row[: -len(OUTPUTS)], *(f"{float(v):.6f}" for v in row[-3:])) for row in batch]
+@contextlib.contextmanager
+def _progress(candidates, done: int) -> Iterator[Callable[[int], object]]:
+    """A bar at a terminal; gives a function to be told of each batch's rows."""
+    if not sys.stderr.isatty():
+        yield lambda rows: None
+        return
+    import tqdm
+
+    with tqdm.tqdm(total=candidates.total, initial=done, unit="rows", unit_scale=True) as bar:
+        yield bar.update
+
+
+def _print(batches: Iterator[outputs.Columns], header: Sequence[str]) -> None:
+    """Prints a table whose widths are those of the first batch."""
+    widths = None
+    for columns in batches:
+        kept = [outputs.texts(columns[name]) for name in header[: -len(OUTPUTS)]]
+        scores = [[f"{value:.6f}" for value in columns[name]] for name in OUTPUTS]
+        rows = list(zip(*kept, *scores, strict=True))
         if widths is None:
-            widths = [max(map(len, column)) for column in zip(header, *batch, strict=True)]
+            widths = _widths(header, rows)
             _print_row(header, widths)
-        for row in batch:
+        for row in rows:
             _print_row(row, widths)
-        rows += len(batch)
     if widths is None:
-        _print_row(header, [len(name) for name in header])
-    return rows
+        _print_row(header, _widths(header, []))
+
+
+def _widths(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+    return [max(map(len, column)) for column in zip(header, *rows, strict=True)]
 
 
 def _print_row(row: Sequence[str], widths: Sequence[int]) -> None:
     print("  ".join(text.rjust(width) for text, width in zip(row, widths, strict=True)))
 
 
-def _flags(arguments: list[str] | None) -> argparse.Namespace:
+def _status(flags: argparse.Namespace) -> None:
+    with _scorer(flags, flags.version) as scorer:
+        versions = scorer.status()
+    header = ("version", "state", "error")
+    rows = []
+    for version in versions:
+        good = version.code is grpc.StatusCode.OK
+        error = "" if good else " ".join(f"{version.code.name}: {version.message}".split())
+        rows.append((str(version.version), version.state, error))
+    widths = _widths(header, rows)[:-1]
+    for row in (header, *rows):
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]).rstrip())
+    if not any(version.state == "AVAILABLE" for version in versions):
+        sys.exit(1)
+
+
+def _metadata(flags: argparse.Namespace) -> None:
+    with _scorer(flags, flags.version) as scorer:
+        metadata = scorer.metadata()
+    print(f"model {flags.model}, version {metadata.version}")
+    for name, signature in metadata.signatures.items():
+        print(f"{name} ({signature['method']})")
+        for side in ("inputs", "outputs"):
+            print(f"  {side}")
+            width = max(map(len, signature[side]), default=0)
+            for tensor, info in signature[side].items():
+                sizes = "?" if info["shape"] is None else info["shape"]
+                shape = ", ".join("rows" if size is None else str(size) for size in sizes)
+                print(f"    {tensor.ljust(width)}  {info['type']} [{shape}]")
+
+
+def _scorer(flags: argparse.Namespace, version: int | str | None, **options) -> Scorer:
+    files = {name: getattr(flags, name) for name in _TLS_FLAGS}
+    tls = TLS(**files) if flags.tls or any(files.values()) else None
+    try:
+        return Scorer(
+            flags.server, flags.model, version=version, timeout=flags.timeout, tls=tls, **options
+        )
+    except ValueError as error:
+        command_line.fail(error)
+
+
+# The flags that are TLS's arguments.
+_TLS_FLAGS = {
+    "root_certificates": "PEM file of the authorities to trust; those of gRPC by default",
+    "private_key": "PEM file, for a server that asks who its client is",
+    "certificate_chain": "PEM file that belongs to --private_key",
+    "server_name": "the name in the server's certificate; --server's by default",
+}
+
+
+def _version(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
+
+
+def _parser() -> command_line.Parser:
     parser = command_line.Parser(
         prog="python -m pwiser_serving.client",
-        description="Scores a CSV of raw features with a model behind TF Serving's gRPC API.",
+        description="Scores candidates with a model behind TF Serving's gRPC API.",
     )
-    parser.add_argument("--server", default="localhost:8500", help="host:port of the server")
-    parser.add_argument("--model", required=True, help="the model's name on the server")
-    parser.add_argument("--version", type=int, help="the model's version; the newest by default")
-    parser.add_argument("--input", required=True, type=pathlib.Path, help="CSV with a header")
-    parser.add_argument("--delimiter", default=",", help=r"between cells; \t is a tab")
-    parser.add_argument("--output", type=pathlib.Path, help="CSV to write; a table by default")
-    parser.add_argument("--keep", default="", help="columns of the input to repeat, a,b,c")
-    parser.add_argument("--timeout", type=float, default=30.0, help="seconds for one request")
-    parser.add_argument("--batch_size", type=int, default=4096, help="rows in one request")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, run, timeout, told in (
+        ("score", _score, 30.0, "score a CSV, Parquet or TFRecord file of raw features"),
+        ("status", _status, 5.0, "the state of each version; exit code 0 if one is AVAILABLE"),
+        ("metadata", _metadata, 5.0, "the model's signatures, their inputs and outputs"),
+    ):
+        command = commands.add_parser(name, help=told, description=told)
+        command.set_defaults(run=run)
+        add = command.add_argument
+        add("--server", default="localhost:8500", help="host:port of the server")
+        add("--model", required=True, help="the model's name on the server")
+        add("--version", type=_version, help="a version's number or label; the newest by default")
+        add("--timeout", type=float, default=timeout, help="seconds for one request")
+        add("--tls", action="store_true", help="speak TLS; a flag for its files says so as well")
+        for flag, meaning in _TLS_FLAGS.items():
+            add(f"--{flag}", help=meaning)
+        if name == "score":
+            add("--input", required=True, type=pathlib.Path, help="by suffix; CSV for an unknown")
+            add("--delimiter", default=",", help=r"between a CSV's cells; \t is a tab")
+            add("--output", type=pathlib.Path, help="by suffix; a table is printed by default")
+            add("--keep", default="", help="columns of the input to repeat, a,b,c")
+            add("--batch_size", type=int, default=4096, help="rows in one request")
+    return parser
+
+
+def _flags(arguments: list[str] | None) -> argparse.Namespace:
+    parser = _parser()
     flags = parser.parse_args(arguments)
     if not flags.timeout > 0:
         parser.error(f"--timeout: found {flags.timeout:g}, expected more than 0 seconds")
+    if flags.command != "score":
+        return flags
     if flags.batch_size < 1:
         parser.error(f"--batch_size: found {flags.batch_size}, expected 1 or more")
     if flags.output and not flags.output.absolute().parent.is_dir():
@@ -136,37 +357,27 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     if len(flags.delimiter) != 1 or flags.delimiter in '"\r\n':
         parser.error(f"--delimiter: found {flags.delimiter!r}, expected one character")
     flags.keep = [name for name in flags.keep.split(",") if name]
+    for name in flags.keep:
+        if name in OUTPUTS or flags.keep.count(name) > 1:
+            reason = "a score's name" if name in OUTPUTS else "named twice"
+            parser.error(f"--keep: {name} is {reason}, and the output has each column once")
     return flags
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
+    # gRPC's own lines, at each failed handshake: the error says it in one.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     flags = _flags(arguments)
     _end_on_signals()
-    header = [*flags.keep, *OUTPUTS]
     try:
-        with contextlib.ExitStack() as stack:
-            candidates = stack.enter_context(CandidateFile(flags.input, flags.delimiter))
-            scorer = stack.enter_context(
-                Scorer(
-                    flags.server,
-                    flags.model,
-                    version=flags.version,
-                    timeout=flags.timeout,
-                    rows_per_request=flags.batch_size,
-                )
-            )
-            batches = score_file(scorer, candidates, flags.keep)
-            if flags.output:
-                rows = _write(batches, header, flags.output)
-                print(f"{flags.output}: {rows} rows scored by {flags.model}", file=sys.stderr)
-            else:
-                _print(batches, header)
-                sys.stdout.flush()
+        flags.run(flags)
     except BrokenPipeError:
         # The reader of the table has seen enough; Python would complain when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (CandidateError, FeatureError, ScoringError, OSError) as error:
+    except ScoringError as error:
+        command_line.fail(error, 2 if error.code in _WRONG_COMMAND else 1)
+    except (CandidateError, FeatureError, outputs.OutputError, OSError) as error:
         command_line.fail(error)
 
 

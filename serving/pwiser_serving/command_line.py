@@ -19,9 +19,11 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message}; --help lists the flags")
 
 
-def fail(error: object) -> NoReturn:
-    """Prints the error as one line and exits with code 2."""
+def fail(error: object, code: int = 2) -> NoReturn:
+    """Prints the error, with its notes, as one line and exits with the code."""
+    notes = getattr(error, "__notes__", [])
     if isinstance(error, OSError) and error.strerror:
         error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(2)
+    text = "; ".join([str(error), *notes])
+    print("error:", " ".join(text.split()), file=sys.stderr)
+    sys.exit(code)

@@ -10,7 +10,8 @@ import time
 import numpy as np
 import pytest
 import serving_model
-from pwiser_serving import Scorer, client
+from fake_server import FakeModel, serve
+from pwiser_serving import Scorer, client, outputs
 
 CANDIDATES = (
     "price,note,item,brand,id\n"
@@ -49,7 +50,8 @@ def command(server, tmp_path, capsys):
     def score(text, *flags):
         path = tmp_path / "candidates.csv"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return run(capsys, "--server", server.address, "--model", "m", "--input", path, *flags)
+        good = ["--server", server.address, "--model", "m", "--input", path]
+        return run(capsys, "score", *good, *flags)
 
     return score
 
@@ -70,7 +72,7 @@ def test_scores_are_written_row_by_row(command, tmp_path):
             CANDIDATES, "--output", output, "--keep=id", f"--batch_size={batch_size}"
         )
         assert (code, out) == (0, "")
-        assert err == f"{output}: 4 rows scored by m\n"
+        assert err == f"{output}: 4 rows scored by m, version 7\n"
         with open(output, newline="") as file:
             rows = list(csv.reader(file))
         assert rows[0] == ["id", "ctr", "cvr", "ctcvr"]
@@ -195,23 +197,35 @@ def test_an_earlier_output_survives_a_failure(command, tmp_path):
 
 def test_wrong_flags_are_one_line(server, tmp_path, capsys):
     path = tmp_path / "c.csv"
-    path.write_text("price,item,brand\n1,2,a\n")
-    good = ["--server", server.address, "--model", "m", "--input", path]
+    path.write_text("price,item,brand,ctr\n1,2,a,0\n")
+    pem = tmp_path / "none.pem"
+    good = ["score", "--server", server.address, "--model", "m", "--input", path]
     for flags, told in (
         ([*good, "--model=other"], "model other: NOT_FOUND: Servable not found for request"),
         ([*good, "--version=3"], "model m, version 3: NOT_FOUND: Servable not found"),
-        ([*good, "--server=localhost:1"], "localhost:1, model m: UNAVAILABLE: no server answers"),
         ([*good, "--keep=id"], "column id: the file has no such column, which --keep names"),
+        ([*good, "--keep=ctr"], "--keep: ctr is a score's name, and the output has each column"),
+        ([*good, "--keep=item,item"], "--keep: item is named twice, and the output"),
         ([*good, "--input", tmp_path / "none"], "none: No such file or directory"),
+        ([*good, "--input", tmp_path / "none.parquet"], "none.parquet: No such file or directory"),
+        (
+            [*good, "--input", tmp_path / "none.tfrecord"],
+            "none.tfrecord: No such file or directory",
+        ),
         ([*good, "--input", tmp_path], "Is a directory"),
         ([*good, "--output", tmp_path], "is a folder, expected a file's name"),
         ([*good, "--output", tmp_path / "x" / "y.csv"], "is not a folder"),
         ([*good, "--timeout=0"], "--timeout: found 0, expected more than 0 seconds"),
         ([*good, "--timeout=nan"], "--timeout: found nan"),
         ([*good, "--batch_size=0"], "--batch_size: found 0, expected 1 or more"),
-        ([*good, "--version=x"], "--version: invalid int value: 'x'"),
+        ([*good, "--root_certificates", pem], "TLS: root_certificates"),
+        ([*good, "--private_key", path], "private_key and certificate_chain go together"),
         ([*good, "--fast"], "unrecognized arguments: --fast"),
-        ([], "the following arguments are required: --model, --input"),
+        (["score"], "the following arguments are required: --model, --input"),
+        ([], "the following arguments are required: COMMAND"),
+        (["serve"], "invalid choice: 'serve'"),
+        (["status", "--server", server.address, "--model=other"], "Could not find any versions of"),
+        (["metadata", "--server", server.address, "--model=m", "--version=3"], "Specific(m, 3)"),
     ):
         code, out, err = run(capsys, *flags)
         assert (code, out) == (2, ""), flags
@@ -220,21 +234,63 @@ def test_wrong_flags_are_one_line(server, tmp_path, capsys):
         assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize("command", ["score", "status", "metadata"])
+def test_a_server_that_is_away_is_another_exit_code(command, tmp_path, capsys):
+    path = tmp_path / "c.csv"
+    path.write_text("price,item,brand\n1,2,a\n")
+    flags = [f"--input={path}", f"--output={tmp_path}/o.csv"] if command == "score" else []
+    code, out, err = run(capsys, command, "--server=localhost:1", "--model=m", *flags)
+    assert (code, out) == (1, "")
+    assert "localhost:1, model m: UNAVAILABLE: no server answers" in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
+
+
+def test_status(server, capsys):
+    code, out, err = run(capsys, "status", "--server", server.address, "--model=m")
+    assert (code, err) == (0, "")
+    assert [line.split() for line in out.splitlines()] == [
+        ["version", "state", "error"],
+        ["7", "AVAILABLE"],
+    ]
+
+
+def test_status_without_an_available_version(capsys):
+    model = FakeModel()
+    model.held = set()
+    with serve(model) as port:
+        code, out, _ = run(capsys, "status", f"--server=localhost:{port}", "--model=m")
+    assert code == 1
+    assert out.splitlines()[1:] == ["99       END    NOT_FOUND: no such file"]
+
+
+def test_metadata(server, capsys):
+    code, out, _ = run(capsys, "metadata", "--server", server.address, "--model=m")
+    assert code == 0
+    assert out.startswith("model m, version 7\n")
+    assert (
+        "predict (tensorflow/serving/predict)\n"
+        "  inputs\n"
+        "    categorical  int64 [rows, 2]\n"
+        "    numerical    float [rows, 1]\n"
+    ) in out
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_a_full_disk_is_one_line(command, tmp_path, monkeypatch):
     real_open = open
 
     def full(path, mode, **options):
-        return real_open("/dev/full" if "x" in mode else path, mode.replace("x", "w"), **options)
+        return real_open("/dev/full" if mode == "w" else path, mode, **options)
 
-    monkeypatch.setattr(client, "open", full, raising=False)
+    monkeypatch.setattr(outputs, "open", full, raising=False)
     code, _, err = command("price,item,brand\n1,2,a\n", "--output", tmp_path / "o.csv")
     assert (code, err) == (2, f"error: {tmp_path}/o.csv: No space left on device\n")
 
 
-def _process(server, path, *flags, **options):
-    command = [sys.executable, "-m", "pwiser_serving.client", "--server", server.address]
-    command += ["--model=m", f"--input={path}", *flags]
+def _process(address, path, *flags, **options):
+    command = [sys.executable, "-m", "pwiser_serving.client", "score"]
+    command += ["--server", address, "--model=m", f"--input={path}", *flags]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
 
 
@@ -243,7 +299,7 @@ def test_an_ended_command_leaves_nothing(server, tmp_path, number):
     # A pipe as input: the command cannot finish before it is told to end.
     read, write = os.pipe()
     process = _process(
-        server, "/dev/stdin", f"--output={tmp_path}/o.csv", "--batch_size=1", stdin=read
+        server.address, "/dev/stdin", f"--output={tmp_path}/o.csv", "--batch_size=1", stdin=read
     )
     try:
         os.write(write, b"price,item,brand\n" + b"1,2,a\n" * 200)
@@ -267,7 +323,7 @@ def test_an_ended_command_leaves_nothing(server, tmp_path, number):
 def test_a_closed_pipe_is_no_error(server, tmp_path):
     path = tmp_path / "c.csv"
     path.write_text("price,item,brand\n" + "1,2,a\n" * 20_000)
-    with _process(server, path, stdout=subprocess.PIPE) as process:
+    with _process(server.address, path, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == ""

@@ -1,0 +1,135 @@
+"""Candidates in a TFRecord file: serialized tf.train.Examples of raw features, sent unopened."""
+
+import pathlib
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+
+import crc32c
+import numpy as np
+
+from pwiser_serving import services
+from pwiser_serving.candidates import CandidateError
+from pwiser_serving.protos import tensor_pb2
+
+# A record's frame: its length, the length's masked CRC32C, the data, the data's masked CRC32C.
+_LENGTH = struct.Struct("<QI")
+_CHECKSUM = struct.Struct("<I")
+
+
+class Batch:
+    """Some records of the file."""
+
+    def __init__(self, first: int, records: list[bytes]):
+        self._first, self._records = first, records
+
+    @property
+    def place(self) -> str:
+        """Which rows these are, for a message."""
+        return f"{self._first} to {self._first + len(self._records) - 1}"
+
+    def features(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, np.ndarray]:
+        """The records as the signature's input."""
+        records = np.empty(len(self._records), object)
+        records[:] = self._records
+        return dict.fromkeys(inputs, records)
+
+
+class CandidateFile:
+    """A TFRecord file. Use it in a `with`. CandidateError: it cannot be opened."""
+
+    signature = services.DEFAULT_SIGNATURE
+    total = None
+
+    def __init__(self, path: pathlib.Path):
+        self.path = path
+        # The model's raw features: a record must hold one of them at least.
+        self.names: Sequence[str] = ()
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115  (closed by __exit__)
+        except OSError as error:
+            raise CandidateError(error.strerror, file=path) from None
+
+    def __enter__(self) -> "CandidateFile":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def require(self, names: Sequence[str], reason: str) -> None:
+        """CandidateError where there is a name: the records have no columns."""
+        for name in names:
+            raise CandidateError(
+                f"a TFRecord file has no columns to take, which {reason}",
+                file=self.path,
+                column=name,
+            )
+
+    def no_rows(self) -> Batch:
+        """A batch without rows."""
+        return Batch(1, [])
+
+    def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
+        """The records, in batches of at most so many, but for the first `skip`.
+
+        Raises:
+          CandidateError: a record that is cut off, or whose checksum is another; or one that holds
+            none of the model's features, as every Example would pass the model that is another's:
+            all of its features would be missing.
+        """
+        names = [name.encode() for name in self.names]
+        first, collected = skip + 1, []
+        for number, record in enumerate(self._records(), 1):
+            if number <= skip:
+                continue
+            if names and not any(name in record for name in names):
+                have = ", ".join(self.names)
+                raise CandidateError(
+                    f"the record holds none of the model's features: {have}",
+                    file=self.path,
+                    row=number,
+                )
+            collected.append(record)
+            if len(collected) == rows:
+                yield Batch(first, collected)
+                first, collected = number + 1, []
+        if collected:
+            yield Batch(first, collected)
+
+    def _records(self) -> Iterator[bytes]:
+        number = 0
+        while True:
+            number += 1
+            header = self._read(_LENGTH.size, number)
+            if not header:
+                return
+            length, checksum = _LENGTH.unpack(header)
+            # Checked before it is believed: a broken length may ask for all the memory.
+            if _masked(header[:8]) != checksum:
+                raise CandidateError(
+                    "the record's length does not match its checksum: a corrupt file, or none of "
+                    "TFRecords",
+                    file=self.path,
+                    row=number,
+                )
+            data = self._read(length + _CHECKSUM.size, number)
+            record = data[:length]
+            if not data or _masked(record) != _CHECKSUM.unpack(data[length:])[0]:
+                expected = "the record does not match its checksum" if data else "cut off"
+                raise CandidateError(expected, file=self.path, row=number)
+            yield record
+
+    def _read(self, size: int, number: int) -> bytes:
+        """So many bytes, or none at the end of the file."""
+        try:
+            data = self._file.read(size)
+        except (OSError, OverflowError, MemoryError) as error:
+            raise CandidateError(str(error), file=self.path, row=number) from None
+        if data and len(data) < size:
+            raise CandidateError("the record is cut off", file=self.path, row=number)
+        return data
+
+
+def _masked(data: bytes) -> int:
+    """TFRecord's checksum: rotated and shifted, for data that holds checksums itself."""
+    checksum = crc32c.crc32c(data)
+    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -1,0 +1,366 @@
+"""client: what a command that did not come to its end leaves, and how the next one goes on."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import fake_server
+import grpc
+import numpy as np
+import pytest
+from fake_server import FakeModel, Refused, serve
+from pwiser_serving import client
+
+ROWS = 500
+FORMATS = ["csv", "jsonl", "parquet"]
+
+
+@pytest.fixture
+def candidates(tmp_path):
+    """A CSV whose ids count from 0; a row's scores are its price, id / 1000."""
+    path = tmp_path / "c.csv"
+    rows = [f"{number},acme,1,{number / 1000}\n" for number in range(ROWS)]
+    path.write_text("id,brand,item,price\n" + "".join(rows))
+    return path
+
+
+@pytest.fixture
+def model():
+    return FakeModel(**fake_server.FEATURES)
+
+
+def _arguments(address, path, output, *flags):
+    good = ["score", f"--server={address}", "--model=m", f"--input={path}", f"--output={output}"]
+    return [*good, "--keep=id", "--batch_size=1", "--timeout=5", *flags]
+
+
+@pytest.fixture
+def run(capsys):
+    """A function that runs the command here: exit code, stderr."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def score(*arguments):
+        code = 0
+        try:
+            client.main(_arguments(*arguments))
+        except SystemExit as end:
+            code = end.code
+        return code, capsys.readouterr().err
+
+    yield score
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def _rows(output):
+    if output.suffix == ".parquet":
+        return pytest.importorskip("pyarrow.parquet").read_table(output).to_pylist()
+    with open(output, newline="") as file:
+        if output.suffix == ".csv":
+            return list(csv.DictReader(file))
+        return [json.loads(line) for line in file]
+
+
+def _check(output):
+    """Every row once, in order, with its own score."""
+    rows = _rows(output)
+    assert [int(row["id"]) for row in rows] == list(range(ROWS))
+    wanted = np.arange(ROWS, dtype=np.float64) / 1000
+    np.testing.assert_array_equal(
+        np.array([row["ctcvr"] for row in rows], np.float32), wanted.astype(np.float32)
+    )
+
+
+def _fails_after(model, requests, code=grpc.StatusCode.INTERNAL):
+    left = iter(range(requests))
+
+    def before():
+        if next(left, None) is None:
+            raise Refused(code, "no more")
+
+    model.before = before
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_the_same_command_goes_on_where_the_server_failed(model, candidates, tmp_path, run, suffix):
+    output = tmp_path / f"s.{suffix}"
+    partial = tmp_path / f"s.{suffix}.partial"
+    with serve(model) as port:
+        address = f"localhost:{port}"
+        done = 0
+        for _ in range(3):
+            _fails_after(model, 100)
+            code, err = run(address, candidates, output)
+            assert code == 1
+            assert err.count("\n") == 1 + bool(done)
+            assert f"resuming after {done} rows scored by m, version 1" in err or not done
+            kept = int(err.split(f"{partial} keeps ")[1].split()[0])
+            # In the order of the answers: up to 3 of the requests that were answered came later.
+            assert done + 97 <= kept <= done + 100
+            assert err.endswith(" rows: the same command goes on after them\n")
+            assert not output.exists()
+            done = kept
+        calls, model.before = model.calls, lambda: None
+        code, err = run(address, candidates, output)
+        assert (code, err) == (
+            0,
+            f"{output}: resuming after {done} rows scored by m, version 1\n"
+            f"{output}: {ROWS} rows scored by m, version 1\n",
+        )
+        assert model.calls - calls == ROWS - done
+    _check(output)
+    assert not partial.exists()
+
+
+def _process(arguments, **options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "pwiser_serving.client", *arguments],
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background inherits that this signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
+
+
+def _wait_for_a_part(process, partial, number=1):
+    deadline = time.monotonic() + 30
+    while len(list(partial.glob("rows-*"))) < number:
+        assert time.monotonic() < deadline
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.002)
+
+
+@pytest.mark.parametrize(
+    ("number", "suffix"),
+    [
+        (signal.SIGKILL, "csv"),
+        (signal.SIGKILL, "jsonl"),
+        (signal.SIGKILL, "parquet"),
+        (signal.SIGTERM, "csv"),
+        (signal.SIGINT, "csv"),
+    ],
+)
+def test_a_killed_command_is_resumed(model, candidates, tmp_path, run, number, suffix):
+    output, partial = tmp_path / f"s.{suffix}", tmp_path / f"s.{suffix}.partial"
+    model.before = lambda: time.sleep(0.005)
+    with serve(model) as port:
+        arguments = (f"localhost:{port}", candidates, output)
+        for _ in range(2):
+            parts = len(list(partial.glob("rows-*")))
+            with _process(_arguments(*arguments)) as process:
+                _wait_for_a_part(process, partial, parts + 2)
+                process.send_signal(number)
+                err = process.communicate(timeout=30)[1]
+            assert process.returncode == -number
+            assert not output.exists()
+            if number != signal.SIGKILL:
+                assert err.endswith(" rows: the same command goes on after them\n")
+        model.before = lambda: None
+        code, err = run(*arguments)
+    assert code == 0
+    assert "resuming after " in err
+    _check(output)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", output.name]
+
+
+def _start_fake(port: int, version: int = 1):
+    """A server process of the fake model: the process and its port."""
+    command = [sys.executable, fake_server.__file__, str(port), str(version), "0.005"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    return process, int(process.stdout.readline())
+
+
+def _stop(process):
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_killed_server_loses_no_row(candidates, tmp_path, run):
+    output, partial = tmp_path / "s.csv", tmp_path / "s.csv.partial"
+    server, port = _start_fake(0)
+    arguments = (f"localhost:{port}", candidates, output)
+    try:
+        with _process(_arguments(*arguments)) as process:
+            _wait_for_a_part(process, partial)
+            server.kill()
+            err = process.communicate(timeout=30)[1]
+        assert process.returncode == 1
+        assert "UNAVAILABLE: no server answers" in err
+        assert err.endswith("the same command goes on after them\n")
+        # Still away: nothing is lost by asking.
+        assert run(*arguments)[0] == 1
+    finally:
+        _stop(server)
+    server, _ = _start_fake(port)
+    try:
+        assert run(*arguments)[0] == 0
+    finally:
+        _stop(server)
+    _check(output)
+    assert not partial.exists()
+
+
+def test_rows_of_two_versions_never_mix(model, candidates, tmp_path, run):
+    output, partial = tmp_path / "s.csv", tmp_path / "s.csv.partial"
+    with serve(model) as port:
+        arguments = (f"localhost:{port}", candidates, output)
+        _fails_after(model, 100)
+        assert run(*arguments)[0] == 1
+        model.before = lambda: None
+        # The version is gone: refused, and kept.
+        model.set_version(2)
+        code, err = run(*arguments)
+        assert code == 2
+        assert "version 1: NOT_FOUND" in err
+        assert f"{partial} holds " in err
+        assert "rows of this version: remove it to begin anew" in err
+        assert not output.exists()
+        # It is back beside the new one: the rest is scored by it too.
+        model.set_version(1)
+        model.set_version(2, keep=True)
+        code, err = run(*arguments)
+        assert code == 0
+        assert err.endswith(f"{ROWS} rows scored by m, version 1\n")
+    _check(output)
+
+
+def test_one_run_stays_with_its_version(model, candidates, tmp_path, run):
+    """A new version during the run does not change who scores it."""
+    left = iter(range(20))
+
+    def before():
+        if next(left, None) is None:
+            model.set_version(2, keep=True)
+
+    model.before = before
+    with serve(model) as port:
+        code, err = run(f"localhost:{port}", candidates, tmp_path / "s.csv")
+    assert (code, err) == (0, f"{tmp_path}/s.csv: {ROWS} rows scored by m, version 1\n")
+
+
+@pytest.mark.parametrize(
+    ("change", "flags"),
+    [
+        ("input", []),
+        ("--keep", ["--keep=id,item"]),
+        ("--model", ["--model=other"]),
+        ("--version", ["--version=1"]),
+        ("--delimiter", ["--delimiter=;"]),
+    ],
+)
+def test_another_command_does_not_go_on(model, candidates, tmp_path, run, change, flags):
+    output, partial = tmp_path / "s.csv", tmp_path / "s.csv.partial"
+    with serve(model) as port:
+        arguments = (f"localhost:{port}", candidates, output)
+        _fails_after(model, 100)
+        assert run(*arguments)[0] == 1
+        model.before = lambda: None
+        before = sorted(path.read_bytes() for path in partial.iterdir())
+        time_before = candidates.stat()
+        if change == "input":
+            os.utime(candidates, ns=(time_before.st_atime_ns, time_before.st_mtime_ns + 1))
+        code, err = run(*arguments, *flags)
+        assert (code, err) == (
+            2,
+            f"error: {partial}: cannot be resumed, it was begun with another {change}; remove "
+            "this folder to begin anew\n",
+        )
+        # Nothing of it was touched, and what may differ does not matter.
+        assert sorted(path.read_bytes() for path in partial.iterdir()) == before
+        os.utime(candidates, ns=(time_before.st_atime_ns, time_before.st_mtime_ns))
+        assert run(*arguments, "--batch_size=7", "--timeout=6")[0] == 0
+    _check(output)
+
+
+def test_two_commands_do_not_write_one_output(model, candidates, tmp_path, run):
+    output, partial = tmp_path / "s.csv", tmp_path / "s.csv.partial"
+    model.before = lambda: time.sleep(0.01)
+    with serve(model) as port:
+        arguments = (f"localhost:{port}", candidates, output)
+        with _process(_arguments(*arguments)) as process:
+            _wait_for_a_part(process, partial)
+            code, err = run(*arguments)
+            assert (code, err) == (2, f"error: {partial}: another command is writing it\n")
+            model.before = lambda: None
+            process.communicate(timeout=30)
+        assert process.returncode == 0
+    _check(output)
+
+
+def test_a_damaged_partial_is_refused(model, candidates, tmp_path, run):
+    output, partial = tmp_path / "s.csv", tmp_path / "s.csv.partial"
+    with serve(model) as port:
+        arguments = (f"localhost:{port}", candidates, output)
+        _fails_after(model, 100)
+        run(*arguments)
+        model.before = lambda: None
+        # What a killed command had not finished is nothing.
+        (partial / "unfinished").write_text("half a ro")
+        first, second, *_ = sorted(partial.glob("rows-*"))
+        second.rename(tmp_path / "aside")
+        code, err = run(*arguments)
+        assert (code, "rows 16 to 31 are missing from it; remove" in err) == (2, True)
+        (tmp_path / "aside").rename(second)
+        (partial / "command.json").write_text("{")
+        code, err = run(*arguments)
+        assert (code, "its command.json cannot be read; remove" in err) == (2, True)
+        # Without a description it is no partial.
+        (partial / "command.json").unlink()
+        assert run(*arguments)[0] == 0
+    assert first.name.startswith("rows-000000000000-")
+    _check(output)
+
+
+def test_all_rows_done_but_not_joined(model, candidates, tmp_path, run, monkeypatch):
+    """Killed in the last moment: after the last part, before the output is in place."""
+    output = tmp_path / "s.csv"
+    real = client.outputs.Partial.finish
+
+    def killed(self, no_rows):
+        raise OSError(5, "gone", str(output))
+
+    with serve(model) as port:
+        arguments = (f"localhost:{port}", candidates, output)
+        monkeypatch.setattr(client.outputs.Partial, "finish", killed)
+        code, err = run(*arguments)
+        assert (code, f"keeps {ROWS} rows" in err) == (2, True)
+        monkeypatch.setattr(client.outputs.Partial, "finish", real)
+        calls = model.calls
+        assert run(*arguments)[0] == 0
+        assert model.calls == calls
+    _check(output)
+
+
+def test_a_pipe_is_always_read_from_its_beginning(model, candidates, tmp_path):
+    output, partial = tmp_path / "s.csv", tmp_path / "s.csv.partial"
+    text = candidates.read_text()
+    model.before = lambda: time.sleep(0.005)
+    with serve(model) as port:
+        arguments = _arguments(f"localhost:{port}", "/dev/stdin", output)
+        with _process(arguments, stdin=subprocess.PIPE) as process:
+            process.stdin.write(text[:2000])
+            process.stdin.flush()
+            _wait_for_a_part(process, partial)
+            process.kill()
+            process.wait()
+        model.before = lambda: None
+        with _process(arguments, stdin=subprocess.PIPE) as process:
+            err = process.communicate(text, timeout=30)[1]
+    assert err == f"{output}: {ROWS} rows scored by m, version 1\n"
+    _check(output)
+
+
+def test_a_wrong_row_leaves_nothing_of_what_was_done(model, candidates, tmp_path, run):
+    with candidates.open("a") as file:
+        file.write("x,acme,1,dear\n")
+    with serve(model) as port:
+        code, err = run(f"localhost:{port}", candidates, tmp_path / "s.csv")
+    assert code == 2
+    assert f"row {ROWS + 2}, column price: found 'dear'" in err
+    assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
