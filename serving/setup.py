@@ -15,13 +15,16 @@ setuptools.setup(
     packages=["pwiser_serving", "pwiser_serving.protos", "pwiser_serving.server"],
     package_data={"pwiser_serving.protos": ["*.proto"]},
     install_requires=[
+        "crc32c>=2.7",
         "grpcio>=1.60",
         "numpy>=1.26",
         # The generated code is protoc 25's, the last that checks no version of the runtime, so
         # that one wheel stands beside every TensorFlow from 2.18 to 2.21.
         "protobuf>=4.25,<8",
+        "tqdm>=4.66",
     ],
     extras_require={
+        "parquet": ["pyarrow>=17"],
         "server": [
             "grpcio-health-checking>=1.60",
             "prometheus-client>=0.20",
@@ -30,6 +33,6 @@ setuptools.setup(
             "tensorflow-serving-api>=2.18,<2.22",
             "waitress>=3.0",
         ],
-        "test": ["pytest>=8", "pyyaml>=6", "trustme>=1.1"],
+        "test": ["pandas>=2", "pyarrow>=17", "pytest>=8", "pyyaml>=6", "trustme>=1.1"],
     },
 )

@@ -115,8 +115,8 @@ def test_training_learnt_something_and_reported_it(chain):
 def test_client_scores_the_csv_over_grpc(chain, address, log):
     output = chain / "scores.csv"
     _run(
-        *("pwiser_serving.client", f"--server={address}", "--model=chain", f"--input={log}"),
-        *(f"--output={output}", "--keep=session"),
+        *("pwiser_serving.client", "score", f"--server={address}", "--model=chain"),
+        *(f"--input={log}", f"--output={output}", "--keep=session"),
     )
     with output.open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -51,5 +51,5 @@ echo "plots: $folder/compared/*/report-test.png, $folder/compared/comparison.png
 
 step "6. Candidates scored over gRPC"
 head -n 11 "$folder"/csv/AliExpress_XX/test.csv >"$folder/candidates.csv"
-say python -m pwiser_serving.client --server="localhost:$address" --model=sample \
+say python -m pwiser_serving.client score --server="localhost:$address" --model=sample \
     --input="$folder/candidates.csv" --keep=search_id
