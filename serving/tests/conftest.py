@@ -11,17 +11,21 @@ import time
 
 import pytest
 
-READY = re.compile(r"pwiser_serving: serving (\S+) version (\d+) on 0\.0\.0\.0:(\d+)\n")
+READY = re.compile(r"pwiser_serving: serving \S+ version (\d+)(?:, .*)? on 0\.0\.0\.0:(\d+)\n")
 
 
 class RunningServer:
-    """The server's process, its port, and what it has logged so far."""
+    """The server's process, its port, and what it has logged so far.
 
-    def __init__(self, base_path: pathlib.Path, log: pathlib.Path, *flags: str):
+    Without a base path the flags say what is served.
+    """
+
+    def __init__(self, base_path: pathlib.Path | None, log: pathlib.Path, *flags: str):
         self._log = log
         with open(log, "w") as errors:
             command = [sys.executable, "-m", "pwiser_serving.server", "--port=0"]
-            command += ["--model_name", "m", "--model_base_path", str(base_path)]
+            if base_path is not None:
+                command += ["--model_name", "m", "--model_base_path", str(base_path)]
             command += ["--file_system_poll_wait_seconds=0.1", *flags]
             self.process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=errors, text=True
@@ -31,7 +35,7 @@ class RunningServer:
         self.line = self.process.stdout.readline()
         ready = READY.fullmatch(self.line)
         assert ready, f"{self.line!r}, {self.log}"
-        self.version, self.port = int(ready[2]), int(ready[3])
+        self.version, self.port = int(ready[1]), int(ready[2])
         self.address = f"localhost:{self.port}"
 
     @property

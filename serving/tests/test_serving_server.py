@@ -5,6 +5,8 @@ address of a real server that serves the model of serving_model.save(folder, 0.0
 version 7, to hold it to the same tests.
 """
 
+import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -23,14 +25,21 @@ import serving_model
 pytest.importorskip("tensorflow_serving.apis.prediction_service_pb2_grpc")
 
 import tensorflow as tf
+import trustme
+from google.protobuf import text_format
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from pwiser_serving.server import __main__ as command
+from pwiser_serving.server import config_pb2
 from tensorflow_serving.apis import (
     get_model_metadata_pb2,
     get_model_status_pb2,
+    model_management_pb2,
     model_service_pb2_grpc,
     predict_pb2,
     prediction_log_pb2,
     prediction_service_pb2_grpc,
 )
+from tensorflow_serving.config import model_server_config_pb2
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 PRECONDITION = grpc.StatusCode.FAILED_PRECONDITION
@@ -615,36 +624,278 @@ class Slow:
     def __init__(self, folder): pass
     def close(self): print("closed", flush=True)
     def predict(self, name, inputs, output_filter):
+        if name == "fault":
+            raise KeyError("a fault\\nin two lines")
         print("running", flush=True)
-        time.sleep(1)
+        time.sleep({"short": 0.5, "long": 600}[name])
+        print("answered", flush=True)
         return {"ctr": np.zeros(1, np.float32)}
 
 sys.modules["pwiser_serving.server.saved_model"] = types.SimpleNamespace(
     SavedModel=Slow, DEFAULT_SIGNATURE="serving_default")
+import pwiser_serving.server.quiet
+from pwiser_serving.server import service
+service._MAX_REQUESTS = 2
 server.main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_request_that_runs_is_answered_before_the_server_ends(tmp_path, number):
-    (tmp_path / "1").mkdir()
-    flags = ["--port=0", "--model_name=m", "--model_base_path", str(tmp_path)]
-    command = [sys.executable, "-c", SLOW_SERVER, *flags]
+@contextlib.contextmanager
+def _slow_server(base_path, *flags):
+    """A server of a model that takes its time, and a function that asks it."""
+    (base_path / "1").mkdir()
+    flags = ["--port=0", "--model_name=m", "--model_base_path", str(base_path), *flags]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SLOW_SERVER, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores it, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             port = process.stdout.readline().rsplit(":", 1)[1].strip()
-            channel = grpc.insecure_channel(f"localhost:{port}")
-            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
-            call = stub.Predict.future(raw_request(), timeout=SECONDS)
-            assert process.stdout.readline() == "running\n"
-            process.send_signal(number)
-            assert list(call.result().outputs) == ["ctr"]
-            out, err = process.communicate(timeout=30)
+            with grpc.insecure_channel(f"localhost:{port}") as channel:
+                stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+                yield (
+                    process,
+                    lambda name: stub.Predict.future(_named(signature=name), timeout=SECONDS),
+                )
         finally:
             process.kill()
-    # Closed after the answer, and nothing else said.
-    assert (process.returncode, out) == (0, "closed\n")
-    assert "Traceback" not in err
-    channel.close()
+
+
+def test_faults_floods_and_the_end(tmp_path):
+    with _slow_server(tmp_path, "--grpc_max_threads=1") as (process, ask):
+        fault = ask("fault").exception()
+        assert fault.code() is grpc.StatusCode.INTERNAL
+        assert fault.details() == "KeyError: 'a fault\\nin two lines'"
+        # One runs, one waits for its thread, one is too many.
+        first = ask("short")
+        assert process.stdout.readline() == "running\n"
+        second, third = ask("short"), ask("short")
+        answers = sorted(str(call.code()) for call in (second, third))
+        assert answers == ["StatusCode.OK", "StatusCode.RESOURCE_EXHAUSTED"]
+        assert first.code() is grpc.StatusCode.OK
+        lines = [process.stdout.readline() for _ in range(3)]
+        assert lines == ["answered\n", "running\n", "answered\n"]
+        # What runs when it is told to end is answered.
+        last = ask("short")
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGTERM)
+        assert list(last.result().outputs) == ["ctr"]
+        out, log = process.communicate(timeout=30)
+    assert (process.returncode, out) == (0, "answered\nclosed\n")
+    records = [json.loads(line) for line in log.splitlines()]
+    assert [record["event"] for record in records] == ["served", "fault", "stopping", "closed"]
+    assert [record["level"] for record in records] == ["INFO", "ERROR", "INFO", "INFO"]
+    assert (records[0]["model"], records[0]["version"]) == ("m", 1)
+    assert records[1]["method"] == "Predict"
+    assert records[1]["traceback"].startswith("Traceback")
+    assert "KeyError" in records[1]["traceback"]
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path):
+    with _slow_server(tmp_path) as (process, ask):
+        call = ask("long")
+        assert process.stdout.readline() == "running\n"
+        process.send_signal(signal.SIGINT)
+        assert '"event": "served"' in process.stderr.readline()
+        assert '"event": "stopping"' in process.stderr.readline()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) == -signal.SIGINT
+        assert call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def _model_config(**base_paths: str) -> model_server_config_pb2.ModelServerConfig:
+    """Models by their names, all of whose versions are served."""
+    config = model_server_config_pb2.ModelServerConfig()
+    config.model_config_list.SetInParent()
+    for name, base_path in base_paths.items():
+        entry = config.model_config_list.config.add(
+            name=name, base_path=str(base_path), model_platform="tensorflow"
+        )
+        entry.model_version_policy.all.SetInParent()
+    return config
+
+
+def test_models_labels_reloads_and_health(models, start_server, tmp_path):
+    """One server of a configuration file, to the end."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    os.symlink(models[0.0], tmp_path / "a/1")
+    os.symlink(models[1.0], tmp_path / "a/2")
+    os.symlink(models[1.0], tmp_path / "b/1")
+    config = _model_config(a=tmp_path / "a", b=tmp_path / "b")
+    config.model_config_list.config[0].version_labels["stable"] = 1
+    file = tmp_path / "models.config"
+    file.write_text(text_format.MessageToString(config))
+    flags = [f"--model_config_file={file}", "--model_config_file_poll_wait_seconds=0.1"]
+    done = _run(*flags, "--port=0")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: --model_config_file: Request to assign label to version 1 of model a, which is "
+        "not currently available for inference\n",
+    )
+    flags += ["--allow_version_labels_for_unavailable_models", "--enable_grpc_healthcheck_service"]
+    with start_server(None, *flags) as server:
+        assert server.line.startswith("pwiser_serving: serving a version 2, b version 1 on ")
+        caller = Caller(server.address)
+        wanted = {b: serving_model.expected(*ROWS[0], bias=b)["ctr"] for b in (0.0, 1.0)}
+
+        def answer(name, version=None, label=None):
+            response = caller.predict(_named(name, version, label))
+            return response.model_spec.version.value, scores(response)["ctr"][0]
+
+        assert answer("a") == (2, pytest.approx(wanted[1.0], rel=1e-6))
+        assert answer("a", label="stable") == (1, pytest.approx(wanted[0.0], rel=1e-6))
+        assert answer("a", version=1)[0] == 1
+        assert answer("b") == (1, pytest.approx(wanted[1.0], rel=1e-6))
+        both = caller.status(_status_request("a")).model_version_status
+        assert [status.version for status in both] == [2, 1]
+
+        # The label moves by request; the file has not changed, so that it comes back by itself.
+        manage = model_service_pb2_grpc.ModelServiceStub(caller.channel)
+        request = model_management_pb2.ReloadConfigRequest(config=config)
+        request.config.model_config_list.config[0].version_labels["stable"] = 2
+        response = manage.HandleReloadConfigRequest(request, timeout=SECONDS)
+        assert (response.HasField("status"), response.status.error_code) == (True, 0)
+        while answer("a", label="stable")[0] == 2:
+            time.sleep(0.02)
+        request.config.model_config_list.config[0].version_labels["stable"] = 3
+        assert refused(manage.HandleReloadConfigRequest, request) == (
+            PRECONDITION,
+            "Request to assign label to version 3 of model a, which is not currently available "
+            "for inference",
+        )
+        # A file that is wrong changes nothing, and is told once; one that is right does.
+        file.write_text("model_config_list { config { nome: 'a' } }")
+        server.wait_for_log("has no field named")
+        assert answer("b")[0] == 1
+        time.sleep(0.3)
+        assert server.log.count("has no field named") == 1
+        file.write_text(text_format.MessageToString(_model_config(b=tmp_path / "b")))
+        server.wait_for_log("a version 2 is closed")
+        assert refused(caller.predict, _named("a"))[0] is NOT_FOUND
+
+        # Health, by every name that TF Serving gives it, and watched until the end.
+        health = health_pb2_grpc.HealthStub(caller.channel)
+        SERVING = health_pb2.HealthCheckResponse.SERVING
+        for name in ("", "ModelService", "PredictionService"):
+            asked = health_pb2.HealthCheckRequest(service=name)
+            assert health.Check(asked, timeout=SECONDS).status == SERVING
+        asked = health_pb2.HealthCheckRequest(service="x")
+        assert refused(health.Check, asked)[0] is NOT_FOUND
+        watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+        assert next(watch).status == SERVING
+        server.process.send_signal(signal.SIGTERM)
+        # A watcher is told, and does not keep the server from ending.
+        assert [update.status for update in watch] == [health_pb2.HealthCheckResponse.NOT_SERVING]
+        assert server.process.wait(SECONDS) == 0
+        caller.channel.close()
+        assert [record["level"] for record in map(json.loads, server.log.splitlines())].count(
+            "ERROR"
+        ) == 2
+
+
+def _pem(*blobs) -> bytes:
+    return b"".join(blob.bytes() for blob in blobs)
+
+
+def test_only_a_client_with_the_right_certificate_gets_anything(models, start_server, tmp_path):
+    ours, theirs = trustme.CA(), trustme.CA()
+    issued = ours.issue_cert("localhost")
+    config = config_pb2.SSLConfig(
+        server_key=_pem(issued.private_key_pem),
+        server_cert=_pem(*issued.cert_chain_pems),
+        custom_ca=_pem(ours.cert_pem),
+        client_verify=True,
+    )
+    file = tmp_path / "ssl.config"
+    file.write_text(text_format.MessageToString(config))
+    base_path = tmp_path / "base"
+    base_path.mkdir()
+    os.symlink(models[0.0], base_path / "1")
+
+    def answer(credentials=None):
+        """The code of one call, with the client's key and certificate where it has one."""
+        channel = (
+            grpc.secure_channel(server.address, credentials)
+            if credentials
+            else grpc.insecure_channel(server.address)
+        )
+        with channel:
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            return stub.Predict.future(raw_request(), timeout=SECONDS).code()
+
+    def client(authority, certificate=None):
+        pair = (None, None)
+        if certificate:
+            pair = _pem(certificate.private_key_pem), _pem(*certificate.cert_chain_pems)
+        return grpc.ssl_channel_credentials(_pem(authority.cert_pem), *pair)
+
+    good = client(ours, ours.issue_cert("client"))
+    OK, UNAVAILABLE = grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE
+    with start_server(base_path, f"--ssl_config_file={file}") as server:
+        assert answer(good) is OK
+        # None, another authority's, a server that is not trusted, and no TLS at all.
+        assert answer(client(ours)) is UNAVAILABLE
+        assert answer(client(ours, theirs.issue_cert("client"))) is UNAVAILABLE
+        assert answer(client(theirs, ours.issue_cert("client"))) is UNAVAILABLE
+        assert answer() is UNAVAILABLE
+        assert answer(good) is OK
+        assert server.stop() == 0
+    # Without client_verify anybody is answered, over TLS.
+    config.client_verify = False
+    file.write_text(text_format.MessageToString(config))
+    with start_server(base_path, f"--ssl_config_file={file}") as server:
+        assert answer(client(ours)) is OK
+        assert answer() is UNAVAILABLE
+
+
+@pytest.fixture
+def signals():
+    """main takes the signals; here they are given back."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_wrong_configuration_is_one_line(tmp_path, capsys):
+    (tmp_path / "text").write_text("model_config_list { config { name: 'm' base_path: '/m' } }")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    (tmp_path / "empty").touch()
+    (tmp_path / "ssl").write_text("server_key: 'key' server_cert: 'certificate'")
+    (tmp_path / "client").write_text("server_key: 'k' server_cert: 'c' client_verify: true")
+    (tmp_path / "relative").write_text(
+        "model_config_list { config { name: 'm' base_path: 'm' model_platform: 'tensorflow' } }"
+    )
+    (tmp_path / "away").write_text(
+        "model_config_list { config { name: 'm' base_path: '/none' model_platform: 'tensorflow' } }"
+    )
+    models, ssl = "--model_config_file={}", "--ssl_config_file={}"
+    for flag, name, told in (
+        (models, "none", "No such file or directory"),
+        (models, "bytes", "codec can't decode"),
+        (models, "empty", "ServerModelConfig type not supported"),
+        (models, "text", "Illegal setting neither"),
+        (models, "relative", "to have an absolute path"),
+        (models, "away", "model m: /none is not a folder"),
+        (ssl, "none", "No such file or directory"),
+        (ssl, "text", "has no field named"),
+        (ssl, "client", "custom_ca is missing"),
+        (ssl, "ssl", "not PEM texts that fit"),
+    ):
+        flags = [flag.format(tmp_path / name), "--port=0"]
+        flags += [] if flag is models else ["--model_base_path", str(tmp_path)]
+        with pytest.raises(SystemExit) as caught:
+            command.main(flags)
+        out, err = capsys.readouterr()
+        assert (caught.value.code, out) == (2, ""), name
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, name
+        assert told in lines[0]
+        assert "Traceback" not in err

@@ -213,9 +213,10 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = flags.file_system_poll_wait_seconds
     if _wait_until_available(models, seconds, stop):
         server.start()
+        print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
         if http:
             http.start()
-        print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
+            print(f"pwiser_serving: REST API on 0.0.0.0:{http.port}", flush=True)
         if flags.model_config_file and flags.model_config_file_poll_wait_seconds:
             threading.Thread(
                 target=_follow_file,
@@ -256,7 +257,7 @@ class _BadFile(Exception):
 def _read(path: str, message: Message) -> Message:
     """A message from its text form in a file."""
     try:
-        return text_format.Parse(pathlib.Path(path).read_bytes(), message)
+        return text_format.Parse(pathlib.Path(path).read_text("utf-8"), message)
     except OSError as error:
         raise _BadFile(f"{path}: {error.strerror}") from None
     except (text_format.ParseError, UnicodeDecodeError) as error:

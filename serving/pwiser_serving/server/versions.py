@@ -207,15 +207,7 @@ class Versions:
         try:
             servable = self._load(folder)
         except Exception as error:
-            status = error
-            if not isinstance(error, Status):
-                _log.exception(
-                    "%s version %d: loading failed in a way that was not foreseen",
-                    self.name,
-                    version,
-                    extra=self._about(version, "fault"),
-                )
-                status = internal(error)
+            status = error if isinstance(error, Status) else internal(error)
             self._failures[version] = _Failure(files, failure.count + 1, time.monotonic())
             self._note(version, State.END, status)
             _log.error(
@@ -223,6 +215,8 @@ class Versions:
                 self.name,
                 version,
                 status.message,
+                # What the servable did not foresee is a fault of the server.
+                exc_info=None if status is error else error,
                 extra=self._about(version, "does_not_load", code=status.code.name),
             )
             memory.give_back()
