@@ -621,7 +621,7 @@ from pwiser_serving.server import __main__ as server
 
 class Slow:
     signatures = {}
-    def __init__(self, folder): pass
+    def __init__(self, folder, monitoring): pass
     def close(self): print("closed", flush=True)
     def predict(self, name, inputs, output_filter):
         if name == "fault":

@@ -213,9 +213,10 @@ def main(arguments: list[str] | None = None) -> None:
     seconds = flags.file_system_poll_wait_seconds
     if _wait_until_available(models, seconds, stop):
         server.start()
-        print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
         if http:
             http.start()
+        print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
+        if http:
             print(f"pwiser_serving: REST API on 0.0.0.0:{http.port}", flush=True)
         if flags.model_config_file and flags.model_config_file_poll_wait_seconds:
             threading.Thread(
@@ -226,12 +227,13 @@ def main(arguments: list[str] | None = None) -> None:
         while not stop.wait(seconds or None):
             models.poll()
         _log.info("told to stop", extra={"event": "stopping"})
-    if health:
-        health.end()
-    stopped = server.stop(_GRACE_SECONDS)
-    if http:
-        http.stop(_GRACE_SECONDS)
-    stopped.wait()
+        if health:
+            health.end()
+        # Both refuse what is new from here on, and answer what has come.
+        stopped = server.stop(_GRACE_SECONDS)
+        if http:
+            http.stop(_GRACE_SECONDS)
+        stopped.wait()
     models.close()
 
 
