@@ -4,8 +4,8 @@
 
 Run it on the machine that will serve, with nothing else on it. What is printed is the file, with
 what was measured in its comments. Without --model it measures a new model of the demo's sizes
-(configs/sample.flags). The call is that of the local server's SavedModel: a TF 1 Session, as TF
-Serving holds one. Rows are random: a model's time does not depend on their values.
+(configs/sample.flags), and otherwise its fast signature. The model lies in a TF 1 Session with the
+default threads, as in TF Serving. Rows are random: a model's time does not depend on their values.
 
 - allowed_batch_sizes: the shortest list with which no batch, padded up to the next size of the
   list, takes more than --padding longer than it would unpadded (see `ladder`).
@@ -17,7 +17,8 @@ Serving holds one. Rows are random: a model's time does not depend on their valu
 - max_enqueued_batches: those of the largest request, and what is worked off in --latency_ms.
 
 Whether batching pays at all is measured apart: --callers threads that each call with --rows rows,
-beside the batch threads calling with the same rows put together and padded.
+beside the batch threads calling with the same rows put together and padded. That is at full load,
+and the work of putting together is not in it; with less load there is only the wait.
 """
 
 import pwiser_tf.quiet  # noqa: F401
@@ -35,8 +36,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from pwiser_serving.server.saved_model import SavedModel
-from pwiser_serving.server.status import Status
+from tensorflow.core.protobuf import config_pb2
 
 from pwiser_tf.command_line import run
 from pwiser_tf.errors import DataError
@@ -127,31 +127,43 @@ class Model:
     """
 
     def __init__(self, folder: pathlib.Path, signature: str, largest: int):
+        graph = tf.Graph()
+        session = tf.compat.v1.Session(graph=graph)
         try:
-            self._model = SavedModel(folder)
-        except Status as error:
-            raise DataError(f"{folder}: {error.message}") from None
-        if signature not in self._model.signatures:
-            there = ", ".join(sorted(self._model.signatures))
+            with graph.as_default():
+                tags = [tf.saved_model.SERVING]
+                loaded = tf.compat.v1.saved_model.loader.load(session, tags, str(folder))
+        except (OSError, ValueError, RuntimeError, tf.errors.OpError) as error:
+            raise DataError(f"{folder}: {error}") from None
+        if signature not in loaded.signature_def:
+            there = ", ".join(sorted(loaded.signature_def))
             raise DataError(f"{folder}: no signature {signature!r}, but {there}")
-        self._signature = signature
+        inputs = loaded.signature_def[signature].inputs
+        outputs = loaded.signature_def[signature].outputs
         random = np.random.default_rng(0)
-        self._inputs = {}
-        for name, info in self._model.signatures[signature].inputs.items():
+        self._inputs = []
+        for info in inputs.values():
             dtype = tf.as_dtype(info.dtype)
             shape = [largest, *(side.size for side in info.tensor_shape.dim[1:])]
             if dtype.is_integer:
-                self._inputs[name] = random.integers(0, 1000, shape).astype(dtype.as_numpy_dtype)
+                self._inputs.append(random.integers(0, 1000, shape).astype(dtype.as_numpy_dtype))
             elif dtype.is_floating:
-                self._inputs[name] = random.random(shape).astype(dtype.as_numpy_dtype)
+                self._inputs.append(random.random(shape).astype(dtype.as_numpy_dtype))
             else:
                 raise DataError(f"{folder}: {signature} takes {dtype.name}; name one of numbers")
+        # What Session.run does anew at each call, done once, as TF Serving's calls have it.
+        self._run = session._make_callable_from_options(
+            config_pb2.CallableOptions(
+                feed=[info.name for info in inputs.values()],
+                fetch=[info.name for info in outputs.values()],
+            )
+        )
 
     def call(self, rows: int) -> float:
         """Runs the signature on so many rows, and returns the seconds that took."""
-        inputs = {name: values[:rows] for name, values in self._inputs.items()}
+        inputs = [values[:rows] for values in self._inputs]
         start = time.perf_counter()
-        self._model.predict(self._signature, inputs)
+        self._run(*inputs)
         return time.perf_counter() - start
 
 
@@ -238,13 +250,13 @@ def derive(model: Model, cores: int, args: flags.FlagValues) -> str:
     )
     single, batched = np.median(speeds, axis=0)
     ratio = batched / single
-    verdict = "it pays." if ratio >= PAYS else "it does not pay: leave --enable_batching off."
+    verdict = "it pays." if ratio >= PAYS else "it does not pay: leave it off."
     shown = [size for size in sizes if size & (size - 1) == 0 or size == sizes[-1]]
     return f"""\
 # --enable_batching --batching_parameters_file: requests that come together run together.
 # Printed by this command, on {cores} cores; measure your own model on your own machine:
 #     {" ".join(["python -m benchmarks.batching", *sys.argv[1:]])}
-# {args.callers} callers of {rows} rows get {single:,.0f} rows/s each for itself,
+# {args.callers} callers of {rows} rows, as many as they can: {single:,.0f} rows/s each for itself,
 # {batched:,.0f} batched, {ratio:.2f} times as many: {verdict}
 # The model call, ms by rows (the first call of a size takes {first:.1f} times as long):
 {_table({size: 1e3 * seconds[size - 1] for size in shown})}

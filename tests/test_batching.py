@@ -122,7 +122,7 @@ def test_each_flag_changes_the_file(steady, changed):
 
 def test_it_says_whether_batching_pays(steady):
     assert ": it pays." in steady()
-    assert "it does not pay" in steady(speeds=(100.0, 105.0))
+    assert "it does not pay: leave it off" in steady(speeds=(100.0, 105.0))
 
 
 def test_padding_counts_as_work_without_an_answer(steady):
