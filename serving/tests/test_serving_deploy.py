@@ -4,10 +4,15 @@ Of Prometheus' own checker and Kubernetes' schema, which no light package brings
 says when they were last run by hand.
 """
 
+import contextlib
+import http.client
 import inspect
 import json
+import os
 import pathlib
 import re
+import socket
+import time
 
 import pytest
 import yaml
@@ -19,6 +24,7 @@ from google.protobuf import (
     wrappers_pb2,
 )
 from pwiser_serving import Scorer
+from pwiser_serving.server import config_pb2
 from pwiser_serving.server.models import Models
 from pwiser_serving.server.status import Status
 from tensorflow_serving.config import model_server_config_pb2
@@ -56,35 +62,24 @@ SERIES["up"] = set()
 TARGET_LABELS = {"job", "instance"}
 
 
-def _messages():
-    """The messages that tensorflow-serving-api leaves out, from TF Serving's .proto files.
+def _batching_parameters():
+    """TF Serving's BatchingParameters (servables/tensorflow/session_bundle_config.proto).
 
-    BatchingParameters is in servables/tensorflow/session_bundle_config.proto, the others in
-    config/monitoring_config.proto and config/ssl_config.proto.
+    tensorflow-serving-api leaves it out.
     """
     kinds = descriptor_pb2.FieldDescriptorProto
     wrapped = ".google.protobuf.{}Value".format
-    scalars = {"int64": kinds.TYPE_INT64, "bool": kinds.TYPE_BOOL, "string": kinds.TYPE_STRING}
-    messages = {
-        "BatchingParameters": {
-            "max_batch_size": (1, wrapped("Int64")),
-            "batch_timeout_micros": (2, wrapped("Int64")),
-            "max_enqueued_batches": (3, wrapped("Int64")),
-            "num_batch_threads": (4, wrapped("Int64")),
-            "thread_pool_name": (5, wrapped("String")),
-            "allowed_batch_sizes": (6, "int64"),
-            "pad_variable_length_inputs": (7, "bool"),
-            "enable_large_batch_splitting": (8, wrapped("Bool")),
-            "max_execution_batch_size": (9, wrapped("Int64")),
-        },
-        "PrometheusConfig": {"enable": (1, "bool"), "path": (2, "string")},
-        "MonitoringConfig": {"prometheus_config": (1, ".tensorflow.serving.PrometheusConfig")},
-        "SSLConfig": {
-            "server_key": (1, "string"),
-            "server_cert": (2, "string"),
-            "custom_ca": (3, "string"),
-            "client_verify": (4, "bool"),
-        },
+    scalars = {"int64": kinds.TYPE_INT64, "bool": kinds.TYPE_BOOL}
+    fields = {
+        "max_batch_size": (1, wrapped("Int64")),
+        "batch_timeout_micros": (2, wrapped("Int64")),
+        "max_enqueued_batches": (3, wrapped("Int64")),
+        "num_batch_threads": (4, wrapped("Int64")),
+        "thread_pool_name": (5, wrapped("String")),
+        "allowed_batch_sizes": (6, "int64"),
+        "pad_variable_length_inputs": (7, "bool"),
+        "enable_large_batch_splitting": (8, wrapped("Bool")),
+        "max_execution_batch_size": (9, wrapped("Int64")),
     }
     file = descriptor_pb2.FileDescriptorProto(
         name="deploy_test.proto",
@@ -92,34 +87,29 @@ def _messages():
         syntax="proto3",
         dependency=[wrappers_pb2.DESCRIPTOR.name],
     )
-    for message, fields in messages.items():
-        added = file.message_type.add(name=message)
-        for field, (number, kind) in fields.items():
-            label = kinds.LABEL_REPEATED if field.endswith("sizes") else kinds.LABEL_OPTIONAL
-            entry = added.field.add(name=field, number=number, label=label)
-            if kind in scalars:
-                entry.type = scalars[kind]
-            else:
-                entry.type, entry.type_name = kinds.TYPE_MESSAGE, kind
+    message = file.message_type.add(name="BatchingParameters")
+    for field, (number, kind) in fields.items():
+        label = kinds.LABEL_REPEATED if field.endswith("sizes") else kinds.LABEL_OPTIONAL
+        entry = message.field.add(name=field, number=number, label=label)
+        if kind in scalars:
+            entry.type = scalars[kind]
+        else:
+            entry.type, entry.type_name = kinds.TYPE_MESSAGE, kind
     # A pool of its own: the default one may have TF Serving's files.
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(wrappers_pb2.DESCRIPTOR.serialized_pb)
     pool.Add(file)
-    return {
-        name: message_factory.GetMessageClass(
-            pool.FindMessageTypeByName(f"tensorflow.serving.{name}")
-        )
-        for name in messages
-    }
+    return message_factory.GetMessageClass(
+        pool.FindMessageTypeByName("tensorflow.serving.BatchingParameters")
+    )()
 
 
-def _parsed(name, kind):
-    return text_format.Parse((DEPLOY / name).read_text(), _messages()[kind]())
+def _parsed(name, message):
+    return text_format.Parse((DEPLOY / name).read_text(), message)
 
 
 def _models_config():
-    text = (DEPLOY / "models.config").read_text()
-    return text_format.Parse(text, model_server_config_pb2.ModelServerConfig())
+    return _parsed("models.config", model_server_config_pb2.ModelServerConfig())
 
 
 def test_models_config():
@@ -132,7 +122,7 @@ def test_models_config():
 
 
 def test_batching_config():
-    config = _parsed("batching.config", "BatchingParameters")
+    config = _parsed("batching.config", _batching_parameters())
     sizes = list(config.allowed_batch_sizes)
     assert sizes == sorted(set(sizes))
     assert sizes[-1] == config.max_batch_size.value
@@ -161,7 +151,7 @@ def test_batching_config_is_what_the_benchmark_printed():
 
 
 def test_monitoring_config():
-    monitoring = _parsed("monitoring.config", "MonitoringConfig").prometheus_config
+    monitoring = _parsed("monitoring.config", config_pb2.MonitoringConfig()).prometheus_config
     assert monitoring.enable
     scrape = _yaml("prometheus/prometheus.yaml")["scrape_configs"][0]
     assert monitoring.path == scrape["metrics_path"]
@@ -170,7 +160,7 @@ def test_monitoring_config():
 
 
 def test_ssl_config():
-    ssl = _parsed("ssl.config", "SSLConfig")
+    ssl = _parsed("ssl.config", config_pb2.SSLConfig())
     assert ssl.server_key.startswith("-----BEGIN PRIVATE KEY-----\n")
     assert ssl.server_cert.endswith("-----END CERTIFICATE-----\n")
     assert not ssl.client_verify
@@ -371,6 +361,97 @@ def test_ready_is_the_stable_version_in_service():
     # Without it the answer is 200 whatever the state.
     assert metadata
     assert f"GET {path} HTTP/1.0" in service["healthcheck"]["test"][-1]
+
+
+@pytest.fixture(scope="module")
+def deployed(models, start_server, tmp_path_factory):
+    """Our own server, run with the flags and files of docker-compose.yaml.
+
+    Gives a function that asks the REST port for a path, to status and text, and one that edits
+    models.config.
+    """
+    folder = tmp_path_factory.mktemp("deployed")
+    (folder / "demo").mkdir()
+    os.symlink(models[0.0], folder / "demo" / "1")
+    os.symlink(models[1.0], folder / "demo" / "2")
+
+    def edit(config):
+        config.model_config_list.config[0].base_path = str(folder / "demo")
+        (folder / "edited").write_text(text_format.MessageToString(config))
+        os.replace(folder / "edited", folder / "models.config")
+
+    edit(_models_config())
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    _, flags, _, _ = _serving()
+    flags |= {
+        "rest_api_port": port,
+        "model_config_file": folder / "models.config",
+        "model_config_file_poll_wait_seconds": 0.1,
+        "monitoring_config_file": DEPLOY / "monitoring.config",
+    }
+    # The fixture chooses the first; ours needs no second, it loads each model in its own thread.
+    del flags["port"], flags["num_load_threads"]
+
+    def get(path):
+        with contextlib.closing(http.client.HTTPConnection("localhost", port, timeout=20)) as asked:
+            asked.request("GET", path)
+            response = asked.getresponse()
+            return response.status, response.read().decode()
+
+    with start_server(folder, *(f"--{flag}={value}" for flag, value in flags.items())):
+        yield get, edit
+
+
+def _until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_our_server_reads_these_files_and_tells_readiness(deployed):
+    get, edit = deployed
+    _, _, container, _ = _serving()
+    ready = container["readinessProbe"]["httpGet"]["path"]
+    canary = ready.replace("stable", "canary")
+    assert get(ready)[0] == 200
+    # No such label; and the status of a model, which says 200 for anything.
+    assert get(canary)[0] == 400
+    assert get("/v1/models/demo/labels/nonsense")[0] == 200
+    loaded, labelled, moved, done = _steps()
+    edit(loaded)
+    _until(lambda: "AVAILABLE" in get("/v1/models/demo/versions/2")[1])
+    assert json.loads(get(ready)[1])["model_spec"]["version"] == "1"
+    edit(labelled)
+    _until(lambda: get(canary)[0] == 200)
+    assert json.loads(get(canary)[1])["model_spec"]["version"] == "2"
+    edit(moved)
+    _until(lambda: json.loads(get(ready)[1])["model_spec"]["version"] == "2")
+    edit(done)
+    _until(lambda: "END" in get("/v1/models/demo/versions/1")[1])
+    # Metadata needs the version in service: what a probe must see.
+    assert get("/v1/models/demo/versions/1/metadata")[0] == 404
+    assert get(ready)[0] == 200
+
+
+def test_our_server_exports_what_the_queries_read(deployed):
+    get, _ = deployed
+    assert get("/v1/models/demo/metadata")[0] == 200
+    path = _yaml("prometheus/prometheus.yaml")["scrape_configs"][0]["metrics_path"]
+    status, text = get(path)
+    assert status == 200
+    found = {}
+    for name, labels in re.findall(r"^(:tensorflow[\w:]+)\{(.*?)\} ", text, re.MULTILINE):
+        found.setdefault(name, set()).update(re.findall(r"(\w+)=\"", labels))
+    # It batches nothing, nobody has asked it for a prediction, and the model has no warm-up.
+    expected = {
+        name: labels
+        for name, labels in SERIES.items()
+        if not re.search("^up$|batching_session|runtime_latency|warmup", name)
+    }
+    assert expected == {name: found.get(name) for name in expected}
 
 
 def _dashboard():
