@@ -6,6 +6,12 @@
 Nothing here imports TensorFlow, but for what `python -m pwiser_serving.server` needs.
 """
 
+import os
+
+# gRPC's documented default, which its current releases forget: they print a line for each TLS
+# handshake that fails, beside the error that tells of it. It is read when gRPC is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
 from pwiser_serving.connection import TLS
 from pwiser_serving.errors import (
     DeadlineExceeded,

@@ -226,7 +226,7 @@ def _progress(candidates, done: int) -> Iterator[Callable[[int], object]]:
         return
     import tqdm
 
-    with tqdm.tqdm(total=candidates.total, initial=done, unit="rows", unit_scale=True) as bar:
+    with tqdm.tqdm(total=candidates.total, initial=done, unit=" rows", unit_scale=True) as bar:
         yield bar.update
 
 
@@ -366,8 +366,6 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    # gRPC's own lines, at each failed handshake: the error says it in one.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     flags = _flags(arguments)
     _end_on_signals()
     try:

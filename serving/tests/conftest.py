@@ -102,3 +102,20 @@ def server(models, start_server, tmp_path_factory):
     (base_path / "notes").write_text("9")
     with start_server(base_path) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """Files of two authorities: ours, which signed the server and a client, and a stranger."""
+    trustme = pytest.importorskip("trustme")
+    folder = tmp_path_factory.mktemp("tls")
+    for name in ("ours", "stranger"):
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(folder / f"{name}.pem")
+        for role, host in (("server", "localhost"), ("named", "model.example"), ("client", "c")):
+            issued = authority.issue_cert(host)
+            issued.private_key_pem.write_to_path(folder / f"{name}-{role}-key.pem")
+            with open(folder / f"{name}-{role}.pem", "wb") as chain:
+                chain.writelines(part.bytes() for part in issued.cert_chain_pems)
+    (folder / "empty.pem").write_text("no PEM")
+    return folder

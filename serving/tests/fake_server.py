@@ -5,6 +5,8 @@ price, and prints its port: `python fake_server.py PORT VERSION SECONDS_A_REQUES
 """
 
 import contextlib
+import pathlib
+import subprocess
 import sys
 import threading
 import time
@@ -136,6 +138,27 @@ def serve(model: FakeModel, *, credentials=None, port: int = 0, options=()):
         yield found
     finally:
         server.stop(None).wait()
+
+
+def server_credentials(folder: pathlib.Path, role: str = "server", *, mutual: bool):
+    """Credentials out of the files of the fixture `certificates`."""
+    key, chain = (folder / f"ours-{role}{end}.pem" for end in ("-key", ""))
+    return grpc.ssl_server_credentials(
+        [(key.read_bytes(), chain.read_bytes())],
+        root_certificates=(folder / "ours.pem").read_bytes() if mutual else None,
+        require_client_auth=mutual,
+    )
+
+
+@contextlib.contextmanager
+def process(port: int = 0, version: int = 1, seconds: float = 0.005):
+    """Runs this file as a program within a `with`: the process, to be killed, and its port."""
+    command = [sys.executable, __file__, str(port), str(version), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        try:
+            yield running, int(running.stdout.readline())
+        finally:
+            running.kill()
 
 
 def main():

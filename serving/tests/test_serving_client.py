@@ -1,16 +1,19 @@
 """client: a CSV through a running server, and every way in which it can be wrong."""
 
 import csv
+import fcntl
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 
 import numpy as np
 import pytest
 import serving_model
-from fake_server import FakeModel, serve
+from fake_server import FakeModel, serve, server_credentials
 from pwiser_serving import Scorer, client, outputs
 
 CANDIDATES = (
@@ -264,6 +267,42 @@ def test_status_without_an_available_version(capsys):
     assert out.splitlines()[1:] == ["99       END    NOT_FOUND: no such file"]
 
 
+def test_tls_by_flags(certificates, capfd):
+    ours = certificates / "ours-client"
+    client_flags = [f"--private_key={ours}-key.pem", f"--certificate_chain={ours}.pem"]
+    roots = [f"--root_certificates={certificates / 'ours.pem'}"]
+    with serve(FakeModel(), credentials=server_credentials(certificates, mutual=True)) as port:
+        good = ["status", f"--server=localhost:{port}", "--model=m"]
+        assert run(capfd, *good, *roots, *client_flags)[0] == 0
+        for flags in (
+            [],
+            ["--tls", *client_flags],
+            roots,
+            [*roots, *client_flags, "--server_name=other.example"],
+        ):
+            # What gRPC itself would print as well is at the level of file descriptors.
+            code, out, err = run(capfd, *good, *flags)
+            assert (code, out, err.count("\n")) == (1, "", 1)
+            assert "UNAVAILABLE: no server answers" in err
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path):
+    pytest.importorskip("tqdm")
+    path = tmp_path / "c.csv"
+    path.write_text("x\n" + "1\n" * 300)
+    terminal, its = os.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    with serve(FakeModel()) as port:
+        command = [sys.executable, "-m", "pwiser_serving.client", "score", "--model=m"]
+        command += [f"--server=localhost:{port}", f"--input={path}", f"--output={path}.csv"]
+        assert subprocess.run(command, stderr=its, timeout=60).returncode == 0
+    os.close(its)
+    shown = os.read(terminal, 10_000).decode()
+    os.close(terminal)
+    assert "300 rows [" in shown
+    assert shown.endswith("300 rows scored by m, version 1\r\n")
+
+
 def test_metadata(server, capsys):
     code, out, _ = run(capsys, "metadata", "--server", server.address, "--model=m")
     assert code == 0
@@ -291,7 +330,14 @@ def test_a_full_disk_is_one_line(command, tmp_path, monkeypatch):
 def _process(address, path, *flags, **options):
     command = [sys.executable, "-m", "pwiser_serving.client", "score"]
     command += ["--server", address, "--model=m", f"--input={path}", *flags]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job in the background inherits that this signal is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **options,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

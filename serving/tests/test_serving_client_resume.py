@@ -168,24 +168,10 @@ def test_a_killed_command_is_resumed(model, candidates, tmp_path, run, number, s
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", output.name]
 
 
-def _start_fake(port: int, version: int = 1):
-    """A server process of the fake model: the process and its port."""
-    command = [sys.executable, fake_server.__file__, str(port), str(version), "0.005"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    return process, int(process.stdout.readline())
-
-
-def _stop(process):
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
 def test_a_killed_server_loses_no_row(candidates, tmp_path, run):
     output, partial = tmp_path / "s.csv", tmp_path / "s.csv.partial"
-    server, port = _start_fake(0)
-    arguments = (f"localhost:{port}", candidates, output)
-    try:
+    with fake_server.process() as (server, port):
+        arguments = (f"localhost:{port}", candidates, output)
         with _process(_arguments(*arguments)) as process:
             _wait_for_a_part(process, partial)
             server.kill()
@@ -195,13 +181,8 @@ def test_a_killed_server_loses_no_row(candidates, tmp_path, run):
         assert err.endswith("the same command goes on after them\n")
         # Still away: nothing is lost by asking.
         assert run(*arguments)[0] == 1
-    finally:
-        _stop(server)
-    server, _ = _start_fake(port)
-    try:
+    with fake_server.process(port):
         assert run(*arguments)[0] == 0
-    finally:
-        _stop(server)
     _check(output)
     assert not partial.exists()
 

@@ -5,11 +5,12 @@ import pickle
 import threading
 import time
 
+import fake_server
 import grpc
 import numpy as np
 import pytest
 import serving_model
-from fake_server import FakeModel, Refused, serve
+from fake_server import FakeModel, Refused, serve, server_credentials
 from pwiser_serving import (
     TLS,
     DeadlineExceeded,
@@ -542,6 +543,38 @@ def test_a_hedged_call_that_fails_is_an_error(fake):
             Hedge(*wrong)
 
 
+def test_a_killed_server_is_a_typed_error_in_each_thread():
+    features = {"brand": ["acme"], "item": [1], "price": [0.5]}
+    met, scored = [], threading.Semaphore(0)
+
+    def work():
+        try:
+            while True:
+                assert scorer.score(features)["ctr"].tolist() == [0.5]
+                scored.release()
+        except Exception as error:
+            met.append((error, time.monotonic()))
+
+    with (
+        fake_server.process() as (server, port),
+        Scorer(f"localhost:{port}", "m", timeout=10) as scorer,
+    ):
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for _ in range(100):
+            assert scored.acquire(timeout=20)
+        server.kill()
+        killed = time.monotonic()
+        for thread in threads:
+            thread.join(30)
+    assert [type(error) for error, _ in met] == [ServerUnavailable] * 8
+    # Within the deadline; not a measurement: the last try comes long before.
+    assert max(when for _, when in met) < killed + 10
+    with fake_server.process(port), Scorer(f"localhost:{port}", "m", timeout=10) as scorer:
+        assert scorer.score(features)["ctr"].tolist() == [0.5]
+
+
 def test_status_and_metadata_in_plain_python(fake):
     address, model = fake
     model.signatures["predict_raw"].method_name = "tensorflow/serving/predict"
@@ -606,32 +639,6 @@ def test_errors_can_be_sent_to_another_process():
     assert again.code is grpc.StatusCode.NOT_FOUND
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    """Files of two authorities: ours, which signed the server and a client, and a stranger."""
-    trustme = pytest.importorskip("trustme")
-    folder = tmp_path_factory.mktemp("tls")
-    for name in ("ours", "stranger"):
-        authority = trustme.CA()
-        authority.cert_pem.write_to_path(folder / f"{name}.pem")
-        for role, host in (("server", "localhost"), ("named", "model.example"), ("client", "c")):
-            issued = authority.issue_cert(host)
-            issued.private_key_pem.write_to_path(folder / f"{name}-{role}-key.pem")
-            with open(folder / f"{name}-{role}.pem", "wb") as chain:
-                chain.writelines(part.bytes() for part in issued.cert_chain_pems)
-    (folder / "empty.pem").write_text("no PEM")
-    return folder
-
-
-def _server_credentials(folder, role="server", *, mutual):
-    key, chain = (folder / f"ours-{role}{end}.pem" for end in ("-key", ""))
-    return grpc.ssl_server_credentials(
-        [(key.read_bytes(), chain.read_bytes())],
-        root_certificates=(folder / "ours.pem").read_bytes() if mutual else None,
-        require_client_auth=mutual,
-    )
-
-
 def _client(folder, roots="ours", client=None, **more):
     if client:
         more["private_key"] = folder / f"{client}-client-key.pem"
@@ -641,7 +648,7 @@ def _client(folder, roots="ours", client=None, **more):
 
 def test_tls(certificates):
     model = FakeModel()
-    with serve(model, credentials=_server_credentials(certificates, mutual=False)) as port:
+    with serve(model, credentials=server_credentials(certificates, mutual=False)) as port:
         address = f"localhost:{port}"
         with Scorer(address, "m", tls=_client(certificates)) as scorer:
             assert scorer.score({"x": [0.5]})["ctr"].tolist() == [0.5]
@@ -660,7 +667,7 @@ def test_tls(certificates):
 
 def test_tls_checks_the_servers_name(certificates):
     model = FakeModel()
-    with serve(model, credentials=_server_credentials(certificates, "named", mutual=False)) as port:
+    with serve(model, credentials=server_credentials(certificates, "named", mutual=False)) as port:
         address = f"localhost:{port}"
         right = _client(certificates, server_name="model.example")
         with Scorer(address, "m", tls=right) as scorer:
@@ -673,7 +680,7 @@ def test_tls_checks_the_servers_name(certificates):
 
 def test_mutual_tls(certificates):
     model = FakeModel()
-    with serve(model, credentials=_server_credentials(certificates, mutual=True)) as port:
+    with serve(model, credentials=server_credentials(certificates, mutual=True)) as port:
         address = f"localhost:{port}"
         with Scorer(address, "m", tls=_client(certificates, client="ours")) as scorer:
             scorer.score({"x": [0.5]})
