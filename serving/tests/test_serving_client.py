@@ -267,23 +267,28 @@ def test_status_without_an_available_version(capsys):
     assert out.splitlines()[1:] == ["99       END    NOT_FOUND: no such file"]
 
 
-def test_tls_by_flags(certificates, capfd):
+def test_tls_by_flags(certificates):
     ours = certificates / "ours-client"
     client_flags = [f"--private_key={ours}-key.pem", f"--certificate_chain={ours}.pem"]
     roots = [f"--root_certificates={certificates / 'ours.pem'}"]
     with serve(FakeModel(), credentials=server_credentials(certificates, mutual=True)) as port:
-        good = ["status", f"--server=localhost:{port}", "--model=m"]
-        assert run(capfd, *good, *roots, *client_flags)[0] == 0
+
+        def status(*flags):
+            command = [sys.executable, "-m", "pwiser_serving.client", "status", "--model=m"]
+            command += [f"--server=localhost:{port}", *flags]
+            # A process of its own: it shows what gRPC itself prints.
+            return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+        assert status(*roots, *client_flags).returncode == 0
         for flags in (
             [],
             ["--tls", *client_flags],
             roots,
             [*roots, *client_flags, "--server_name=other.example"],
         ):
-            # What gRPC itself would print as well is at the level of file descriptors.
-            code, out, err = run(capfd, *good, *flags)
-            assert (code, out, err.count("\n")) == (1, "", 1)
-            assert "UNAVAILABLE: no server answers" in err
+            done = status(*flags)
+            assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+            assert "UNAVAILABLE: no server answers" in done.stderr
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path):
