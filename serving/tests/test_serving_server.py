@@ -679,6 +679,14 @@ def test_faults_floods_and_the_end(tmp_path):
         assert first.code() is grpc.StatusCode.OK
         lines = [process.stdout.readline() for _ in range(3)]
         assert lines == ["answered\n", "running\n", "answered\n"]
+        # Whose caller has gone before its turn is not run.
+        first = ask("short")
+        assert process.stdout.readline() == "running\n"
+        gone = ask("short")
+        time.sleep(0.1)
+        gone.cancel()
+        assert first.code() is grpc.StatusCode.OK
+        assert process.stdout.readline() == "answered\n"
         # What runs when it is told to end is answered.
         last = ask("short")
         assert process.stdout.readline() == "running\n"

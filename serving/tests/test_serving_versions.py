@@ -67,13 +67,16 @@ def test_an_empty_folder_has_no_version(versions):
 
 
 def test_only_folders_with_numbers_are_versions(versions, tmp_path, loads):
-    for name in ("1.tmp", "v2", "-3", "4 ", "\u0665", "9" * 30):
+    for name in ("1.tmp", "v2", "-3", "4 ", "\u0665", str(2**63), "9" * 30):
         _add(tmp_path, name)
     (tmp_path / "6").touch()
     assert not versions.poll()
     _add(tmp_path, "0007")
     assert versions.poll()
     assert (versions.available, loads) == ([7], ["0007"])
+    _add(tmp_path, str(2**63 - 1))
+    assert versions.poll()
+    assert versions.available == [2**63 - 1]
 
 
 def test_the_newest_is_served_and_loaded_once(versions, tmp_path, loads):
@@ -143,7 +146,7 @@ def test_the_next_older_one_stands_in_at_the_start(versions, tmp_path, loads):
     assert (versions.available, loads) == ([2], ["3", "2"])
 
 
-def test_a_removed_version_is_rolled_back_but_the_last_one_stays(versions, tmp_path):
+def test_a_removed_version_is_rolled_back_but_the_last_one_stays(versions, tmp_path, caplog):
     _add(tmp_path, "1")
     _add(tmp_path, "2")
     versions.poll()
@@ -154,5 +157,10 @@ def test_a_removed_version_is_rolled_back_but_the_last_one_stays(versions, tmp_p
     assert not versions.poll()
     assert versions.available == [1]
     tmp_path.rmdir()
-    assert not versions.poll()
+    caplog.clear()
+    assert [versions.poll(), versions.poll()] == [False, False]
     assert versions.available == [1]
+    # Told once.
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: No such file or directory"
+    ]

@@ -110,6 +110,8 @@ class Versions:
         self._retries = retries
         # Held during a look at the folder and its loads, which may take minutes.
         self._looking = threading.Lock()
+        # Told once, not at every look.
+        self._unreadable = False
         # Held for an instant. It guards all that follows.
         self._lock = threading.Lock()
         self._base_path, self._policy = base_path, policy
@@ -167,7 +169,19 @@ class Versions:
         with self._looking:
             with self._lock:
                 base_path, policy = self._base_path, self._policy
-            folders = _folders(base_path)
+            try:
+                folders = _folders(base_path)
+            except OSError as error:
+                if not self._unreadable:
+                    _log.error(
+                        "%s: %s",
+                        base_path,
+                        error.strerror,
+                        extra={"event": "no_base_path", "model": self.name},
+                    )
+                self._unreadable = True
+                return False
+            self._unreadable = False
             changed = False
             wanted: set[int] = set()
             for version in sorted(folders, reverse=True):
@@ -304,17 +318,13 @@ def _status(
 
 
 def _folders(base_path: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The version folders by their numbers."""
+    """The version folders by their numbers. OSError: the base path cannot be read."""
     folders = {}
-    try:
-        entries = sorted(os.scandir(base_path), key=lambda entry: entry.name)
-    except OSError as error:
-        _log.error("%s: %s", base_path, error.strerror, extra={"event": "no_base_path"})
-        return {}
-    for entry in entries:
-        if re.fullmatch(r"[0-9]{1,18}", entry.name) and entry.is_dir():
+    for entry in sorted(os.scandir(base_path), key=lambda entry: entry.name):
+        if re.fullmatch(r"[0-9]{1,19}", entry.name) and entry.is_dir():
             folders[int(entry.name)] = pathlib.Path(entry.path)
-    return folders
+    # What no request could name is no version.
+    return {version: folder for version, folder in folders.items() if version < 2**63}
 
 
 def _files(folder: pathlib.Path) -> list:
