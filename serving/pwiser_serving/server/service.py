@@ -232,9 +232,6 @@ def _handler(method: _Method):
     """A gRPC behaviour: the request's bytes to the response, Status to the call's status."""
 
     def handle(data: bytes, context: grpc.ServicerContext):
-        if not context.is_active():
-            # Its caller has gone while it waited for a thread: under load that is most of them.
-            context.abort(grpc.StatusCode.CANCELLED, "")
         try:
             # Parsed here rather than by gRPC, which would call it a fault of the server.
             return method.answer(method.request.FromString(data))
