@@ -475,6 +475,19 @@ class Echo:
             raise self.fault
         return {"y": inputs["x"] * 2}
 
+    def classify(self, name, given):
+        result = classification_pb2.ClassificationResult()
+        for example in given.example_list.examples:
+            for value in example.features.feature["x"].float_list.value:
+                result.classifications.add().classes.add(label=name, score=value)
+        return result
+
+    def regress(self, name, given):
+        result = regression_pb2.RegressionResult()
+        for example in given.example_list.examples:
+            result.regressions.add(value=example.features.feature["x"].float_list.value[0])
+        return result
+
 
 class OneModel:
     """Models with model "m", version 7, label "stable", alone."""
@@ -573,6 +586,17 @@ class TestHttp:
         assert status == 400
         assert headers["Content-Type"] == "application/json"
         assert json.loads(body) == {"error": f"Malformed request: {method} {path}"}
+
+    def test_classify_and_regress(self, site):
+        body = b'{"examples": [{"x": 1.5}, {"x": [2.5]}]}'
+        found = site.predict(body, path="/v1/models/m:classify")
+        assert found == (200, {"results": [[["serving_default", 1.5]], [["serving_default", 2.5]]]})
+        body = b'{"signature_name": "s", "examples": [{"x": 1.5}, {"x": [2.5]}]}'
+        found = site.predict(body, path="/v1/models/m/versions/7:regress")
+        assert found == (200, {"results": [1.5, 2.5]})
+        assert site.predict(body, path="/v1/models/x:regress")[0] == 404
+        status, answer = site.predict(b'{"examples": []}', path="/v1/models/m:classify")
+        assert (status, "is an empty array" in answer["error"]) == (400, True)
 
     def test_what_is_not_there(self, site):
         assert site.predict(path="/v1/models/x:predict")[0] == 404

@@ -18,12 +18,7 @@ import google.protobuf
 import grpc
 import waitress
 from google.protobuf import json_format
-from tensorflow_serving.apis import (
-    classification_pb2,
-    get_model_metadata_pb2,
-    get_model_status_pb2,
-    regression_pb2,
-)
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 from waitress import wasyncore
 
 from pwiser_serving.server import json_tensors
@@ -202,19 +197,15 @@ class _Rest:
         self, verb: str, document: dict, name: str, version: int | None, label: str | None
     ) -> bytes:
         """Classify and Regress."""
-        classify = verb == "classify"
-        kind = (
-            classification_pb2.ClassificationRequest
-            if classify
-            else regression_pb2.RegressionRequest
-        )
-        request = kind()
-        _fill(request.model_spec, name, version, label)
-        request.model_spec.signature_name = json_tensors.signature_name(document)
-        request.input.CopyFrom(json_tensors.examples(document))
-        if classify:
-            return json_tensors.classifications(self._service.classify(request).result)
-        return json_tensors.regressions(self._service.regress(request).result)
+        signature_name = json_tensors.signature_name(document) or DEFAULT_SIGNATURE
+        examples = json_tensors.examples(document)
+        with self._models.use(name, version, label) as (_, model):
+            start = time.perf_counter()
+            answer = model.classify if verb == "classify" else model.regress
+            result = answer(signature_name, examples)
+            self._monitoring.runtime(name, verb.capitalize(), time.perf_counter() - start)
+        write = json_tensors.classifications if verb == "classify" else json_tensors.regressions
+        return write(result)
 
 
 def _malformed(method: str, path: str) -> Status:
