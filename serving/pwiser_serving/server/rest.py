@@ -144,7 +144,7 @@ class _Rest:
         except Status as raised:
             status = raised
         except Exception as error:
-            _log.exception("%s %s failed", method, path)
+            _log.exception("%s %s failed", method, path, extra={"event": "fault", "method": method})
             status = internal(error)
         return _HTTP.get(status.code, _SERVER_ERROR), json_tensors.error(status.message)
 
@@ -309,7 +309,7 @@ class Server:
             wasyncore.loop(timeout=_TICK_SECONDS, use_poll=True, map=self._sockets, count=1)
         except Exception:
             # A connection that fails must not end the others.
-            _log.exception("a fault of the REST server")
+            _log.exception("a fault of the REST server", extra={"event": "fault"})
 
     def _close_idle(self) -> bool:
         """Closes connections that owe no answer. True where others are left."""
