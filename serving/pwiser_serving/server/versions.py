@@ -218,21 +218,9 @@ class Versions:
         ):
             return False
         self._note(version, State.LOADING)
-        try:
-            servable = self._load(folder)
-        except Exception as error:
-            status = error if isinstance(error, Status) else internal(error)
+        servable = self._servable(version, folder)
+        if servable is None:
             self._failures[version] = _Failure(files, failure.count + 1, time.monotonic())
-            self._note(version, State.END, status)
-            _log.error(
-                "%s version %d does not load: %s",
-                self.name,
-                version,
-                status.message,
-                # What the servable did not foresee is a fault of the server.
-                exc_info=None if status is error else error,
-                extra=self._about(version, "does_not_load", code=status.code.name),
-            )
             memory.give_back()
             return False
         self._failures.pop(version, None)
@@ -254,6 +242,24 @@ class Versions:
             extra=self._about(version, "served"),
         )
         return True
+
+    def _servable(self, version: int, folder: pathlib.Path) -> Servable | None:
+        """A version, loaded; None where it does not load, which is told."""
+        try:
+            return self._load(folder)
+        except Exception as error:
+            status = error if isinstance(error, Status) else internal(error)
+            self._note(version, State.END, status)
+            _log.error(
+                "%s version %d does not load: %s",
+                self.name,
+                version,
+                status.message,
+                # What the servable did not foresee is a fault of the server.
+                exc_info=None if status is error else error,
+                extra=self._about(version, "does_not_load", code=status.code.name),
+            )
+            return None
 
     def _retire_all_but(self, wanted: set[int]) -> bool:
         """Takes the other versions out of service. True where there were any."""
