@@ -291,7 +291,6 @@ class Server:
         self._deadline = time.monotonic() + seconds
         if self._thread.ident is None:
             self._thread.start()
-        self._server.pull_trigger()
         self._thread.join()
 
     def _run(self) -> None:
