@@ -1,7 +1,7 @@
 """SavedModel: one exported version in a TF 1 Session, which is how TF Serving holds it.
 
 The only room that needs TensorFlow. Checks, their order and their messages are those of TF
-Serving (servables/tensorflow/predict_util.cc).
+Serving (servables/tensorflow/predict_util.cc, classifier.cc, regressor.cc).
 """
 
 import dataclasses
@@ -9,18 +9,28 @@ import functools
 import logging
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 from google.protobuf.message import DecodeError
 from tensorflow.core.framework import tensor_pb2
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
-from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+from tensorflow_serving.apis import (
+    classification_pb2,
+    input_pb2,
+    prediction_log_pb2,
+    regression_pb2,
+)
 
 from pwiser_serving import tensors
 from pwiser_serving.server.monitoring import Monitoring
-from pwiser_serving.server.status import Status, failed_precondition, invalid_argument
+from pwiser_serving.server.status import (
+    Status,
+    failed_precondition,
+    invalid_argument,
+    unimplemented,
+)
 
 WARM_UP_FILE = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 MAX_WARM_UP_REQUESTS = 1000
@@ -60,13 +70,10 @@ class SavedModel:
             self._prepare = functools.lru_cache(_PREPARED)(self._make_callable)
             success = True
             monitoring.loaded(str(folder), time.perf_counter() - start, success=True)
-            start, requests = time.perf_counter(), 0
-            for request in _warm_up_requests(folder / WARM_UP_FILE):
-                name = request.model_spec.signature_name or DEFAULT_SIGNATURE
-                self.predict(name, request.inputs, request.output_filter)
-                requests += 1
-            if requests:
-                monitoring.warmed_up(str(folder), time.perf_counter() - start, requests)
+            start = time.perf_counter()
+            records = self._warm_up(folder / WARM_UP_FILE)
+            if records:
+                monitoring.warmed_up(str(folder), time.perf_counter() - start, records)
         except tf.errors.OpError as error:
             self.close()
             raise Status(error.error_code, error.message) from None
@@ -107,16 +114,133 @@ class SavedModel:
         if signature is None:
             raise failed_precondition(f'Serving signature key "{name}" not found.')
         arrays = _inputs(signature, self._aliases[name], inputs)
-        prepared = self._prepare(name, tuple(output_filter))
-        try:
-            results = prepared.run(*prepared.feed(arrays))
-        except tf.errors.OpError as error:
-            raise Status(error.error_code, error.message) from None
-        except UnicodeDecodeError as error:
-            # The op quotes bytes of the request, and TensorFlow cannot make a Python exception of
-            # them, so its code is lost; only a request brings bytes that are no text.
-            raise invalid_argument(error.object.decode("utf-8", "replace")) from None
-        return {alias: np.asarray(results[position]) for alias, position in prepared.outputs}
+        return self._prepare(name, tuple(output_filter))(arrays)
+
+    def classify(
+        self, name: str, given: input_pb2.Input
+    ) -> classification_pb2.ClassificationResult:
+        """Runs a signature from `inputs`, Examples, to `classes` or `scores` or both.
+
+        Args:
+          name: the signature's; given: the request's Examples.
+
+        Raises:
+          Status: as TF Serving answers the same mistake (servables/tensorflow/classifier.cc).
+        """
+        signature = self._example_signature(name)
+        if len(signature.inputs) != 1:
+            raise invalid_argument("Expected one input Tensor.")
+        if len(signature.outputs) not in (1, 2):
+            raise invalid_argument(
+                f"Expected one or two output Tensors, found {len(signature.outputs)}"
+            )
+        if "inputs" not in signature.inputs:
+            raise invalid_argument(f"No classification inputs found in SignatureDef: {signature}")
+        wanted = tuple(alias for alias in ("classes", "scores") if alias in signature.outputs)
+        if not wanted:
+            raise invalid_argument(
+                "Expected classification signature outputs to contain at least one of "
+                f'"classes" or "scores". Signature was: {signature}'
+            )
+        examples = _examples(given)
+        found = self._prepare(name, wanted)({"inputs": examples})
+        for alias, data_type in (("classes", "DT_STRING"), ("scores", "DT_FLOAT")):
+            if alias not in found:
+                continue
+            values = found[alias]
+            if values.ndim != 2:
+                raise invalid_argument(
+                    f"Expected Tensor shape: [batch_size num_classes] but got {_shape_text(values)}"
+                )
+            if _data_type_text(values) != data_type:
+                raise invalid_argument(
+                    f"Expected {alias} Tensor of {data_type}. Got: {_data_type_text(values)}"
+                )
+            if len(values) != len(examples):
+                raise invalid_argument(
+                    f"Expected {alias} output batch size of {len(examples)}. Got: {len(values)}"
+                )
+        widths = [found[alias].shape[1] for alias in wanted]
+        if len(set(widths)) > 1:
+            raise invalid_argument(
+                "Tensors class and score should match in dim_size(1). Got "
+                f"{widths[0]} vs. {widths[1]}"
+            )
+        result = classification_pb2.ClassificationResult()
+        for row in range(len(examples)):
+            classes = result.classifications.add().classes
+            for column in range(widths[0]):
+                one = classes.add()
+                if "classes" in found:
+                    # The field is text: a label that is not is an error of the model.
+                    one.label = found["classes"][row, column].decode("utf-8", "replace")
+                if "scores" in found:
+                    one.score = found["scores"][row, column]
+        return result
+
+    def regress(self, name: str, given: input_pb2.Input) -> regression_pb2.RegressionResult:
+        """Runs a signature from `inputs`, Examples, to `outputs`, one number each.
+
+        Args:
+          name: the signature's; given: the request's Examples.
+
+        Raises:
+          Status: as TF Serving answers the same mistake (servables/tensorflow/regressor.cc).
+        """
+        signature = self._example_signature(name)
+        if len(signature.inputs) != 1:
+            raise invalid_argument("Expected one input Tensor.")
+        if len(signature.outputs) != 1:
+            raise invalid_argument("Expected one output Tensor.")
+        if "inputs" not in signature.inputs:
+            raise invalid_argument(f"No regression inputs found in SignatureDef: {signature}")
+        if "outputs" not in signature.outputs:
+            raise invalid_argument(f"No regression outputs found in SignatureDef: {signature}")
+        examples = _examples(given)
+        values = self._prepare(name, ("outputs",))({"inputs": examples})["outputs"]
+        if not (values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1)):
+            raise invalid_argument(
+                "Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got "
+                f"{_shape_text(values)}"
+            )
+        if len(values) != len(examples):
+            raise invalid_argument(
+                "Input batch size did not match output batch size: "
+                f"{len(examples)} vs. {len(values)}"
+            )
+        if _data_type_text(values) != "DT_FLOAT":
+            raise invalid_argument(
+                f"Expected output Tensor of DT_FLOAT.  Got: {_data_type_text(values)}"
+            )
+        result = regression_pb2.RegressionResult()
+        for value in values.ravel().tolist():
+            result.regressions.add(value=value)
+        return result
+
+    def _example_signature(self, name: str) -> meta_graph_pb2.SignatureDef:
+        if name not in self.signatures:
+            raise invalid_argument(f"No signature was found with the name: {name}")
+        return self.signatures[name]
+
+    def _warm_up(self, path: pathlib.Path) -> int:
+        """Answers the requests of a warm-up file, if there is one; how many there were."""
+        records = 0
+        for log in _warm_up_logs(path):
+            records += 1
+            kind = log.WhichOneof("log_type")
+            if kind == "predict_log":
+                request = log.predict_log.request
+                self.predict(_signature_name(request), request.inputs, request.output_filter)
+            elif kind == "classify_log":
+                request = log.classify_log.request
+                self.classify(_signature_name(request), request.input)
+            elif kind == "regress_log":
+                request = log.regress_log.request
+                self.regress(_signature_name(request), request.input)
+            elif kind is not None:
+                number = log.DESCRIPTOR.fields_by_name[kind].number
+                raise unimplemented(f"Unsupported log_type for warmup: {number}")
+        return records
 
     def _make_callable(self, name: str, output_filter: tuple[str, ...]) -> "_Prepared":
         """The graph from a signature's inputs to some of its outputs, ready to run."""
@@ -148,7 +272,7 @@ class SavedModel:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A part of a graph, ready to run.
+    """A part of a graph, called with arrays by input name; gives arrays by output name.
 
     Attributes:
       run: arrays to a list of arrays; inputs: (alias, data type) of each argument, in order;
@@ -159,8 +283,7 @@ class _Prepared:
     inputs: Sequence[tuple[str, int]]
     outputs: Sequence[tuple[str, int]]
 
-    def feed(self, arrays: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """The arguments of `run`, whose types are as the graph wants them."""
+    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         arguments = []
         for alias, expected in self.inputs:
             array = arrays[alias]
@@ -171,7 +294,15 @@ class _Prepared:
                     f"but {tensors.data_type_name(found)} is provided"
                 )
             arguments.append(array)
-        return arguments
+        try:
+            results = self.run(*arguments)
+        except tf.errors.OpError as error:
+            raise Status(error.error_code, error.message) from None
+        except UnicodeDecodeError as error:
+            # The op quotes bytes of the request, and TensorFlow cannot make a Python exception of
+            # them, so its code is lost; only a request brings bytes that are no text.
+            raise invalid_argument(error.object.decode("utf-8", "replace")) from None
+        return {alias: np.asarray(results[position]) for alias, position in self.outputs}
 
 
 def _inputs(
@@ -235,26 +366,50 @@ def _outputs(signature: meta_graph_pb2.SignatureDef, wanted: Sequence[str]) -> t
     return tuple(sorted(seen or signature.outputs))
 
 
+def _examples(given: input_pb2.Input) -> np.ndarray:
+    """The serialized Examples of a Classify or Regress request, [n] of bytes, n at least 1."""
+    kind = given.WhichOneof("kind")
+    examples, context = [], b""
+    if kind is not None:
+        sent = getattr(given, kind)
+        examples = sent.examples
+        if kind == "example_list_with_context":
+            # Messages one after the other are read as one: so each Example gets the context.
+            context = sent.context.SerializeToString()
+    if not examples:
+        raise invalid_argument("Input is empty.")
+    serialized = (context + example.SerializeToString() for example in examples)
+    return np.fromiter(serialized, object, len(examples))
+
+
+def _shape_text(array: np.ndarray) -> str:
+    return "[" + ",".join(map(str, array.shape)) + "]"
+
+
+def _data_type_text(array: np.ndarray) -> str:
+    return "DT_" + tensors.data_type_name(tensors.data_type(array)).upper()
+
+
+def _signature_name(request) -> str:
+    return request.model_spec.signature_name or DEFAULT_SIGNATURE
+
+
 def _names(names) -> str:
     return "{" + ",".join(sorted(names)) + "}"
 
 
-def _warm_up_requests(path: pathlib.Path) -> list[predict_pb2.PredictRequest]:
-    """The Predict requests of a warm-up file, a TFRecord of PredictionLog; none without a file."""
+def _warm_up_logs(path: pathlib.Path) -> Iterator[prediction_log_pb2.PredictionLog]:
+    """The records of a warm-up file, a TFRecord; none without a file."""
     if not path.exists():
-        return []
+        return
     # One more than is allowed: enough to know that there are too many.
     records = tf.data.TFRecordDataset(str(path)).take(MAX_WARM_UP_REQUESTS + 1)
-    requests = []
     for number, record in enumerate(records.as_numpy_iterator(), 1):
         if number > MAX_WARM_UP_REQUESTS:
             raise invalid_argument(
                 f"Number of warmup records exceeds the maximum ({MAX_WARM_UP_REQUESTS}) at {path}"
             )
         try:
-            log = prediction_log_pb2.PredictionLog.FromString(record)
+            yield prediction_log_pb2.PredictionLog.FromString(record)
         except DecodeError:
             raise invalid_argument(f"Failed to parse warmup record {number} from {path}") from None
-        if log.HasField("predict_log"):
-            requests.append(log.predict_log.request)
-    return requests

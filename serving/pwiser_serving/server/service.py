@@ -15,11 +15,13 @@ import grpc
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import (
+    classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
     model_management_pb2,
     model_pb2,
     predict_pb2,
+    regression_pb2,
 )
 
 from pwiser_serving import tensors
@@ -67,6 +69,34 @@ class Service:
             response.model_spec.version.value = version
             response.model_spec.signature_name = signature
             return response
+
+    def classify(
+        self, request: classification_pb2.ClassificationRequest
+    ) -> classification_pb2.ClassificationResponse:
+        response = classification_pb2.ClassificationResponse()
+        self._infer(request, response, "Classify", lambda model: model.classify)
+        return response
+
+    def regress(
+        self, request: regression_pb2.RegressionRequest
+    ) -> regression_pb2.RegressionResponse:
+        response = regression_pb2.RegressionResponse()
+        self._infer(request, response, "Regress", lambda model: model.regress)
+        return response
+
+    def _infer(self, request, response, method: str, answer: Callable) -> None:
+        """Fills the response of a method that takes Examples; `answer` chooses the model's."""
+        name = request.model_spec.name
+        with self._monitoring.request(name, method, "GRPC"):
+            spec = _model_spec(request)
+            signature = spec.signature_name or DEFAULT_SIGNATURE
+            with self._use(spec) as (version, model):
+                start = time.perf_counter()
+                response.result.CopyFrom(answer(model)(signature, request.input))
+                self._monitoring.runtime(name, method, time.perf_counter() - start)
+            response.model_spec.name = name
+            response.model_spec.version.value = version
+            response.model_spec.signature_name = signature
 
     def get_model_metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest
@@ -145,6 +175,8 @@ def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> gr
     methods = {
         "tensorflow.serving.PredictionService": (
             _Method("Predict", predict_pb2.PredictRequest, service.predict),
+            _Method("Classify", classification_pb2.ClassificationRequest, service.classify),
+            _Method("Regress", regression_pb2.RegressionRequest, service.regress),
             _Method(
                 "GetModelMetadata",
                 get_model_metadata_pb2.GetModelMetadataRequest,

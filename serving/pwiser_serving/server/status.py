@@ -39,3 +39,7 @@ def unknown(message: str) -> Status:
 def internal(error: Exception) -> Status:
     """A fault of the server's own, told in one line."""
     return Status(grpc.StatusCode.INTERNAL, " ".join(f"{type(error).__name__}: {error}".split()))
+
+
+def unimplemented(message: str) -> Status:
+    return Status(grpc.StatusCode.UNIMPLEMENTED, message)
