@@ -621,7 +621,7 @@ from pwiser_serving.server import __main__ as server
 
 class Slow:
     signatures = {}
-    def __init__(self, folder, monitoring): pass
+    def __init__(self, folder, monitoring, warm_up): pass
     def close(self): print("closed", flush=True)
     def predict(self, name, inputs, output_filter):
         if name == "fault":
@@ -853,10 +853,14 @@ def test_only_a_client_with_the_right_certificate_gets_anything(models, start_se
         assert answer() is UNAVAILABLE
         assert answer(good) is OK
         assert server.stop() == 0
-    # Without client_verify anybody is answered, over TLS.
+    # Without client_verify anybody is answered, over TLS. (And by a version whose warm-up fails.)
     config.client_verify = False
     file.write_text(text_format.MessageToString(config))
-    with start_server(base_path, f"--ssl_config_file={file}") as server:
+    (base_path / "1").unlink()
+    shutil.copytree(models[0.0], base_path / "1")
+    _warm_up(base_path / "1", raw_request(price=None))
+    flags = [f"--ssl_config_file={file}", "--enable_model_warmup=false"]
+    with start_server(base_path, *flags) as server:
         assert answer(client(ours)) is OK
         assert answer() is UNAVAILABLE
 

@@ -77,6 +77,11 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
         help="microseconds between these tries",
     )
     parser.add_argument(
+        "--enable_model_warmup",
+        **_SWITCH | {"default": True},
+        help="answer a version's warm-up requests before it takes others",
+    )
+    parser.add_argument(
         "--allow_version_labels_for_unavailable_models",
         **_SWITCH,
         help="a new label may name a version that is not in service yet: for labels in the "
@@ -167,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     memory.settle()
     monitoring = Monitoring()
     models = Models(
-        lambda folder: SavedModel(folder, monitoring),
+        lambda folder: SavedModel(folder, monitoring, warm_up=flags.enable_model_warmup),
         allow_labels_for_unavailable=flags.allow_version_labels_for_unavailable_models,
         retries=Retries(flags.max_num_load_retries, flags.load_retry_interval_micros / 1e6),
     )
@@ -357,6 +362,9 @@ def _follow_file(
                 _log.error("--model_config_file: %s", problem, extra={"event": "reload"})
             told = str(problem)
         except Exception:
+            if stop.is_set():
+                # The models were closed meanwhile.
+                return
             _log.exception("reading --model_config_file", extra={"event": "fault"})
 
 

@@ -48,12 +48,16 @@ class SavedModel:
     Args:
       folder: the version's folder, with `saved_model.pb` in it.
       monitoring: counts the load and the warm-up.
+      warm_up: answer its warm-up requests, if it has any, to nobody: what the graph does once only
+        is done then.
 
     Raises:
       Status: it does not load, or one of its warm-up requests fails.
     """
 
-    def __init__(self, folder: pathlib.Path, monitoring: Monitoring | None = None):
+    def __init__(
+        self, folder: pathlib.Path, monitoring: Monitoring | None = None, *, warm_up: bool = True
+    ):
         monitoring = monitoring or Monitoring()
         start, success = time.perf_counter(), False
         graph = tf.Graph()
@@ -71,7 +75,7 @@ class SavedModel:
             success = True
             monitoring.loaded(str(folder), time.perf_counter() - start, success=True)
             start = time.perf_counter()
-            records = self._warm_up(folder / WARM_UP_FILE)
+            records = self._warm_up(folder / WARM_UP_FILE) if warm_up else 0
             if records:
                 monitoring.warmed_up(str(folder), time.perf_counter() - start, records)
         except tf.errors.OpError as error:
