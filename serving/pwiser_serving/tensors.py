@@ -33,8 +33,10 @@ _PACKED = {
     if field in ("float_val", "double_val")
 }
 
-# A shape may claim this many elements more than were sent: a few bytes must not fill the memory.
-MAX_PADDING = 2**20
+# A shape may claim this many elements more than were sent, and sizes up to this without any
+# element: a few bytes must not fill the memory, here or in the model, whose own tensors may be a
+# thousand times as large.
+MAX_PADDING = 2**16
 
 
 def numpy_type(data_type: int) -> np.dtype:
@@ -100,17 +102,19 @@ def decode(tensor: Tensor) -> np.ndarray:
 
     Raises:
       ValueError: unknown data type, impossible shape, a byte count that does not fit the shape,
-        or more than MAX_PADDING elements without a value.
+        more than MAX_PADDING elements without a value, or an empty shape with a size above it.
     """
     if tensor.dtype not in _TYPES:
         raise ValueError(f"data type {tensor.dtype}")
     dtype, field = _TYPES[tensor.dtype]
-    described = tensor.tensor_shape
-    shape = [dimension.size for dimension in described.dim]
-    if described.unknown_rank or (shape and min(shape) < 0):
+    # TensorFlow too goes by the sizes alone, whatever unknown_rank says.
+    shape = [dimension.size for dimension in tensor.tensor_shape.dim]
+    if shape and min(shape) < 0:
         raise ValueError("a shape that is not fully known")
     # The product of Python integers: it cannot overflow.
     count = math.prod(shape)
+    if not count and max(shape) > MAX_PADDING:
+        raise ValueError(f"no elements, but a size of {max(shape)}")
     content = tensor.tensor_content
     if count and content:
         if dtype is _STRINGS:

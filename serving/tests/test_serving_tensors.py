@@ -109,7 +109,7 @@ def test_no_dimensions_are_a_scalar_and_a_zero_is_empty():
         ("data type 20", Tensor(dtype=20, tensor_shape=_shape(1))),
         ("not fully known", Tensor(dtype=1, tensor_shape=_shape(-1))),
         ("not fully known", Tensor(dtype=1, tensor_shape=_shape(-2, -3))),
-        ("not fully known", Tensor(dtype=1, tensor_shape=TensorShape(unknown_rank=True))),
+        ("no elements, but a size", Tensor(dtype=1, tensor_shape=_shape(2**40, 0))),
         ("byte count", Tensor(dtype=1, tensor_shape=_shape(2), tensor_content=b"123")),
         ("byte count", Tensor(dtype=1, tensor_shape=_shape(2), tensor_content=bytes(12))),
         ("byte count", Tensor(dtype=1, tensor_shape=_shape(2**40), tensor_content=b"1234")),
@@ -144,3 +144,78 @@ def test_padding_up_to_the_bound_is_allowed():
 def test_an_array_without_a_data_type_is_a_type_error():
     with pytest.raises(TypeError, match="complex64"):
         tensors.encode(np.zeros(2, np.complex64))
+
+
+def _random_tensor(random):
+    """A TensorProto of any type, with values in some field, or raw bytes, that fit or do not."""
+    from tensorflow.core.framework import tensor_pb2 as theirs
+
+    tensor = theirs.TensorProto(dtype=random.choice([*tensors._TYPES, 0, 20, 99]))
+    for _ in range(random.choice([0, 1, 1, 2, 3])):
+        tensor.tensor_shape.dim.add(size=random.choice([1, 2, 3, 4, 1, 2, 3, 4, 0, -1]))
+    tensor.tensor_shape.unknown_rank = random.random() < 0.1
+    _, field = tensors._TYPES.get(tensor.dtype, (None, "float_val"))
+    values = {
+        "float_val": [0.0, -1.5, float("inf")],
+        "double_val": [0.0, 0.1, -1e300],
+        "int_val": [0, -1, 127, 128, -129, 300, 65535, 65536, 2**31 - 1, -(2**31)],
+        "int64_val": [0, -1, 2**63 - 1, -(2**63)],
+        "uint32_val": [0, 2**32 - 1],
+        "uint64_val": [0, 2**64 - 1],
+        "half_val": [0, 0x3C00, 0x7C00, 65536 + 0x3C00, -1],
+        "bool_val": [False, True],
+        "string_val": [b"", b"a", b"\xff\0"],
+    }
+    if random.random() < 0.1:
+        field = random.choice(list(values))
+    getattr(tensor, field).extend(random.choices(values[field], k=random.randrange(13)))
+    if random.random() < 0.4:
+        sizes = [dim.size for dim in tensor.tensor_shape.dim]
+        count = max(0, int(np.prod(sizes)))
+        dtype, _ = tensors._TYPES.get(tensor.dtype, (np.dtype("f4"), None))
+        if tensor.dtype == tensor_pb2.DT_STRING:
+            lengths = [random.randrange(3) for _ in range(count)]
+            content = bytes(lengths) + random.randbytes(sum(lengths))
+        elif tensor.dtype == tensor_pb2.DT_BOOL:
+            content = bytes(random.randrange(2) for _ in range(count))
+        else:
+            content = random.randbytes(count * dtype.itemsize)
+        if random.random() < 0.2:
+            content = content[: random.randrange(len(content) + 1)] + b"\1" * random.randrange(3)
+        tensor.tensor_content = content
+    return tensor
+
+
+def test_any_tensor_is_read_as_by_tensorflows_own_reader():
+    """Against Tensor::FromProto, which is what TF Serving reads with: the op ParseTensor."""
+    import random
+
+    import tensorflow as tf
+
+    source = random.Random(0)
+    read = refused = 0
+    for _ in range(3000):
+        tensor = _random_tensor(source)
+        try:
+            found = tensors.decode(tensor)
+        except ValueError:
+            found = None
+        try:
+            wanted = tf.io.parse_tensor(
+                tensor.SerializeToString(), tf.dtypes.DType(tensor.dtype)
+            ).numpy()
+        except (tf.errors.OpError, TypeError):
+            wanted = None
+        assert (found is None) == (wanted is None), tensor
+        if found is None:
+            refused += 1
+            continue
+        read += 1
+        wanted = np.asarray(wanted, found.dtype)
+        assert found.shape == wanted.shape, tensor
+        if found.dtype == object:
+            assert found.tolist() == wanted.tolist(), tensor
+        else:
+            assert found.tobytes() == wanted.tobytes(), tensor
+    assert read > 1000
+    assert refused > 300
