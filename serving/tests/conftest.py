@@ -22,6 +22,7 @@ class RunningServer:
 
     def __init__(self, base_path: pathlib.Path | None, log: pathlib.Path, *flags: str):
         self._log = log
+        self.base_path = base_path
         with open(log, "w") as errors:
             command = [sys.executable, "-m", "pwiser_serving.server", "--port=0"]
             if base_path is not None:
