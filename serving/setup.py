@@ -13,7 +13,10 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=["pwiser_serving", "pwiser_serving.protos", "pwiser_serving.server"],
-    package_data={"pwiser_serving.protos": ["*.proto"]},
+    package_data={
+        "pwiser_serving.protos": ["*.proto"],
+        "pwiser_serving.server": ["*.proto"],
+    },
     install_requires=[
         "crc32c>=2.7",
         "grpcio>=1.60",
@@ -27,12 +30,18 @@ setuptools.setup(
         "parquet": ["pyarrow>=17"],
         "server": [
             "grpcio-health-checking>=1.60",
-            "prometheus-client>=0.20",
             "tensorflow>=2.18,<2.22",
             # TF Serving's own messages.
             "tensorflow-serving-api>=2.18,<2.22",
             "waitress>=3.0",
         ],
-        "test": ["pandas>=2", "pyarrow>=17", "pytest>=8", "pyyaml>=6", "trustme>=1.1"],
+        "test": [
+            "pandas>=2",
+            "prometheus-client>=0.20",
+            "pyarrow>=17",
+            "pytest>=8",
+            "pyyaml>=6",
+            "trustme>=1.1",
+        ],
     },
 )

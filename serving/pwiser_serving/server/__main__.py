@@ -116,7 +116,11 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
         help="a MonitoringConfig as text: Prometheus metrics on the REST port",
     )
     parser.add_argument(
-        "--max_message_bytes", type=int, default=2**31 - 1, help="the largest request accepted"
+        "--max_message_bytes",
+        type=int,
+        # TF Serving takes 2 GiB, and a request's memory is several times its size.
+        default=64 << 20,
+        help="the largest request accepted",
     )
     flags = parser.parse_args(arguments)
     if not flags.model_base_path and not flags.model_config_file:
