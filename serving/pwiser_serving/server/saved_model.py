@@ -38,6 +38,8 @@ DEFAULT_SIGNATURE = "serving_default"
 # How many pairs of signature and outputs keep their prepared graph. A request names its outputs
 # freely, so the number of such pairs has no bound of its own.
 _PREPARED = 64
+# Rows up to which a batch is run in the caller's thread alone.
+_SMALL_BATCH = 64
 
 tf.get_logger().setLevel(logging.ERROR)
 
@@ -255,18 +257,19 @@ class SavedModel:
         names = [signature.outputs[alias].name for alias in outputs]
         fetches = sorted(set(names))
         options = config_pb2.CallableOptions(feed=[info.name for _, info in feeds], fetch=fetches)
-        # Operations run one after the other in the caller's thread (large ones still share their
-        # own work among cores): threads that wake each other cost more than a small batch does,
-        # and requests that run side by side fill the cores anyway. The answers are the same bits.
-        options.run_options.inter_op_thread_pool = -1
         try:
             # Session.make_callable with feeds is a Session.run in disguise: four times slower at
             # batch 1, and it converts types silently where TF Serving refuses.
-            run = self._session._make_callable_from_options(options)
+            run_large = self._session._make_callable_from_options(options)
+            # All in the caller's thread: threads that wake each other cost more than a small
+            # batch does. The answers are the same bits.
+            options.run_options.inter_op_thread_pool = -1
+            run_small = self._session._make_callable_from_options(options)
         except tf.errors.OpError as error:
             raise Status(error.error_code, error.message) from None
         return _Prepared(
-            run=run,
+            run_small=run_small,
+            run_large=run_large,
             inputs=[(alias, info.dtype) for alias, info in feeds],
             outputs=[
                 (alias, fetches.index(name)) for alias, name in zip(outputs, names, strict=True)
@@ -279,11 +282,13 @@ class _Prepared:
     """A part of a graph, called with arrays by input name; gives arrays by output name.
 
     Attributes:
-      run: arrays to a list of arrays; inputs: (alias, data type) of each argument, in order;
-      outputs: (alias, position in that list) of each output.
+      run_small, run_large: arrays to a list of arrays, in the caller's thread or with the
+      session's; inputs: (alias, data type) of each argument, in order; outputs: (alias, position
+      in that list) of each output.
     """
 
-    run: Callable[..., list[np.ndarray]]
+    run_small: Callable[..., list[np.ndarray]]
+    run_large: Callable[..., list[np.ndarray]]
     inputs: Sequence[tuple[str, int]]
     outputs: Sequence[tuple[str, int]]
 
@@ -298,8 +303,9 @@ class _Prepared:
                     f"but {tensors.data_type_name(found)} is provided"
                 )
             arguments.append(array)
+        large = arguments and arguments[0].shape and arguments[0].shape[0] > _SMALL_BATCH
         try:
-            results = self.run(*arguments)
+            results = (self.run_large if large else self.run_small)(*arguments)
         except tf.errors.OpError as error:
             raise Status(error.error_code, error.message) from None
         except UnicodeDecodeError as error:
