@@ -3,6 +3,7 @@ parquet.py and tfrecord.py read the other formats in the same way."""
 
 import csv
 import dataclasses
+import decimal
 import itertools
 import pathlib
 import sys
@@ -187,8 +188,9 @@ def _integer(text: str) -> int:
         return MISSING_INTEGER
     if text.lstrip("-").isdecimal():
         return int(text)
-    # A column with gaps is often written as 3.0.
-    number = _finite(text)
+    # A column with gaps is often written as 3.0. A float is not exact, but tells which are huge.
+    _finite(text)
+    number = decimal.Decimal(text)
     if number != int(number):
         raise ValueError(text)
     return int(number)

@@ -153,6 +153,8 @@ def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) 
             pinned = flags.version if partial.version is None else partial.version
             with _scorer(flags, pinned, **options) as scorer, _progress(candidates, done) as tell:
                 _save(score_file(scorer, candidates, flags.keep, skip=done), partial, tell)
+            if _identity(flags.input) != identity:
+                raise CandidateError("changed while it was read", file=flags.input)
             empty = candidates.no_rows()
             no_scores = dict.fromkeys(OUTPUTS, np.zeros(0, np.float32))
             partial.finish({name: empty.column(name) for name in flags.keep} | no_scores)
@@ -351,8 +353,14 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--batch_size: found {flags.batch_size}, expected 1 or more")
     if flags.output and not flags.output.absolute().parent.is_dir():
         parser.error(f"--output: {flags.output.parent} is not a folder")
-    if flags.output and flags.output.is_dir():
-        parser.error(f"--output: {flags.output} is a folder, expected a file's name")
+    if flags.output and flags.output.exists():
+        # It is replaced, which must not happen to a device, or to what is being read.
+        if not flags.output.is_file():
+            parser.error(f"--output: {flags.output} is a folder or device, expected a file's name")
+        if flags.input.exists() and flags.output.samefile(flags.input):
+            parser.error(f"--output: {flags.output} is the input")
+    if flags.output and flags.output.is_symlink():
+        flags.output = flags.output.resolve()
     flags.delimiter = flags.delimiter.replace(r"\t", "\t")
     if len(flags.delimiter) != 1 or flags.delimiter in '"\r\n':
         parser.error(f"--delimiter: found {flags.delimiter!r}, expected one character")

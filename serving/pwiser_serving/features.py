@@ -1,6 +1,8 @@
 """Features: a caller's columns to the arrays that a signature expects."""
 
-from collections.abc import Mapping, Sequence
+import decimal
+import numbers
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +15,10 @@ MISSING_INTEGER = -(2**63)
 MISSING_STRING = b""
 MISSING_FLOAT = float("nan")
 
+# From here on a float may be another integer than the one that was meant.
+_INEXACT = 2**53
+_INTEGER = "an integer of 64 bits (below 2**53 as a float)"
+
 
 def to_arrays(
     features: Mapping[str, Sequence], inputs: Mapping[str, tensor_pb2.TensorInfo]
@@ -20,8 +26,8 @@ def to_arrays(
     """The arrays of a request, checked against what the model says it takes.
 
     Args:
-      features: columns by name: lists, NumPy arrays, a pandas frame. None, NaN and "" are missing
-        values of any feature.
+      features: columns by name: lists, NumPy arrays, a pandas frame. None, NaN, "" and what is
+        masked are missing values of any feature.
       inputs: a signature's inputs by name; the first axis of each is the batch.
 
     Returns:
@@ -38,7 +44,10 @@ def to_arrays(
             raise FeatureError(name, f"unknown to the model, which takes {_listed(inputs)}")
     arrays, rows, first = {}, None, None
     for name, info in sorted(inputs.items()):
-        array = _CONVERSIONS.get(info.dtype, _other)(name, _as_array(name, features[name]), info)
+        if info.dtype not in _CONVERSIONS:
+            kind = tensors.data_type_name(info.dtype)
+            raise FeatureError(name, f"int64, float or string; the model takes {kind} here")
+        array = _CONVERSIONS[info.dtype](name, features[name])
         _check_shape(name, array, info)
         rows, first = (len(array), name) if rows is None else (rows, first)
         if len(array) != rows:
@@ -49,60 +58,69 @@ def to_arrays(
 
 def _as_array(name: str, values: Sequence) -> np.ndarray:
     try:
+        if isinstance(values, np.ma.MaskedArray):
+            return np.where(np.ma.getmaskarray(values), None, values.data.astype(object))
+        array = np.asarray(values)
+        if array.dtype.kind in "mM":
+            # One by one: times in nanoseconds are integers in an object array.
+            return np.fromiter(array.flat, object, array.size).reshape(array.shape)
         # Text lies in an object array: NumPy would give all of a column the longest one's width,
         # and turn a number beside a text into text.
-        array = np.asarray(values)
         return array if array.dtype.kind in "biufO" else np.asarray(values, object)
-    except ValueError:
-        raise FeatureError(name, "an array with rows of one length") from None
+    except (TypeError, ValueError):
+        raise FeatureError(name, "found no array, or rows of several lengths") from None
 
 
-def _integers(name: str, array: np.ndarray, info: tensor_pb2.TensorInfo) -> np.ndarray:
-    expected = "an integer of 64 bits"
+def _integers(name: str, values: Sequence) -> np.ndarray:
+    array = _as_array(name, values)
     if array.dtype.kind in "bi":
+        return array.astype("<i8")
+    if array.dtype.kind == "u":
+        _refuse(name, array, array > np.uint64(2**63 - 1))
         return array.astype("<i8")
     if array.dtype.kind == "f":
         missing = np.isnan(array)
-        # 2**63 itself is a float, and the first that is too large.
-        whole = (array == np.trunc(array)) & (array >= -(2.0**63)) & (array < 2.0**63)
-        _refuse(name, array, ~(whole | missing), expected)
-        return np.where(missing, MISSING_INTEGER, np.where(missing, 0, array).astype("<i8"))
-    if array.dtype.kind == "u":
-        _refuse(name, array, array > np.uint64(2**63 - 1), expected)
-        return array.astype("<i8")
-    values = np.empty(array.shape, "<i8")
-    for place, value in np.ndenumerate(array):
-        if _is_missing(value):
-            values[place] = MISSING_INTEGER
-        elif _is_number(value) and _int_or_none(value) is not None:
-            values[place] = _int_or_none(value)
-        else:
-            raise FeatureError(name, expected, row=place[0] if place else 0, found=value)
-    return values
+        if np.all(missing | (np.abs(array) < np.float64(_INEXACT))):
+            _refuse(name, array, ~missing & (array != np.trunc(array)))
+            return np.where(missing, MISSING_INTEGER, np.where(missing, 0, array).astype("<i8"))
+        # Of integers with a gap among them NumPy makes floats; asked so, it leaves them exact.
+        array = np.asarray(values, object)
+    return _one_by_one(name, array, np.empty(array.shape, "<i8"), _int_or_none, _INTEGER)
 
 
-def _floats(name: str, array: np.ndarray, info: tensor_pb2.TensorInfo) -> np.ndarray:
+def _floats(name: str, values: Sequence) -> np.ndarray:
+    array = _as_array(name, values)
     with np.errstate(over="ignore"):
         if array.dtype.kind in "biuf":
             return array.astype("<f4")
-        values = np.empty(array.shape, "<f4")
-        for place, value in np.ndenumerate(array):
-            if _is_missing(value):
-                values[place] = MISSING_FLOAT
-            elif _is_number(value):
-                values[place] = value
-            else:
-                raise FeatureError(name, "a number", row=place[0] if place else 0, found=value)
-        return values
+        return _one_by_one(name, array, np.empty(array.shape, "<f4"), _float_or_none, "a number")
 
 
-def _strings(name: str, array: np.ndarray, info: tensor_pb2.TensorInfo) -> np.ndarray:
-    values = array.ravel().tolist()
+def _one_by_one(
+    name: str,
+    array: np.ndarray,
+    result: np.ndarray,
+    convert: Callable[[object], float | None],
+    expected: str,
+) -> np.ndarray:
+    """Fills the result with the objects of the array."""
+    missing = MISSING_INTEGER if result.dtype.kind == "i" else MISSING_FLOAT
+    for place, value in np.ndenumerate(array):
+        number = missing if _is_missing(value) else convert(value)
+        if number is None:
+            raise FeatureError(name, expected, row=place[0] if place else 0, found=value)
+        result[place] = number
+    return result
+
+
+def _strings(name: str, values: Sequence) -> np.ndarray:
+    array = _as_array(name, values)
+    texts = array.ravel().tolist()
     try:
-        encoded = [value.encode() for value in values]
+        encoded = [text.encode() for text in texts]
     except (AttributeError, UnicodeEncodeError):
         # Not all of them are plain text: one by one, to allow what is missing and find the fault.
-        encoded = [_string(name, row, value) for row, value in enumerate(values)]
+        encoded = [_string(name, row, value) for row, value in enumerate(texts)]
     result = np.empty(len(encoded), object)
     result[:] = encoded
     return result.reshape(array.shape)
@@ -119,11 +137,6 @@ def _string(name: str, row: int, value: object) -> bytes:
         raise FeatureError(name, "a string", row=row, found=value) from None
 
 
-def _other(name: str, array: np.ndarray, info: tensor_pb2.TensorInfo) -> np.ndarray:
-    kind = tensors.data_type_name(info.dtype)
-    raise FeatureError(name, f"int64, float or string; the model takes {kind} here")
-
-
 _CONVERSIONS = {
     tensor_pb2.DT_INT64: _integers,
     tensor_pb2.DT_FLOAT: _floats,
@@ -135,28 +148,42 @@ def _is_missing(value: object) -> bool:
     """None, "", NaN and pandas' NA, which is told by its type's name: pandas may be absent."""
     if value is None or (isinstance(value, str) and not value):
         return True
-    if isinstance(value, float | np.floating):
+    if _is_number(value):
         return bool(value != value)
     return type(value).__name__ in ("NAType", "NaTType")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float | np.number | np.bool_)
+    # A time is an integer to NumPy.
+    return isinstance(value, numbers.Real | decimal.Decimal | np.bool_) and not isinstance(
+        value, np.timedelta64
+    )
 
 
 def _int_or_none(value: object) -> int | None:
     """The value as an integer of 64 bits; None where it is none."""
+    if not _is_number(value):
+        return None
     try:
         number = int(value)
     except (OverflowError, ValueError):
         return None
+    if isinstance(value, float | np.floating) and abs(number) >= _INEXACT:
+        return None
     return number if number == value and -(2**63) <= number < 2**63 else None
 
 
-def _refuse(name: str, array: np.ndarray, wrong: np.ndarray, expected: str) -> None:
+def _float_or_none(value: object) -> float | None:
+    try:
+        return float(value) if _is_number(value) else None
+    except OverflowError:
+        return None
+
+
+def _refuse(name: str, array: np.ndarray, wrong: np.ndarray) -> None:
     if wrong.any():
         place = tuple(np.argwhere(wrong)[0])
-        raise FeatureError(name, expected, row=int(place[0]) if place else 0, found=array[place])
+        raise FeatureError(name, _INTEGER, row=int(place[0]) if place else 0, found=array[place])
 
 
 def _check_shape(name: str, array: np.ndarray, info: tensor_pb2.TensorInfo) -> None:

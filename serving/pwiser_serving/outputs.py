@@ -6,6 +6,7 @@ import dataclasses
 import fcntl
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -226,8 +227,13 @@ def _values(column: Sequence) -> Sequence[object]:
     """A column as JSON writes it."""
     if isinstance(column, np.ndarray):
         # By the float32's text: as a double it would have twice the digits.
-        return [float(text) for text in texts(column)]
-    return column.to_pylist() if hasattr(column, "to_pylist") else column
+        column = [float(text) for text in texts(column)]
+    elif hasattr(column, "to_pylist"):
+        column = column.to_pylist()
+    # JSON has no word for NaN and the infinities.
+    return [
+        None if isinstance(value, float) and not math.isfinite(value) else value for value in column
+    ]
 
 
 def _csv_text(rows) -> str:

@@ -14,6 +14,9 @@ from pwiser_serving.errors import FeatureError
 from pwiser_serving.protos import tensor_pb2
 from pwiser_serving.scorer import RAW_SIGNATURE
 
+# Of the output. Enough for a reader to be fast, few enough to be held in memory.
+_ROWS_PER_GROUP = 2**17
+
 
 class Batch:
     """Some rows of the file, from row `first`, which counts from 1."""
@@ -111,17 +114,16 @@ class CandidateFile:
         groups = [n for n, end in enumerate(ends) if end > skip]
         if not groups:
             return
-        row = ends[groups[0]] - sizes[groups[0]]
         try:
-            for batch in self._file.iter_batches(
+            read = self._file.iter_batches(
                 batch_size=rows, row_groups=groups, columns=sorted(self._needed)
-            ):
-                table = pa.Table.from_batches([batch])
-                # Of the first group that is read, some rows may be among those to skip.
-                rest = table.slice(max(0, skip - row))
-                row += len(table)
-                if len(rest):
-                    yield Batch(self.path, row - len(rest) + 1, rest)
+            )
+            tables = (pa.Table.from_batches([batch]) for batch in read)
+            # Of the first group that is read, some rows may be among those to skip.
+            first = ends[groups[0]] - sizes[groups[0]]
+            for table in _regroup(tables, rows, skip=skip - first):
+                yield Batch(self.path, skip + 1, table)
+                skip += len(table)
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(self.path, error) from None
 
@@ -137,9 +139,35 @@ def write(path: pathlib.Path, batches: Sequence[Mapping[str, Sequence]]) -> None
 def join(parts: Sequence[pathlib.Path], path: pathlib.Path) -> None:
     """Writes one Parquet file of several with the same columns, one after another in memory."""
     with pq.ParquetWriter(path, pq.read_schema(parts[0])) as writer:
-        for part in parts:
-            with pq.ParquetFile(part) as file:
-                writer.write_table(file.read())
+        for table in _regroup(map(_whole, parts), _ROWS_PER_GROUP):
+            writer.write_table(table.combine_chunks())
+
+
+def _whole(path: pathlib.Path) -> pa.Table:
+    with pq.ParquetFile(path) as file:
+        return file.read()
+
+
+def _regroup(tables: Iterator[pa.Table], rows: int, *, skip: int = 0) -> Iterator[pa.Table]:
+    """The tables' rows after the first `skip`, so many in each but the last.
+
+    Where a file was cut then makes no difference: a resumed command gives the very bytes of one
+    that was not interrupted, and a model's last digit may hang on the rows beside a row.
+    """
+    waiting: list[pa.Table] = []
+    for table in tables:
+        rest = table.slice(min(skip, len(table)))
+        skip -= len(table) - len(rest)
+        waiting.append(rest)
+        if sum(map(len, waiting)) < rows:
+            continue
+        together = pa.concat_tables(waiting)
+        while len(together) >= rows:
+            yield together.slice(0, rows)
+            together = together.slice(rows)
+        waiting = [together]
+    if any(map(len, waiting)):
+        yield pa.concat_tables(waiting)
 
 
 def _arrow(column: Sequence) -> pa.ChunkedArray | pa.Array:
@@ -170,11 +198,11 @@ def _numpy(column: pa.ChunkedArray, data_type: int) -> np.ndarray:
             return column.cast(pa.float64(), safe=False).to_numpy()
         if not pa.types.is_uint64(kind):
             return column.cast(pa.int64()).fill_null(features.MISSING_INTEGER).to_numpy()
-    elif pa.types.is_decimal(kind) or pa.types.is_floating(kind):
+    elif pa.types.is_floating(kind):
         return column.cast(pa.float64()).to_numpy()
     elif any(test(kind) for test in _TEXTS):
         return column.cast(pa.binary()).fill_null(features.MISSING_STRING).to_numpy()
-    elif not pa.types.is_null(kind):
+    elif not (pa.types.is_null(kind) or pa.types.is_decimal(kind)):
         raise pa.ArrowTypeError(f"no feature is a {kind}")
     return np.array(column.to_pylist(), object)
 

@@ -27,6 +27,9 @@ ID_SIGNATURE = "predict"
 # Which of them a call takes is told by its features' names: raw ones, ids, serialized Examples.
 _SIGNATURES = (RAW_SIGNATURE, ID_SIGNATURE, services.DEFAULT_SIGNATURE)
 
+# Seconds. gRPC counts nanoseconds in 64 bits, and takes a deadline beyond them for one in the past.
+_LONGEST_TIMEOUT = 1e9
+
 # What a server may say to features that the model took yesterday.
 _CHANGED_MODEL = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 
@@ -124,11 +127,17 @@ class Scorer:
         requests_in_flight: int = 4,
         hedge: Hedge | None = None,
     ):
-        if not timeout > 0 or rows_per_request < 1 or requests_in_flight < 1:
+        if not (timeout > 0 and rows_per_request > 0 and requests_in_flight > 0):
             raise ValueError(
                 "timeout, rows_per_request and requests_in_flight must be above 0, found "
                 f"{timeout}, {rows_per_request}, {requests_in_flight}"
             )
+        if timeout > _LONGEST_TIMEOUT:
+            raise ValueError(f"timeout must be at most {_LONGEST_TIMEOUT:g}, found {timeout:g}")
+        if isinstance(version, int) and not 0 <= version < 2**63:
+            raise ValueError(f"version must be from 0 to 2**63 - 1, found {version}")
+        if not address or not model:
+            raise ValueError(f"address and model are needed, found {address!r} and {model!r}")
         self.address, self.model, self.version = address, model, version
         self.timeout, self.signature = timeout, signature
         self.rows_per_request, self.requests_in_flight = rows_per_request, requests_in_flight

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import serving_model
 from fake_server import FakeModel, serve, server_credentials
-from pwiser_serving import Scorer, client, outputs
+from pwiser_serving import Scorer, client, outputs, tensors
+from pwiser_serving.protos import tensor_pb2
 
 CANDIDATES = (
     "price,note,item,brand,id\n"
@@ -198,6 +199,32 @@ def test_an_earlier_output_survives_a_failure(command, tmp_path):
     assert output.read_text().startswith("ctr,cvr,ctcvr\n")
 
 
+def test_an_output_that_is_a_link_replaces_what_it_points_to(command, tmp_path):
+    target, link = tmp_path / "target.csv", tmp_path / "link.csv"
+    target.write_text("earlier")
+    link.symlink_to(target)
+    assert command("price,item,brand\n1,1,a\n", "--output", link)[0] == 0
+    assert link.is_symlink()
+    assert target.read_text().startswith("ctr,cvr,ctcvr\n")
+
+
+def test_large_ids_are_read_exactly(tmp_path):
+    """Also as the decimals that a column with gaps is often written in."""
+    model, seen = FakeModel(item=tensor_pb2.DT_INT64), []
+    predict = model.predict
+
+    def noted(request, context):
+        seen.extend(tensors.decode(request.inputs["item"]).tolist())
+        return predict(request, context)
+
+    model.predict = noted
+    path = tmp_path / "c.csv"
+    path.write_text("item\n9007199254740993\n9007199254740993.0\n9.007199254740993e15\n-0.0\n")
+    with serve(model) as port:
+        client.main(["score", f"--server=localhost:{port}", "--model=m", f"--input={path}"])
+    assert seen == [2**53 + 1] * 3 + [0]
+
+
 def test_wrong_flags_are_one_line(server, tmp_path, capsys):
     path = tmp_path / "c.csv"
     path.write_text("price,item,brand,ctr\n1,2,a,0\n")
@@ -216,10 +243,14 @@ def test_wrong_flags_are_one_line(server, tmp_path, capsys):
             "none.tfrecord: No such file or directory",
         ),
         ([*good, "--input", tmp_path], "Is a directory"),
-        ([*good, "--output", tmp_path], "is a folder, expected a file's name"),
+        ([*good, "--output", tmp_path], "is a folder or device, expected a file's name"),
+        ([*good, "--output", os.devnull], "/dev/null is a folder or device, expected a file's"),
+        ([*good, "--output", path], "c.csv is the input"),
         ([*good, "--output", tmp_path / "x" / "y.csv"], "is not a folder"),
         ([*good, "--timeout=0"], "--timeout: found 0, expected more than 0 seconds"),
         ([*good, "--timeout=nan"], "--timeout: found nan"),
+        ([*good, "--timeout=inf"], "timeout must be at most 1e+09, found inf"),
+        ([*good, f"--version={2**63}"], "version must be from 0 to 2**63 - 1, found"),
         ([*good, "--batch_size=0"], "--batch_size: found 0, expected 1 or more"),
         ([*good, "--root_certificates", pem], "TLS: root_certificates"),
         ([*good, "--private_key", path], "private_key and certificate_chain go together"),

@@ -158,6 +158,29 @@ COLUMNS = {
 }
 
 
+def test_numbers_that_json_does_not_know(run, tmp_path):
+    path, output = tmp_path / "c.parquet", tmp_path / "s.jsonl"
+    kept = {"a": [NAN, 1.5, None, math.inf]}
+    pq.write_table(pa.table(COLUMNS | kept), path)
+    assert run(path, f"--output={output}", "--keep=a")[0] == 0
+
+    def unknown(word):
+        raise AssertionError(word)
+
+    rows = [json.loads(text, parse_constant=unknown) for text in output.read_text().splitlines()]
+    assert [row["a"] for row in rows] == [None, 1.5, None, None]
+
+
+def test_large_decimals_are_exact_ids():
+    from pwiser_serving import parquet
+
+    info = tensor_pb2.TensorInfo(dtype=tensor_pb2.DT_INT64)
+    info.tensor_shape.dim.add(size=-1)
+    column = pa.array([decimal.Decimal(2**53 + 1), None], pa.decimal128(20, 0))
+    batch = parquet.Batch("c.parquet", 1, pa.table({"id": column}))
+    assert batch.features({"id": info})["id"].tolist() == [2**53 + 1, -(2**63)]
+
+
 @pytest.mark.parametrize(
     "types",
     [

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 import pytest
 from fake_server import FakeModel, Refused, serve
-from pwiser_serving import client
+from pwiser_serving import client, tensors
 
 ROWS = 500
 FORMATS = ["csv", "jsonl", "parquet"]
@@ -335,6 +335,53 @@ def test_a_pipe_is_always_read_from_its_beginning(model, candidates, tmp_path):
             err = process.communicate(text, timeout=30)[1]
     assert err == f"{output}: {ROWS} rows scored by m, version 1\n"
     _check(output)
+
+
+def test_an_input_that_changes_meanwhile_leaves_nothing(model, candidates, tmp_path, run):
+    """Its rows may be those of two files."""
+    left = iter(range(20))
+
+    def before():
+        if next(left, None) is None:
+            os.utime(candidates)
+
+    model.before = before
+    with serve(model) as port:
+        code, err = run(f"localhost:{port}", candidates, tmp_path / "s.csv")
+    assert (code, err) == (2, f"error: {candidates}: changed while it was read\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_a_resumed_parquet_asks_and_writes_the_same(model, tmp_path, run, suffix):
+    """Requests of the same rows, wherever the row groups end: a model's last digit may hang on
+    the rows beside a row. And the very same file."""
+    pa = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    path, output = tmp_path / "c.parquet", tmp_path / f"s.{suffix}"
+    rows = np.arange(1000)
+    columns = {"id": rows, "brand": pa.array(["a"] * 1000), "item": rows, "price": rows / 1000}
+    pq.write_table(pa.table(columns), path, row_group_size=37)
+    firsts = []
+    predict = model.predict
+
+    def noted(request, context):
+        firsts.append(round(float(tensors.decode(request.inputs["price"])[0]) * 1000))
+        return predict(request, context)
+
+    model.predict = noted
+    with serve(model) as port:
+        arguments = (f"localhost:{port}", path, output, "--batch_size=10")
+        assert run(*arguments)[0] == 0
+        whole = output.read_bytes()
+        assert sorted(firsts) == list(range(0, 1000, 10))
+        output.unlink()
+        _fails_after(model, 50)
+        assert run(*arguments)[0] == 1
+        model.before = lambda: None
+        assert run(*arguments)[0] == 0
+    assert set(firsts) == set(range(0, 1000, 10))
+    assert output.read_bytes() == whole
 
 
 def test_a_wrong_row_leaves_nothing_of_what_was_done(model, candidates, tmp_path, run):

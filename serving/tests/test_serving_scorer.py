@@ -1,6 +1,7 @@
 """scorer and features: what is sent, what is refused before, and what failures look like."""
 
 import asyncio
+import decimal
 import pickle
 import threading
 import time
@@ -31,6 +32,7 @@ RAW = {
     "price": [0.5, None, float("nan"), -1, 2, 1e30],
 }
 MISSING = serving_model.MISSING_INTEGER
+NAN = float("nan")
 
 
 def _wanted(brands, items, prices, bias=0.0):
@@ -129,7 +131,19 @@ def test_no_rows_give_no_scores(scorer):
         ({"price": [1.0]}, "price", None, "found 1 rows, expected 2 as brand has"),
         ({"price": 1.0}, "price", None, "found the shape [], expected the shape [rows]"),
         ({"price": [[1.0], [2.0]]}, "price", None, "found the shape [2, 1], expected the shape"),
-        ({"price": [[1.0], [2.0, 3.0]]}, "price", None, "an array with rows of one length"),
+        (
+            {"price": [[1.0], [2.0, 3.0]]},
+            "price",
+            None,
+            "found no array, or rows of several lengths",
+        ),
+        ({"price": [1.0, 10**400]}, "price", 1, "expected a number"),
+        ({"price": np.array([1.0, np.complex64(2)], object)}, "price", 1, "expected a number"),
+        ({"item": np.array([1, np.complex64(2)], object)}, "item", 1, "expected an integer of 64"),
+        ({"item": np.array([5, 6], "m8[ns]")}, "item", 0, "found 5 nanoseconds, expected an int"),
+        ({"item": np.array(["2020-01-01"] * 2, "M8[ns]")}, "item", 0, "found 2020-01-01T00:00"),
+        ({"price": np.array(["2020-01-01"] * 2, "M8[ns]")}, "price", 0, "found 2020-01-01T00:00"),
+        ({"item": np.array([1.0, 2.0**53])}, "item", 1, "expected an integer of 64 bits (below"),
     ],
 )
 def test_features_that_the_model_does_not_take(scorer, change, feature, row, told):
@@ -145,6 +159,49 @@ def test_features_that_the_model_does_not_take(scorer, change, feature, row, tol
 def test_ids_of_a_wrong_width(scorer):
     with pytest.raises(FeatureError, match=r"found the shape \[1, 3\], expected .* \[rows, 2\]"):
         scorer.score({"categorical": [[1, 2, 3]], "numerical": [[0.5]]})
+
+
+def _integers(values) -> list[int]:
+    info = tensor_pb2.TensorInfo(
+        dtype=tensor_pb2.DT_INT64, tensor_shape=tensor_pb2.TensorShape(unknown_rank=True)
+    )
+    return features.to_arrays({"id": values}, {"id": info})[0]["id"].tolist()
+
+
+def test_large_ids_beside_a_missing_one_are_not_rounded():
+    """NumPy makes floats of them, which hold 53 bits."""
+    pandas = pytest.importorskip("pandas")
+    large = 2**53 + 1
+    for values in (
+        [large, None],
+        [large, NAN],
+        (large, NAN),
+        pandas.Series([large, None], dtype="Int64"),
+        pandas.Series([large, None], dtype="int64[pyarrow]"),
+        np.ma.array([large, 7], mask=[False, True]),
+        np.array([decimal.Decimal(large), decimal.Decimal("nan")]),
+    ):
+        assert _integers(values) == [large, MISSING]
+    assert _integers([large, 1.0]) == [large, 1]
+    # Rounded before they came: refused.
+    for values in (
+        pandas.Series([large, None], dtype="category"),
+        pandas.DataFrame({"id": [large, None]})["id"],
+        np.array([large, NAN]),
+    ):
+        with pytest.raises(FeatureError, match=r"below 2\*\*53 as a float"):
+            _integers(values)
+
+
+def test_what_is_masked_is_missing(scorer):
+    masked = {
+        "brand": np.ma.array(["zorg", "acme"], mask=[True, False]),
+        "item": np.ma.array([3, 4], mask=[True, False]),
+        "price": np.ma.array([0.5, 0.25], mask=[True, False]),
+    }
+    plain = {"brand": [None, "acme"], "item": [None, 4], "price": [None, 0.25]}
+    for name, values in scorer.score(masked).items():
+        np.testing.assert_array_equal(values, scorer.score(plain)[name])
 
 
 def test_missing_values_are_written_as_the_model_reads_them():
@@ -201,10 +258,22 @@ def test_no_server():
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong", [{"timeout": 0}, {"rows_per_request": 0}, {"timeout": np.nan}])
-def test_arguments_out_of_range(wrong):
-    with pytest.raises(ValueError, match="must be above 0"):
-        Scorer("localhost:1", "m", **wrong)
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"timeout": 0}, "must be above 0"),
+        ({"timeout": np.nan}, "must be above 0"),
+        ({"timeout": np.inf}, "timeout must be at most 1e[+]09, found inf"),
+        ({"rows_per_request": 0}, "must be above 0"),
+        ({"version": -1}, "version must be from 0 to"),
+        ({"version": 2**63}, "version must be from 0 to"),
+        ({"address": ""}, "address and model are needed"),
+        ({"model": ""}, "address and model are needed"),
+    ],
+)
+def test_arguments_out_of_range(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        Scorer(**({"address": "localhost:1", "model": "m"} | wrong))
 
 
 @pytest.fixture
