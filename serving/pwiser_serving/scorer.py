@@ -197,7 +197,7 @@ class Scorer:
         waiting = collections.deque()
         try:
             for request, rows in requests:
-                waiting.append((self._send(request), rows))
+                waiting.append((self._send(self._predict, request), rows))
                 if len(waiting) >= self.requests_in_flight:
                     yield self._wait(*waiting.popleft())
             while waiting:
@@ -295,7 +295,7 @@ class Scorer:
         signature, arrays, count = self._columns(model, features)
         try:
             for request, rows in self._requests(signature, arrays, count, version):
-                waiting.append((self._send(request), rows))
+                waiting.append((self._send(self._predict, request), rows))
                 if len(waiting) >= self.requests_in_flight:
                     parts.append((yield from self._answer(*waiting.popleft())))
             while waiting:
@@ -328,13 +328,13 @@ class Scorer:
             self._model = None
             raise self._error(error) from None
 
-    def _send(self, request: service_pb2.PredictRequest):
+    def _send(self, method, request):
         """Sends a request: a future of gRPC's kind."""
         if self._hedger is None:
-            return self._predict.future(request, timeout=self.timeout)
+            return method.future(request, timeout=self.timeout)
         end = time.monotonic() + self.timeout
         return self._hedger.send(
-            lambda: self._predict.future(request, timeout=max(0, end - time.monotonic()))
+            lambda: method.future(request, timeout=max(0, end - time.monotonic()))
         )
 
     def _stream(self, features) -> Iterator[tuple[service_pb2.PredictRequest, int]]:
@@ -405,7 +405,7 @@ class Scorer:
             model_spec=self._spec(), metadata_field=[services.SIGNATURE_FIELD]
         )
         try:
-            response = yield self._get_metadata.future(request, timeout=self.timeout)
+            response = yield self._send(self._get_metadata, request)
             value = response.metadata[services.SIGNATURE_FIELD].value
             signatures = service_pb2.SignatureMap.FromString(value).signature_def
         except grpc.RpcError as error:

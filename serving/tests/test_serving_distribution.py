@@ -23,6 +23,19 @@ def test_the_client_does_not_import_tensorflow():
     assert {"grpc", "numpy"} <= modules
 
 
+def test_a_server_without_its_extra_says_so(tmp_path):
+    code = f"""
+import sys
+sys.modules["tensorflow"] = None
+from pwiser_serving.server.__main__ import main
+main(["--model_name=m", "--model_base_path={tmp_path}"])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith(": pip install 'pwiser-serving[server]'\n")
+
+
 def test_tensorflow_can_be_imported_afterwards():
     pytest.importorskip("tensorflow_serving")
     code = """

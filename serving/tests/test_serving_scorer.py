@@ -594,6 +594,23 @@ def test_hedging_sends_a_second_copy_within_its_budget(fake):
         assert slow.calls + quick.calls == 10
 
 
+def test_the_question_what_the_model_takes_is_hedged_too():
+    """Else a server that hangs takes the first call, and each after a new version, with it."""
+    model, release, first = FakeModel(), threading.Event(), iter([1])
+    answer = model.get_model_metadata
+
+    def hangs_once(request, context):
+        if next(first, None):
+            release.wait(20)
+        return answer(request, context)
+
+    model.get_model_metadata = hangs_once
+    with serve(model) as port:
+        with Scorer(f"localhost:{port}", "m", hedge=Hedge(0.05, budget=1), timeout=10) as scorer:
+            assert scorer.score({"x": [1]})["ctr"].tolist() == [1]
+        release.set()
+
+
 def test_a_hedged_call_that_fails_is_an_error(fake):
     address, model = fake
     with Scorer(address, "m", hedge=Hedge(0.01, budget=1), timeout=0.3) as scorer:

@@ -160,7 +160,10 @@ def main(arguments: list[str] | None = None) -> None:
         command_line.fail(f"--model_base_path: {flags.model_base_path} is not a folder")
 
     # Imported late: a wrong flag is told at once, not after TensorFlow's four seconds.
-    import pwiser_serving.server.quiet  # noqa: F401
+    try:
+        import pwiser_serving.server.quiet  # noqa: F401
+    except ModuleNotFoundError as error:
+        command_line.fail(f"{error}: pip install 'pwiser-serving[server]'")
 
     # isort: split
     from tensorflow_serving.config import model_server_config_pb2
