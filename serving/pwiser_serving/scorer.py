@@ -190,21 +190,22 @@ class Scorer:
     def score_batches(self, batches: Iterable[Mapping[str, Sequence]]) -> Iterator[Scores]:
         """Scores a stream of features in bounded memory, as `score` does each of them.
 
-        A batch of at most rows_per_request rows gives one result; a larger one gives several.
-        Results come in order, while later requests are on their way.
+        A batch of at most rows_per_request rows gives one result, also one without rows; a larger
+        one gives several. Results come in order, while later requests are on their way.
         """
         requests = itertools.chain.from_iterable(map(self._stream, batches))
         waiting = collections.deque()
         try:
             for request, rows in requests:
-                waiting.append((self._send(self._predict, request), rows))
+                waiting.append((self._send(self._predict, request) if rows else None, rows))
                 if len(waiting) >= self.requests_in_flight:
                     yield self._wait(*waiting.popleft())
             while waiting:
                 yield self._wait(*waiting.popleft())
         finally:
             for call, _ in waiting:
-                call.cancel()
+                if call:
+                    call.cancel()
 
     def inputs(self, signature: str) -> dict[str, tensor_pb2.TensorInfo]:
         """What a signature of the model takes, by name; empty where there is no such signature."""
@@ -306,7 +307,7 @@ class Scorer:
         if len(parts) == 1:
             return parts[0]
         if not parts:
-            return Scores({name: np.zeros(0, np.float32) for name in OUTPUTS})
+            return _no_scores()
         return Scores(
             {name: np.concatenate([part[name] for part in parts]) for name in OUTPUTS},
             itertools.chain.from_iterable(part.versions for part in parts),
@@ -321,6 +322,8 @@ class Scorer:
         return self._scores(response, rows)
 
     def _wait(self, call, rows: int) -> Scores:
+        if call is None:
+            return _no_scores()
         try:
             return self._scores(call.result(), rows)
         except grpc.RpcError as error:
@@ -337,8 +340,9 @@ class Scorer:
             lambda: method.future(request, timeout=max(0, end - time.monotonic()))
         )
 
-    def _stream(self, features) -> Iterator[tuple[service_pb2.PredictRequest, int]]:
-        """The requests that one batch of a stream makes, each with its number of rows."""
+    def _stream(self, features) -> Iterator[tuple[service_pb2.PredictRequest | None, int]]:
+        """The requests that one batch of a stream makes, each with its number of rows; None in
+        place of one without rows, which is not sent."""
         known = self._model
         try:
             columns = self._columns(known or self._known_model(), features)
@@ -348,7 +352,7 @@ class Scorer:
             # The server may hold a newer version by now, which takes other features.
             self._model = None
             columns = self._columns(self._known_model(), features)
-        return self._requests(*columns, None)
+        return self._requests(*columns, None) if columns[-1] else iter([(None, 0)])
 
     def _requests(self, signature: str, arrays, count: int, version: int | None):
         for start in range(0, count, self.rows_per_request):
@@ -442,6 +446,10 @@ class Scorer:
 
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
+
+
+def _no_scores() -> Scores:
+    return Scores({name: np.zeros(0, np.float32) for name in OUTPUTS})
 
 
 def _plain(infos: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, dict]:

@@ -355,6 +355,16 @@ def test_several_requests_are_on_their_way_but_not_all(fake):
     assert most == 3
 
 
+def test_a_batch_without_rows_has_its_result_in_a_stream(fake):
+    """Whoever goes through batches and results side by side stays in step."""
+    address, model = fake
+    batches = [{"x": []}, {"x": [1]}, {"x": []}, {"x": [2, 3]}, {"x": []}]
+    with Scorer(address, "m", timeout=20) as scorer:
+        found = [scores["ctr"].tolist() for scores in scorer.score_batches(batches)]
+    assert found == [[], [1], [], [2, 3], []]
+    assert model.calls == 2
+
+
 def test_raw_features_that_are_called_as_ids_are(fake):
     address, model = fake
     model.set_inputs(numerical=tensor_pb2.DT_FLOAT)
