@@ -220,6 +220,10 @@ def test_configurations_that_are_refused_change_nothing(models, tmp_path):
         other = _config(entry)
         other.model_config_list.config[0].model_platform = "torch"
         assert _refused(models.reload, other) == (INVALID, told)
+    # A new model's platform is looked at last.
+    other = _config(good + label, new)
+    other.model_config_list.config[1].model_platform = "torch"
+    assert _refused(models.reload, other)[0] is PRECONDITION
     old = _config(new)
     old.model_config_list.config[0].model_platform = ""
     old.model_config_list.config[0].model_type = 2

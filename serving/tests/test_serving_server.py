@@ -36,7 +36,9 @@ import trustme
 from google.protobuf import text_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pwiser_serving.server import __main__ as command
-from pwiser_serving.server import config_pb2
+from pwiser_serving.server import config_pb2, service
+from pwiser_serving.server.models import Models
+from pwiser_serving.server.monitoring import Monitoring
 from tensorflow_serving.apis import (
     get_model_status_pb2,
     model_management_pb2,
@@ -155,6 +157,11 @@ def test_a_wrong_flag_is_one_line(tmp_path):
         (["--model_base_path", str(tmp_path), "--port=70000"], "found 70000, expected 0 to 65535"),
         (["--model_base_path", str(tmp_path), "--port=x"], "invalid int value: 'x'"),
         (["--model_base_path", str(tmp_path), "--prot=1"], "--prot=1"),
+        (["--model_base_path", "\udcff"], "--model_base_path: found '\\udcff', which is not UTF-8"),
+        (
+            ["--model_base_path", str(tmp_path), "--file_system_poll_wait_seconds=inf"],
+            "found inf, expected at most 1000000000",
+        ),
     ):
         done = _run(*flags)
         assert (done.returncode, done.stdout) == (2, "")
@@ -170,9 +177,7 @@ def test_a_port_in_use_is_one_line(tmp_path):
         port = taken.getsockname()[1]
         done = _run("--model_base_path", str(tmp_path), f"--port={port}")
     assert done.returncode == 2
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert lines == [f"error: --port: {port} is in use, or may not be used"]
-    assert "Traceback" not in done.stderr
+    assert done.stderr == f"error: --port: {port} is in use, or may not be used\n"
 
 
 SLOW_SERVER = """
@@ -194,11 +199,46 @@ class Slow:
 
 sys.modules["pwiser_serving.server.saved_model"] = types.SimpleNamespace(
     SavedModel=Slow, DEFAULT_SIGNATURE="serving_default")
-import pwiser_serving.server.quiet
-from pwiser_serving.server import service
+from pwiser_serving.server import quiet
+with quiet.libraries():
+    from pwiser_serving.server import service
 service._MAX_REQUESTS = 2
 server.main(sys.argv[1:])
 """
+
+
+def test_a_request_whose_bytes_do_not_come_keeps_nobody_waiting():
+    stop, looked = threading.Event(), threading.Event()
+
+    class Waiting(Models):
+        def reload(self, config):
+            looked.set()
+            assert stop.wait(SECONDS)
+
+    answering = service.Service(Waiting(load=None), Monitoring())
+    server = service.grpc_server(answering, max_message_bytes=2**20, threads=1)
+    port = server.add_insecure_port("localhost:0")
+    server.start()
+
+    def nothing():
+        assert stop.wait(SECONDS)
+        yield from ()
+
+    caller = Caller(f"localhost:{port}")
+    method = caller.channel.stream_unary("/tensorflow.serving.PredictionService/Predict")
+    calls = [method.future(nothing(), timeout=SECONDS) for _ in range(9)]
+    # Nor does a reload, which may last as long as a load.
+    reload = threading.Thread(
+        target=caller.reload, args=[model_management_pb2.ReloadConfigRequest()]
+    )
+    reload.start()
+    assert looked.wait(SECONDS)
+    assert refused(caller.predict, named())[0] is NOT_FOUND
+    stop.set()
+    assert {call.code() for call in calls} == {grpc.StatusCode.UNIMPLEMENTED}
+    reload.join()
+    caller.channel.close()
+    server.stop(None).wait()
 
 
 @contextlib.contextmanager
@@ -274,6 +314,64 @@ def test_a_second_signal_ends_it_at_once(tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == -signal.SIGINT
         assert call.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def test_nobody_needs_to_read_what_it_says(tmp_path):
+    (tmp_path / "1").mkdir()
+    with socket.socket() as free:
+        free.bind(("0.0.0.0", 0))
+        port = free.getsockname()[1]
+    unread, stderr = os.pipe()
+    os.set_blocking(stderr, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(stderr, b"x" * 4096)
+    os.set_blocking(stderr, True)
+    flags = [f"--port={port}", "--model_name=m", f"--model_base_path={tmp_path}"]
+    with subprocess.Popen(
+        [sys.executable, "-c", SLOW_SERVER, *flags], stderr=stderr, preexec_fn=lambda: os.close(1)
+    ) as process:
+        try:
+            channel = grpc.insecure_channel(f"localhost:{port}")
+            stub = prediction_service_pb2_grpc.PredictionServiceStub(channel)
+            for _ in range(3):
+                call = stub.Predict.future(
+                    named(signature="fault"), timeout=SECONDS, wait_for_ready=True
+                )
+                assert call.code() is grpc.StatusCode.INTERNAL
+            channel.close()
+            process.terminate()
+            assert process.wait(timeout=SECONDS) == 0
+        finally:
+            process.kill()
+            os.close(unread)
+            os.close(stderr)
+
+
+def test_a_closed_standard_file_goes_nowhere():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import os; os.close(0); os.close(2)\n"
+            "from pwiser_serving.server import __main__ as server\n"
+            "try: server.main(['--port=x'])\n"
+            "finally: print(*(os.readlink(f'/proc/self/fd/{n}') for n in (0, 2)), flush=True)",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert (done.returncode, done.stdout) == (2, "/dev/null /dev/null\n")
+
+
+@pytest.mark.usefixtures("signals")
+def test_a_signal_does_not_wait_for_the_thread_that_it_interrupts():
+    stop = command._stop_event()
+    # As in the middle of stop.wait().
+    with stop._cond:
+        signal.raise_signal(signal.SIGTERM)
+    assert stop.wait(SECONDS)
 
 
 def _model_config(**base_paths: str) -> model_server_config_pb2.ModelServerConfig:

@@ -5,12 +5,13 @@
 Flags have TF Serving's names and, where they are the same, its defaults.
 """
 
+import _thread
 import argparse
+import contextlib
 import logging
 import os
 import pathlib
 import signal
-import sys
 import threading
 from collections.abc import Callable
 from concurrent import futures
@@ -20,12 +21,14 @@ from google.protobuf import text_format
 from google.protobuf.message import Message
 
 from pwiser_serving import command_line
-from pwiser_serving.server import config_pb2, logs
+from pwiser_serving.server import config_pb2, logs, quiet
 
 _log = logging.getLogger("pwiser_serving")
 
 # Longer than any request should run: then the server ends without its answer.
 _GRACE_SECONDS = 30
+# Python waits for a little longer, and not for what is much longer.
+_MAX_SECONDS = 10**9
 _THREADS = 4 * (os.cpu_count() or 1)
 
 
@@ -141,6 +144,14 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     for name in ("grpc_max_threads", "rest_api_num_threads"):
         if getattr(flags, name) < 1:
             parser.error(f"--{name}: found {getattr(flags, name)}, expected 1 or more")
+    for name in ("file_system_poll_wait_seconds", "model_config_file_poll_wait_seconds"):
+        if getattr(flags, name) > _MAX_SECONDS:
+            parser.error(f"--{name}: found {getattr(flags, name)}, expected at most {_MAX_SECONDS}")
+    for name in ("model_name", "model_base_path"):
+        try:
+            (getattr(flags, name) or "").encode()
+        except UnicodeEncodeError:
+            parser.error(f"--{name}: found {getattr(flags, name)!r}, which is not UTF-8")
     if not 0 < flags.max_message_bytes < 2**31:
         parser.error("--max_message_bytes: expected 1 to 2147483647")
     return flags
@@ -151,6 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     A second signal ends the process at once.
     """
+    _hold_standard_files()
     flags = _flags(arguments)
     logs.set_up()
     stop = _stop_event()
@@ -161,11 +173,10 @@ def main(arguments: list[str] | None = None) -> None:
 
     # Imported late: a wrong flag is told at once, not after TensorFlow's four seconds.
     try:
-        import pwiser_serving.server.quiet  # noqa: F401
+        with quiet.libraries():
+            import tensorflow  # noqa: F401
     except ModuleNotFoundError as error:
         command_line.fail(f"{error}: pip install 'pwiser-serving[server]'")
-
-    # isort: split
     from tensorflow_serving.config import model_server_config_pb2
 
     from pwiser_serving.server import memory, rest
@@ -227,9 +238,11 @@ def main(arguments: list[str] | None = None) -> None:
         server.start()
         if http:
             http.start()
-        print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
-        if http:
-            print(f"pwiser_serving: REST API on 0.0.0.0:{http.port}", flush=True)
+        # Whoever started it may have closed stdout or stopped reading it.
+        with contextlib.suppress(OSError):
+            print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
+            if http:
+                print(f"pwiser_serving: REST API on 0.0.0.0:{http.port}", flush=True)
         if flags.model_config_file and flags.model_config_file_poll_wait_seconds:
             threading.Thread(
                 target=_follow_file,
@@ -249,15 +262,28 @@ def main(arguments: list[str] | None = None) -> None:
     models.close()
 
 
+def _hold_standard_files() -> None:
+    """Opens those of stdin, stdout and stderr that are closed, to nowhere.
+
+    Otherwise a socket gets such a number, and what a library prints goes to a client.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+
+
 def _stop_event() -> threading.Event:
     """An event that the first SIGTERM or SIGINT sets; the second ends the process at once."""
     stop = threading.Event()
     numbers = (signal.SIGTERM, signal.SIGINT)
 
     def handle(*_):
-        stop.set()
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
+        # This runs in the main thread, which may hold the event's lock at this very moment.
+        _thread.start_new_thread(stop.set, ())
 
     for number in numbers:
         signal.signal(number, handle)
@@ -312,9 +338,10 @@ def _bind(server: grpc.Server, port: int, credentials: grpc.ServerCredentials | 
     """Takes the port, or a free one for 0, and returns it."""
     address = f"0.0.0.0:{port}"
     try:
-        if not credentials:
-            return server.add_insecure_port(address)
-        return server.add_secure_port(address, credentials)
+        with quiet.libraries():
+            if not credentials:
+                return server.add_insecure_port(address)
+            return server.add_secure_port(address, credentials)
     except RuntimeError:
         # It says no more than that it failed: with a key and a certificate there are two reasons.
         which = "--port or --ssl_config_file" if credentials else "--port"
@@ -383,6 +410,6 @@ def _served(models) -> str:
 
 if __name__ == "__main__":
     main()
-    sys.stdout.flush()
+    logging.shutdown()
     # What still runs (a load, a request beyond the grace) has threads that Python would wait for.
     os._exit(0)

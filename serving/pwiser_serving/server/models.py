@@ -143,6 +143,11 @@ class Models:
             entries = config.model_config_list.config
             _check(entries, set(self._models))
             labels = self._checked_labels(entries)
+            for entry in entries:
+                if (platform := _platform(entry)) != PLATFORM:
+                    raise invalid_argument(
+                        f"Model {entry.name} requests unsupported platform {platform}"
+                    )
             models, new = {}, []
             for entry in entries:
                 base_path, policy = pathlib.Path(entry.base_path), _policy(entry)
@@ -260,7 +265,7 @@ def _problem(model: Versions) -> str:
 
 
 def _check(entries, present: set[str]) -> None:
-    """Raises Status for a configuration that no server could go by."""
+    """Raises Status for a configuration that is wrong whatever its labels say."""
     names = set()
     for entry in entries:
         if entry.name in names:
@@ -275,14 +280,11 @@ def _check(entries, present: set[str]) -> None:
                 f"got base_path()={entry.base_path}"
             )
     for entry in entries:
-        platform = _platform(entry)
-        if platform != PLATFORM and entry.name in present:
+        if entry.name in present and (platform := _platform(entry)) != PLATFORM:
             raise invalid_argument(
                 f"Illegal to change a model's platform. For model {entry.name} platform was "
                 f"{PLATFORM} and new platform requested is {platform}"
             )
-        if platform != PLATFORM:
-            raise invalid_argument(f"Model {entry.name} requests unsupported platform {platform}")
 
 
 def _platform(entry: Message) -> str:

@@ -4,6 +4,7 @@ PredictionService, ModelService and, where it is asked for, the standard health 
 messages and the order of checks are those of tensorflow/serving.
 """
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -36,6 +37,11 @@ _log = logging.getLogger("pwiser_serving")
 SIGNATURE_FIELD = "signature_def"
 # Requests that are held at a time, running or waiting for a thread; one more is refused.
 _MAX_REQUESTS = 512
+# Threads beside those that run requests. A request has its thread before its bytes have come, and
+# slow callers must not keep the others waiting. (More threads would hold more large requests.)
+_MORE_THREADS = 64
+# A caller whose machine is gone says nothing more. After so long it is asked, and then dropped.
+_KEEPALIVE_MILLISECONDS = 60_000
 
 
 class Service:
@@ -161,15 +167,18 @@ def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> gr
       max_message_bytes: the largest request accepted.
       threads: how many requests run at a time.
     """
+    running = threading.Semaphore(threads)
     server = grpc.server(
         # The work is done by TensorFlow's own threads, outside Python's lock.
-        futures.ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
+        futures.ThreadPoolExecutor(threads + _MORE_THREADS, thread_name_prefix="grpc"),
         maximum_concurrent_rpcs=_MAX_REQUESTS,
         options=[
             ("grpc.max_receive_message_length", max_message_bytes),
             ("grpc.max_send_message_length", -1),
             # Without this a second server on the same port is accepted in silence.
             ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_time_ms", _KEEPALIVE_MILLISECONDS),
+            ("grpc.keepalive_permit_without_calls", 1),
         ],
     )
     methods = {
@@ -193,6 +202,7 @@ def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> gr
                 "HandleReloadConfigRequest",
                 model_management_pb2.ReloadConfigRequest,
                 service.handle_reload_config,
+                waits=True,
             ),
         ),
     }
@@ -202,7 +212,7 @@ def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> gr
                 service_name,
                 {
                     method.name: grpc.unary_unary_rpc_method_handler(
-                        _handler(method),
+                        _handler(method, running),
                         response_serializer=lambda response: response.SerializeToString(),
                     )
                     for method in members
@@ -253,20 +263,32 @@ class Health(health.HealthServicer):
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """One gRPC method: its name, what it takes, and who answers."""
+    """One gRPC method: its name, what it takes, and who answers.
+
+    Attributes:
+      waits: it does no work of its own, but may take as long as a load.
+    """
 
     name: str
     request: type[Message]
     answer: Callable[[Message], Message]
+    waits: bool = False
 
 
-def _handler(method: _Method):
-    """A gRPC behaviour: the request's bytes to the response, Status to the call's status."""
+def _handler(method: _Method, running: threading.Semaphore):
+    """A gRPC behaviour: the request's bytes to the response, Status to the call's status.
+
+    `running` is held while the request is answered, unless the method only waits.
+    """
+    turn = contextlib.nullcontext() if method.waits else running
 
     def handle(data: bytes, context: grpc.ServicerContext):
         try:
-            # Parsed here rather than by gRPC, which would call it a fault of the server.
-            return method.answer(method.request.FromString(data))
+            with turn:
+                if not context.is_active():
+                    raise Status(grpc.StatusCode.CANCELLED, "its caller went while it waited")
+                # Parsed here rather than by gRPC, which would call it a fault of the server.
+                return method.answer(method.request.FromString(data))
         except DecodeError:
             status = invalid_argument(f"the request's bytes are not a {method.name} request")
         except Status as raised:
