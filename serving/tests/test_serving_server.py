@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -348,7 +349,7 @@ def test_nobody_needs_to_read_what_it_says(tmp_path):
             os.close(stderr)
 
 
-def test_a_closed_standard_file_goes_nowhere():
+def test_closed_standard_files_go_nowhere_and_many_files_may_be_open():
     done = subprocess.run(
         [
             sys.executable,
@@ -356,13 +357,15 @@ def test_a_closed_standard_file_goes_nowhere():
             "import os; os.close(0); os.close(2)\n"
             "from pwiser_serving.server import __main__ as server\n"
             "try: server.main(['--port=x'])\n"
-            "finally: print(*(os.readlink(f'/proc/self/fd/{n}') for n in (0, 2)), flush=True)",
+            "finally: print(*(os.readlink(f'/proc/self/fd/{n}') for n in (0, 2)),"
+            " server.resource.getrlimit(server.resource.RLIMIT_NOFILE), flush=True)",
         ],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (64, 128)),
         stdout=subprocess.PIPE,
         text=True,
         timeout=SECONDS,
     )
-    assert (done.returncode, done.stdout) == (2, "/dev/null /dev/null\n")
+    assert (done.returncode, done.stdout) == (2, "/dev/null /dev/null (128, 128)\n")
 
 
 @pytest.mark.usefixtures("signals")

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import pathlib
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -163,6 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
     A second signal ends the process at once.
     """
     _hold_standard_files()
+    _allow_many_files()
     flags = _flags(arguments)
     logs.set_up()
     stop = _stop_event()
@@ -272,6 +274,12 @@ def _hold_standard_files() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)
+
+
+def _allow_many_files() -> None:
+    """Lifts the bound on open files, often 1024, as far as it may: a connection is one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _stop_event() -> threading.Event:
