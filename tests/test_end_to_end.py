@@ -146,20 +146,37 @@ def test_tf_servings_own_stubs_get_what_a_session_gives(chain, address, log):
         np.testing.assert_allclose(found[name], values, rtol=1e-6)
 
 
-def test_scorer_agrees_for_raw_features_and_for_ids(chain, address, log):
+def _examples(raw):
+    """Features of `_raw` as serialized Examples."""
+    examples = []
+    for row in zip(*raw.values(), strict=True):
+        example = tf.train.Example()
+        for name, value in zip(raw, row, strict=True):
+            feature = example.features.feature[name]
+            lists = {bytes: feature.bytes_list, np.int64: feature.int64_list}
+            lists.get(type(value), feature.float_list).value.append(value)
+        examples.append(example.SerializeToString())
+    return examples
+
+
+def test_scorer_gives_what_the_keras_model_gives(chain, address, log):
+    """For raw features, ids and Examples: one model, trained, exported, served and asked."""
     import pwiser_serving
 
-    from pwiser_tf.schema import Schema
+    from pwiser_tf import workdir
 
-    raw, schema = _raw(log), Schema.load(chain / "data")
+    raw = _raw(log)
+    model, _, schema = workdir.load_best(chain / "run")
     texts = np.array([value.decode() for value in raw["city"]], object)
     ids = [schema.categorical[0].ids(texts), schema.categorical[1].ids(raw["shop id"])]
     numerical = schema.numerical[0].apply(raw["price (€)"])[:, None]
+    features = {"categorical": np.stack(ids, axis=1), "numerical": numerical}
+    wanted = model({name: tf.constant(values) for name, values in features.items()})
     with pwiser_serving.Scorer(address, "chain") as scorer:
-        by_name = scorer.score({**raw, "city": texts})
-        by_id = scorer.score({"categorical": np.stack(ids, axis=1), "numerical": numerical})
-    for name in ("ctr", "cvr", "ctcvr"):
-        np.testing.assert_allclose(by_name[name], by_id[name], rtol=1e-6)
+        for asked in ({**raw, "city": texts}, features, {"examples": _examples(raw)}):
+            found = scorer.score(asked)
+            for name in ("ctr", "cvr", "ctcvr"):
+                np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6, err_msg=name)
 
 
 def test_an_unknown_model_is_told(address):

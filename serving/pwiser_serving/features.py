@@ -154,9 +154,9 @@ def _is_missing(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    # A time is an integer to NumPy.
-    return isinstance(value, numbers.Real | decimal.Decimal | np.bool_) and not isinstance(
-        value, np.timedelta64
+    # Python's own first, as they are the most. A time is an integer to NumPy.
+    return isinstance(value, int | float | numbers.Real | decimal.Decimal | np.bool_) and (
+        not isinstance(value, np.timedelta64)
     )
 
 
