@@ -157,8 +157,9 @@ class Scorer:
 
         Args:
           features: columns of raw features by name (lists, NumPy arrays, a pandas frame), each
-            [n]; None, NaN, "" and what is masked are missing values. Or ids: `categorical` [n, C], `numerical`
-            [n, N]. Or the one input of `serving_default`: serialized Examples of raw features.
+            [n]; None, NaN, "" and what is masked are missing values. Or ids: `categorical` [n, C],
+            `numerical` [n, N]. Or the one input of `serving_default`: serialized Examples of raw
+            features.
 
         Returns:
           "ctr", "cvr", "ctcvr": float32 [n], probabilities; and the `version` that answered.
