@@ -100,7 +100,9 @@ class Scorer:
       address: host:port of the server, or any name that gRPC takes.
       model: the model's name there.
       version: the version to use, or the label of one ("stable"); None for the newest.
-      timeout: seconds that one request may take, tries and hedges included.
+      timeout: seconds that one request may take, tries and hedges included. A call that is split,
+        or must ask first what the model takes, is several requests, each with this time: one that
+        makes progress goes on, one that hangs ends.
       tls: speak TLS, so; None for a plain connection.
       signature: the signature to call. None chooses by the features' names: `predict_raw` for raw
         features, `predict` for `categorical` and `numerical`, `serving_default` for serialized

@@ -40,7 +40,6 @@ GET_MODEL_STATUS = Method(
     service_pb2.GetModelStatusResponse,
 )
 
-# The one metadata field there is, and the type that its value has on the wire.
+# The one metadata field there is.
 SIGNATURE_FIELD = "signature_def"
-SIGNATURE_TYPE = "type.googleapis.com/tensorflow.serving.SignatureDefMap"
 DEFAULT_SIGNATURE = "serving_default"

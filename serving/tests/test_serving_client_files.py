@@ -189,6 +189,7 @@ def test_large_decimals_are_exact_ids():
         {"brand": pa.binary(), "item": pa.uint64(), "price": pa.float64()},
         {"brand": pa.dictionary(pa.int32(), pa.string()), "item": pa.float64()},
         {"item": pa.dictionary(pa.int8(), pa.int16()), "brand": pa.string_view()},
+        {"item": pa.decimal128(20, 0), "price": pa.float32()},
     ],
 )
 def test_parquet_of_any_type(run, tmp_path, types):
