@@ -108,17 +108,47 @@ def test_a_session_gives_what_the_keras_model_gives(signature, in_a_session, tra
     assert len(set(np.round(answers["ctr"], 6))) > 1
 
 
-def test_each_variable_is_stored_once_and_read(in_a_session, exported, trained):
+def test_the_embeddings_are_stored_once_and_the_rest_is_constant(in_a_session, exported, trained):
     model, _, _ = workdir.load_best(trained)
-    training_only = [w for w in model.weights if "salt_and_count" in w.name]
+    file = str(exported / "variables" / "variables")
     stored = [
-        name
-        for name, _ in tf.train.list_variables(str(exported / "variables" / "variables"))
+        tf.train.load_variable(file, name)
+        for name, _ in tf.train.list_variables(file)
         if name.endswith("VARIABLE_VALUE")
     ]
-    expected = len(model.weights) - len(training_only)
-    assert len(stored) == expected
-    assert in_a_session[1] == expected
+    # The test's model is small: all else is a constant, and each table is read in one place.
+    expected = [weight for weight in model.weights if "embeddings" in weight.name]
+    assert len(stored) == len(expected) == in_a_session[1]
+    for weight in expected:
+        assert any(np.array_equal(weight, value) for value in stored)
+
+
+@pytest.mark.parametrize("largest", [0, 3, 4])
+def test_small_variables_become_constants(monkeypatch, largest):
+    monkeypatch.setattr(export, "_LARGEST_CONSTANT", largest)
+    table = tf.Variable([10.0, 20.0])
+    small, large = tf.Variable([1.0, 2.0, 3.0]), tf.Variable([1.0, 2.0, 3.0, 4.0])
+    neither = tf.constant([0.5])
+
+    def function(inputs):
+        # One read twice; the table is not read but looked up.
+        total = tf.reduce_sum(small) + tf.reduce_sum(small * small) + tf.reduce_sum(large)
+        return {"y": inputs["x"] * total, "z": tf.gather(table, inputs["i"]) + neither}
+
+    inputs = {"x": tf.TensorSpec([None], name="x"), "i": tf.TensorSpec([None], tf.int64, name="i")}
+    converted, kept = export._with_constants(function, inputs)
+    assert {v.ref() for v in kept} == {
+        v.ref() for v in (table, small, large) if v is table or v.shape[0] > largest
+    }
+    given = {"x": tf.constant([1.0, -2.0]), "i": tf.constant([1, 0], tf.int64)}
+    # 1 + 2 + 3, 1 + 4 + 9, 1 + 2 + 3 + 4
+    np.testing.assert_array_equal(converted(given)["y"], [30, -60])
+    np.testing.assert_array_equal(converted(given)["z"], [20.5, 10.5])
+    # Only what is still a variable can change.
+    small.assign([0.0, 0.0, 0.0])
+    large.assign([0.0, 0.0, 0.0, 1.0])
+    expected = (0 if largest < 3 else 20) + (1 if largest < 4 else 10)
+    np.testing.assert_array_equal(converted(given)["y"], [expected, -2 * expected])
 
 
 def test_the_cpp_loader_takes_it(exported):
