@@ -483,6 +483,10 @@ def test_long_messages_are_cut(caller):
         message
         == ("output tensor alias not found in signature: " + "x" * 3000)[:1024] + "...TRUNCATED"
     )
+    # In bytes; 1024 of such characters would be more than a client takes.
+    code, message = refused(caller.predict, _filtered("🙂" * 3000))
+    assert code is INVALID
+    assert message == "output tensor alias not found in signature: " + "🙂" * 245 + "...TRUNCATED"
 
 
 @pytest.mark.parametrize(

@@ -456,6 +456,12 @@ def test_models_labels_reloads_and_health(models, start_server, tmp_path):
             assert health.Check(asked, timeout=SECONDS).status == SERVING
         asked = health_pb2.HealthCheckRequest(service="x")
         assert refused(health.Check, asked)[0] is NOT_FOUND
+        # Watchers come and go, of whom some ask for what is not there.
+        for number in range(1000):
+            asked = health_pb2.HealthCheckRequest(service="x" * (number % 2))
+            watch = health.Watch(asked, timeout=SECONDS)
+            assert next(watch).status in (SERVING, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
+            watch.cancel()
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
         assert next(watch).status == SERVING
         server.process.send_signal(signal.SIGTERM)

@@ -14,7 +14,7 @@ from concurrent import futures
 
 import grpc
 from google.protobuf.message import DecodeError, Message
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
@@ -224,41 +224,73 @@ def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> gr
     return server
 
 
-class Health(health.HealthServicer):
+class Health(health_pb2_grpc.HealthServicer):
     """The standard health service, which knows the names that TF Serving gives it.
+
+    Not grpcio-health-checking's own servicer: that one holds a lock while it sends, which gRPC's
+    one thread may wait for at that moment, and then no call of the server is answered any more.
 
     Args:
       server: what it is added to, before that is started.
     """
 
+    _NAMES = ("", "ModelService", "PredictionService")
+
     def __init__(self, server: grpc.Server):
-        super().__init__()
-        self._watchers: set[Callable] = set()
-        self._watchers_lock = threading.Lock()
-        for name in ("ModelService", "PredictionService"):
-            self.set(name, health_pb2.HealthCheckResponse.SERVING)
+        self._ended = False
+        # Held for an instant, and never while something is sent.
+        self._lock = threading.Lock()
+        # The names that are watched, by what sends to the watching call.
+        self._watched: dict[Callable, str] = {}
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
-    def Watch(self, request, context, send_response_callback=None):
-        with self._watchers_lock:
-            self._watchers.add(send_response_callback)
-        context.add_callback(lambda: self._forget(send_response_callback))
-        return super().Watch(request, context, send_response_callback)
+    def Check(self, request, context) -> health_pb2.HealthCheckResponse:
+        if request.service not in self._NAMES:
+            context.abort(grpc.StatusCode.NOT_FOUND, "service name unknown")
+        return self._state(request.service)
+
+    def Watch(self, request, context, send: Callable) -> None:
+        send(self._state(request.service))
+        with self._lock:
+            self._watched[send] = request.service
+            ended = self._ended
+        if not context.add_callback(lambda: self._forget(send)):
+            self._forget(send)
+        if ended:
+            self._finish(send, request.service)
+
+    # It returns at once, and `send` goes on: a watching call keeps no thread.
+    Watch.experimental_non_blocking = True
 
     def end(self) -> None:
         """Tells all who ask or watch that nothing is served any more, and ends the watching.
 
         A server waits for the calls that are open, and a watching call has no end of its own.
         """
-        self.enter_graceful_shutdown()
-        with self._watchers_lock:
-            watchers = list(self._watchers)
-        for send in watchers:
-            send(None)
+        with self._lock:
+            self._ended = True
+            watched = list(self._watched.items())
+
+        def finish():
+            for send, name in watched:
+                self._finish(send, name)
+
+        # In a thread of its own: a watcher that does not read must not keep the server from ending.
+        threading.Thread(target=finish, daemon=True).start()
+
+    def _state(self, name: str) -> health_pb2.HealthCheckResponse:
+        state = "NOT_SERVING" if self._ended else "SERVING"
+        return health_pb2.HealthCheckResponse(
+            status=state if name in self._NAMES else "SERVICE_UNKNOWN"
+        )
+
+    def _finish(self, send: Callable, name: str) -> None:
+        send(self._state(name))
+        send(None)
 
     def _forget(self, send: Callable) -> None:
-        with self._watchers_lock:
-            self._watchers.discard(send)
+        with self._lock:
+            self._watched.pop(send, None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import grpc
 
+# In bytes: gRPC sends a message among the headers, of which a client takes 8 KB.
 _LONGEST_MESSAGE = 1024
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -16,8 +17,10 @@ class Status(Exception):
     def __init__(self, code: grpc.StatusCode | int, message: str):
         super().__init__(message)
         self.code = code if isinstance(code, grpc.StatusCode) else _CODES[code]
-        cut = len(message) > _LONGEST_MESSAGE
-        self.message = message[:_LONGEST_MESSAGE] + "...TRUNCATED" if cut else message
+        data = message.encode("utf-8", "replace")
+        if len(data) > _LONGEST_MESSAGE:
+            message = data[:_LONGEST_MESSAGE].decode("utf-8", "ignore") + "...TRUNCATED"
+        self.message = message
 
 
 def invalid_argument(message: str) -> Status:
