@@ -63,7 +63,10 @@ class SavedModel:
         monitoring = monitoring or Monitoring()
         start, success = time.perf_counter(), False
         graph = tf.Graph()
-        self._session = tf.compat.v1.Session(graph=graph)
+        config = config_pb2.ConfigProto()
+        # A thread that waits for work by spinning takes a core from those that bring it.
+        config.experimental.disable_thread_spinning = True
+        self._session = tf.compat.v1.Session(graph=graph, config=config)
         try:
             with graph.as_default():
                 loaded = tf.compat.v1.saved_model.loader.load(
