@@ -596,8 +596,11 @@ def test_metadata_refuses_as_tf_serving_does(caller, request_, code, message):
 
 
 def test_status(caller):
-    for version in (None, 7):
-        entries = caller.status(status_request(version=version)).model_version_status
+    labelled = status_request()
+    # A label chooses nothing here, known or not.
+    labelled.model_spec.version_label = "x"
+    for request in (status_request(), status_request(version=7), labelled):
+        entries = caller.status(request).model_version_status
         assert [(entry.version, entry.state) for entry in entries] == [(7, AVAILABLE)]
         assert entries[0].status.error_code == 0
     assert refused(caller.status, get_model_status_pb2.GetModelStatusRequest()) == (

@@ -64,7 +64,7 @@ class Models:
         self._allow_labels_for_unavailable = allow_labels_for_unavailable
         self._retries = retries
         self._pool = futures.ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load")
-        # Held while the configuration is changed.
+        # Held while the configuration is changed, and while a look begins or ends.
         self._configuring = threading.Lock()
         self._config = model_server_config_pb2.ModelServerConfig()
         # Both are replaced, never changed: readers need no lock.
@@ -72,7 +72,9 @@ class Models:
         self._labels: dict[tuple[str, str], int] = {}
         # Models that were removed, for the states of their versions.
         self._removed: dict[str, Versions] = {}
+        # The looks that are under way, and of which models another must follow.
         self._looks: dict[Versions, futures.Future] = {}
+        self._again: set[Versions] = set()
 
     @property
     def config(self) -> model_server_config_pb2.ModelServerConfig:
@@ -104,11 +106,9 @@ class Models:
         return model.use(version)
 
     def statuses(
-        self, name: str, version: int | None = None, label: str | None = None
+        self, name: str, version: int | None = None
     ) -> list[get_model_status_pb2.ModelVersionStatus]:
         """The states of a model's versions, newest first, or of one of them.
-
-        As with TF Serving, a label chooses nothing here: all versions are told.
 
         Raises:
           Status: NOT_FOUND where there are none.
@@ -178,11 +178,11 @@ class Models:
         """
         new = self.configure(config)
         with self._configuring:
-            # A look that is under way may have begun before the change.
-            looks = self._looks = {
-                model: self._pool.submit(_look, model) for model in self._models.values()
-            }
-        futures.wait(looks.values())
+            # A look that is under way may have begun before the change. (Beginning another one at
+            # its side would take a thread of all models' to wait for it.)
+            self._again |= self._looks.keys() & self._models.values()
+            looks = [self._begin(model) for model in self._models.values()]
+        futures.wait(looks)
         missing = [model for model in self.missing() if model.name in new]
         if missing:
             raise unknown(
@@ -198,14 +198,7 @@ class Models:
           The looks that are under way. None of them raises.
         """
         with self._configuring:
-            before = self._looks
-            self._looks = {
-                model: before[model]
-                if model in before and not before[model].done()
-                else self._pool.submit(_look, model)
-                for model in self._models.values()
-            }
-            return list(self._looks.values())
+            return [self._begin(model) for model in self._models.values()]
 
     def all(self) -> list[Versions]:
         """The models of the configuration."""
@@ -222,6 +215,29 @@ class Models:
             for model in models.values():
                 model.close()
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, model: Versions) -> futures.Future:
+        """The look at a model that is under way, or a new one."""
+        if model not in self._looks:
+            self._looks[model] = self._pool.submit(self._look, model)
+        return self._looks[model]
+
+    def _look(self, model: Versions) -> None:
+        while True:
+            try:
+                model.poll()
+            except Exception:
+                # The next look may go well; the thread must be there for it.
+                _log.exception(
+                    "%s: looking for versions failed in a way that was not foreseen",
+                    model.name,
+                    extra={"event": "fault", "model": model.name},
+                )
+            with self._configuring:
+                if model not in self._again:
+                    del self._looks[model]
+                    return
+                self._again.remove(model)
 
     def _checked_labels(self, entries) -> dict[tuple[str, str], int]:
         labels = {}
@@ -240,18 +256,6 @@ class Models:
                     )
                 labels[key] = version
         return labels
-
-
-def _look(model: Versions) -> None:
-    try:
-        model.poll()
-    except Exception:
-        # The next look may go well; the thread must be there for it.
-        _log.exception(
-            "%s: looking for versions failed in a way that was not foreseen",
-            model.name,
-            extra={"event": "fault", "model": model.name},
-        )
 
 
 def _problem(model: Versions) -> str:

@@ -127,6 +127,7 @@ class Service:
         self, request: get_model_status_pb2.GetModelStatusRequest
     ) -> get_model_status_pb2.GetModelStatusResponse:
         spec = _model_spec(request)
+        # As with TF Serving, a label chooses nothing here: all versions are told.
         version = spec.version.value if spec.HasField("version") else None
         return get_model_status_pb2.GetModelStatusResponse(
             model_version_status=self._models.statuses(spec.name, version)

@@ -17,10 +17,11 @@ class Status(Exception):
     def __init__(self, code: grpc.StatusCode | int, message: str):
         super().__init__(message)
         self.code = code if isinstance(code, grpc.StatusCode) else _CODES[code]
+        # What is no text (a path may hold any bytes) can neither be sent nor kept in a message.
         data = message.encode("utf-8", "replace")
+        self.message = data[:_LONGEST_MESSAGE].decode("utf-8", "ignore")
         if len(data) > _LONGEST_MESSAGE:
-            message = data[:_LONGEST_MESSAGE].decode("utf-8", "ignore") + "...TRUNCATED"
-        self.message = message
+            self.message += "...TRUNCATED"
 
 
 def invalid_argument(message: str) -> Status:
