@@ -1,13 +1,14 @@
 """What serving costs on top of the model: ours beside a naive server, over gRPC on loopback.
 
-    python -m benchmarks.serving [--model=exported/demo/1] [--rounds=5]
+    python -m benchmarks.serving [--size=mmoe | --model=exported/demo/1] [--rounds=5]
 
-Without --model a model of the size of configs/sample.flags (16 categorical, 63 numerical features,
-random weights) is exported by pwiser_tf. Each of these is a process of its own, and they take
+Without --model an untrained one of 16 categorical and 63 numerical features is exported by
+pwiser_tf: --size=sample of the size of configs/sample.flags, --size=mmoe of MTReclib's MMoE at
+embedding 16. Each of these is a process of its own, and they take
 turns within each round, so that a noisy machine disturbs all of them alike:
 
 - model: the Session callable alone, in process, NumPy arrays in and out. No server.
-- empty: a gRPC method of the same Python server stack that returns at once. No model.
+- empty: a gRPC method of the same Python server stack, sent the same bytes, that returns at once.
 - ours: `python -m pwiser_serving.server`; "content" answers as tensor_content, else as float_val.
 - naive: what one would write first: tf.saved_model.load, the signature called eagerly,
   tf.make_ndarray and tf.make_tensor_proto, the same number of threads.
@@ -39,12 +40,18 @@ EMPTY, MODEL = "/benchmark/Empty", "/benchmark/Model"
 # Calls of one case in one round.
 CALLS = {1: 400, 50: 200, 500: 100}
 WARM_UP_CALLS = 50
+# Architecture, and what of its configuration is not the default.
+SIZES = {
+    "sample": ("shared_bottom", {"bottom_units": (128, 64), "tower_units": (32,)}),
+    "mmoe": ("mmoe", {}),
+}
 
 
 def define_flags():
     flags.DEFINE_string(
         "model", None, "A version's folder of an export with pwiser_tf's signatures."
     )
+    flags.DEFINE_enum("size", "sample", list(SIZES), "Of the model that is exported.")
     flags.DEFINE_integer("rounds", 5, "Rounds in which the cases take turns.", lower_bound=1)
     flags.DEFINE_integer("callers", 4, "Callers at once, for requests a second.", lower_bound=1)
     flags.DEFINE_float("seconds", 2, "Of load for requests a second, a server and round.")
@@ -56,7 +63,7 @@ def define_flags():
 
 
 def export(folder: pathlib.Path) -> None:
-    """Writes a model of the size of configs/sample.flags, untrained, into the folder."""
+    """Writes an untrained model of --size into the folder."""
     import pwiser_tf.quiet  # noqa: F401
 
     # isort: split
@@ -82,9 +89,11 @@ def export(folder: pathlib.Path) -> None:
         group=None,
         splits={"train": Split(1000, 50, 5, 0, ())},
     )
-    config = ModelConfig(embedding_dim=16, bottom_units=(128, 64), tower_units=(32,))
+    architecture, sizes = SIZES[FLAGS.size]
     loss = LossConfig(loss="bce")
-    model = MODELS["shared_bottom"](schema, config, {"ctr": loss, "ctcvr": loss})
+    model = MODELS[architecture](
+        schema, ModelConfig(embedding_dim=16, **sizes), {"ctr": loss, "ctcvr": loss}
+    )
     model(
         {"categorical": np.zeros((1, 16), np.int64), "numerical": np.zeros((1, 63), np.float32)},
         training=False,
@@ -336,34 +345,32 @@ def measure(folder: pathlib.Path) -> None:
 
 
 def _compare_calls(requests: dict[int, bytes], sends) -> None:
-    cases, empties = {}, {"empty": (sends("reference", b"", EMPTY), CALLS[1])}
+    cases = {}
     for batch, data in requests.items():
+        cases["empty", batch] = sends("reference", data, EMPTY), CALLS[batch]
         for server in ("ours", "ours, content", "naive"):
             cases[server, batch] = sends(server, data), CALLS[batch]
     model = {batch: sends("reference", data, MODEL) for batch, data in requests.items()}
     # One message times many calls in its own process.
     for batch in requests:
         model[batch]()
-    results = {key: [] for key in [*cases, *empties, *(("model", batch) for batch in model)]}
-    for call, _ in (*cases.values(), *empties.values()):
+    results = {key: [] for key in [*cases, *(("model", batch) for batch in model)]}
+    for call, _ in cases.values():
         _timed(call, WARM_UP_CALLS)
     for _ in range(FLAGS.rounds):
         for batch, call in model.items():
             results["model", batch].append(np.frombuffer(call()).tolist())
-        for key, (call, calls) in (empties | cases).items():
+        for key, (call, calls) in cases.items():
             results[key].append(_timed(call, calls))
     for batch in requests:
-        rows = {"empty": results["empty"]} if batch == 1 else {}
-        rows |= {
-            f"{server}": results[server, batch]
-            for server in ("model", "ours", "ours, content", "naive")
-        }
+        kinds = ("empty", "model", "ours", "ours, content", "naive")
+        rows = {kind: results[kind, batch] for kind in kinds}
         _table(f"Batch {batch}, signature predict", rows)
         for server in ("ours", "ours, content", "naive"):
-            ratio = _ratio(results[server, batch], results["model", batch])
-            print(f"\n{server} / model: {ratio:.2f}", end="")
-            if batch == 1:
-                print(f"; / empty: {_ratio(results[server, 1], results['empty']):.2f}", end="")
+            times = results[server, batch]
+            ratios = {kind: _ratio(times, results[kind, batch]) for kind in ("model", "empty")}
+            told = "; ".join(f"/ {kind}: {ratio:.2f}" for kind, ratio in ratios.items())
+            print(f"\n{server} {told}", end="")
         print()
 
 
@@ -394,21 +401,34 @@ def _compare_throughput(data: bytes, workers: dict[str, Worker], stack) -> None:
             )
             stack.callback(caller.stop)
             callers[server].append(caller.process)
-    rates = {server: [] for server in servers}
+    rates, burdens = {server: [] for server in servers}, {server: [] for server in servers}
     # The first round finds the callers still starting, and is not counted.
     for round_ in range(FLAGS.rounds + 1):
         for server in servers:
             for process in callers[server]:
                 seconds = FLAGS.seconds if round_ else 0.2
                 print(json.dumps([seconds, data.hex()]), file=process.stdin, flush=True)
+            before = _processor_seconds(workers[server].process.pid)
             calls = sum(int(process.stdout.readline()) for process in callers[server])
+            burden = _processor_seconds(workers[server].process.pid) - before
             if round_:
                 rates[server].append(calls / FLAGS.seconds)
-    print(f"\nRequests a second, batch 1, {FLAGS.callers} callers\n")
+                burdens[server].append(burden / calls * 1e6)
+    print(f"\nBatch 1, {FLAGS.callers} callers: requests a second; the server's CPU time of one\n")
     for server in servers:
-        print(f"{server}: {statistics.median(rates[server]):.0f}")
-    ratios = [a / b for a, b in zip(rates["ours"], rates["naive"], strict=True)]
-    print(f"ours / naive: {statistics.median(ratios):.2f}")
+        rate, burden = statistics.median(rates[server]), statistics.median(burdens[server])
+        print(f"{server}: {rate:.0f}; {burden:.0f} us")
+    more, less = (
+        statistics.median(a / b for a, b in zip(values["ours"], values["naive"], strict=True))
+        for values in (rates, burdens)
+    )
+    print(f"ours / naive: {more:.2f}; {less:.2f}")
+
+
+def _processor_seconds(pid: int) -> float:
+    """CPU time that a process has used, from Linux's /proc."""
+    fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main(_):
@@ -425,8 +445,8 @@ def main(_):
     else:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder, "1")
-            command = ["-m", "benchmarks.serving", "--worker=export", f"--model={path}"]
-            subprocess.run([sys.executable, *command], check=True)
+            command = ["-m", "benchmarks.serving", "--worker=export", f"--size={FLAGS.size}"]
+            subprocess.run([sys.executable, *command, f"--model={path}"], check=True)
             measure(path)
 
 
