@@ -170,7 +170,7 @@ def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> gr
     """
     running = threading.Semaphore(threads)
     server = grpc.server(
-        # The work is done by TensorFlow's own threads, outside Python's lock.
+        # TensorFlow works outside Python's lock, so that threads do run side by side.
         futures.ThreadPoolExecutor(threads + _MORE_THREADS, thread_name_prefix="grpc"),
         maximum_concurrent_rpcs=_MAX_REQUESTS,
         options=[
