@@ -45,6 +45,8 @@ from pwiser_serving.scorer import OUTPUTS, RAW_SIGNATURE, Scorer
 # As many requests' rows as this make a part of the output: what an ended command loses at most.
 _REQUESTS_PER_PART = 16
 
+_END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 # Of these the command is the reason, not the server: the same one will not succeed later.
 _WRONG_COMMAND = (
     grpc.StatusCode.INVALID_ARGUMENT,
@@ -140,8 +142,8 @@ def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) 
         "--delimiter": flags.delimiter,
     }
     names = [*flags.keep, *OUTPUTS]
-    with outputs.Partial(flags.output, names, command, resumable=identity is not None) as partial:
-        _end_on_signals(partial)
+    partial = outputs.Partial(flags.output, names, command, resumable=identity is not None)
+    with _opened(partial):
         done = partial.rows
         try:
             if not done:
@@ -216,8 +218,22 @@ def _end_on_signals(partial: outputs.Partial | None = None) -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _END_SIGNALS:
         signal.signal(number, end)
+
+
+@contextlib.contextmanager
+def _opened(partial: outputs.Partial) -> Iterator[None]:
+    """The partial, open, and what a signal does then. One that comes while it is being opened,
+    when what it holds is not known yet, is heard right after."""
+    came = []
+    for number in _END_SIGNALS:
+        signal.signal(number, lambda number, _: came.append(number))
+    with partial:
+        _end_on_signals(partial)
+        for number in came:
+            os.kill(os.getpid(), number)
+        yield
 
 
 @contextlib.contextmanager

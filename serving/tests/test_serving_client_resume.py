@@ -392,3 +392,42 @@ def test_a_wrong_row_leaves_nothing_of_what_was_done(model, candidates, tmp_path
     assert code == 2
     assert f"row {ROWS + 2}, column price: found 'dear'" in err
     assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
+
+
+SIGNALLED_WHILE_OPENING = """
+import os, pathlib, signal, sys
+import numpy as np
+from pwiser_serving import client, outputs
+
+class Slow(outputs.Partial):
+    def _read(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        super()._read()
+
+output, rows = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+if rows:
+    with outputs.Partial(output, ["ctr"], {}, resumable=True) as partial:
+        partial.begin(1)
+        partial.save([{"ctr": np.zeros(rows)}], rows)
+        partial.keeps = lambda error: True
+with client._opened(Slow(output, ["ctr"], {}, resumable=True)):
+    print("not reached", flush=True)
+    signal.pause()
+"""
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_a_signal_while_the_partial_is_opened(tmp_path, rows):
+    """It ends the command, which keeps rows that an earlier one has left, and else nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALLED_WHILE_OPENING, str(tmp_path / "s.csv"), str(rows)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
+    kept = [path.name for path in tmp_path.rglob("rows-*")]
+    assert kept == (["rows-000000000000-000000000003"] if rows else [])
+    assert ("keeps 3 rows" in done.stderr) == bool(rows)
+    assert rows or list(tmp_path.iterdir()) == []
