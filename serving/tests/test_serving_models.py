@@ -1,6 +1,5 @@
 """models: configurations, policies, labels and reloads, with servables that only take notes."""
 
-import pathlib
 import threading
 import time
 from concurrent import futures
@@ -8,6 +7,7 @@ from concurrent import futures
 import grpc
 import pytest
 from google.protobuf import text_format
+from notes import Note
 from pwiser_serving.server import versions as versions_module
 from pwiser_serving.server.models import Models, single_model
 from pwiser_serving.server.status import Status
@@ -17,18 +17,6 @@ from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 PRECONDITION, UNKNOWN = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNKNOWN
-
-
-class Note:
-    """A servable that knows its folder and whether it was closed."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.closed = folder, False
-        if (folder / "broken").exists():
-            raise Status(grpc.StatusCode.DATA_LOSS, f"{folder.name} is broken")
-
-    def close(self):
-        self.closed = True
 
 
 @pytest.fixture

@@ -1,26 +1,13 @@
 """versions: what is loaded, kept, replaced and closed, with servables that only take notes."""
 
-import pathlib
 import time
 
 import grpc
 import pytest
+from notes import Note
 from pwiser_serving.server.status import Status
 from pwiser_serving.server.versions import Versions
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus as State
-
-
-class Note:
-    """A servable that knows its folder and whether it was closed."""
-
-    def __init__(self, folder: pathlib.Path):
-        self.folder, self.closed = folder, False
-        if (folder / "broken").exists():
-            raise Status(grpc.StatusCode.DATA_LOSS, f"{folder.name} is broken")
-
-    def close(self):
-        assert not self.closed
-        self.closed = True
 
 
 @pytest.fixture

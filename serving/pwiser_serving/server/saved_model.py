@@ -137,8 +137,6 @@ class SavedModel:
           Status: as TF Serving answers the same mistake (servables/tensorflow/classifier.cc).
         """
         signature = self._example_signature(name)
-        if len(signature.inputs) != 1:
-            raise invalid_argument("Expected one input Tensor.")
         if len(signature.outputs) not in (1, 2):
             raise invalid_argument(
                 f"Expected one or two output Tensors, found {len(signature.outputs)}"
@@ -197,8 +195,6 @@ class SavedModel:
           Status: as TF Serving answers the same mistake (servables/tensorflow/regressor.cc).
         """
         signature = self._example_signature(name)
-        if len(signature.inputs) != 1:
-            raise invalid_argument("Expected one input Tensor.")
         if len(signature.outputs) != 1:
             raise invalid_argument("Expected one output Tensor.")
         if "inputs" not in signature.inputs:
@@ -229,6 +225,8 @@ class SavedModel:
     def _example_signature(self, name: str) -> meta_graph_pb2.SignatureDef:
         if name not in self.signatures:
             raise invalid_argument(f"No signature was found with the name: {name}")
+        if len(self.signatures[name].inputs) != 1:
+            raise invalid_argument("Expected one input Tensor.")
         return self.signatures[name]
 
     def _warm_up(self, path: pathlib.Path) -> int:
