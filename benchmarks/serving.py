@@ -431,7 +431,24 @@ def _processor_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def measure_import() -> None:
+    """Prints what the client's import costs, in fresh processes."""
+    code = (
+        "import resource, time; start = time.perf_counter(); import pwiser_serving; "
+        "print(time.perf_counter() - start, "
+        "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)"
+    )
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(FLAGS.rounds)
+    ]
+    seconds, megabytes = np.median([list(map(float, run.stdout.split())) for run in runs], axis=0)
+    print(f"import pwiser_serving: {seconds:.2f} s, {megabytes:.0f} MB at its highest")
+
+
 def main(_):
+    if not FLAGS.worker:
+        measure_import()
     if FLAGS.worker == "reference":
         serve_reference(FLAGS.model)
     elif FLAGS.worker == "naive":

@@ -60,49 +60,63 @@ class Service:
         self._as_content = as_content
 
     def predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
-        name = request.model_spec.name
-        with self._monitoring.request(name, "Predict", "GRPC"):
-            spec = _model_spec(request)
-            signature = spec.signature_name or DEFAULT_SIGNATURE
-            with self._use(spec) as (version, model):
-                start = time.perf_counter()
-                outputs = model.predict(signature, request.inputs, request.output_filter)
-                self._monitoring.runtime(name, "Predict", time.perf_counter() - start)
-            response = predict_pb2.PredictResponse()
+        response = predict_pb2.PredictResponse()
+
+        def fill(outputs):
             for alias, array in outputs.items():
                 tensors.fill(response.outputs[alias], array, as_content=self._as_content)
-            response.model_spec.name = name
-            response.model_spec.version.value = version
-            response.model_spec.signature_name = signature
-            return response
+
+        return self._answer(
+            request,
+            response,
+            "Predict",
+            lambda model, name: model.predict(name, request.inputs, request.output_filter),
+            fill,
+        )
 
     def classify(
         self, request: classification_pb2.ClassificationRequest
     ) -> classification_pb2.ClassificationResponse:
         response = classification_pb2.ClassificationResponse()
-        self._infer(request, response, "Classify", lambda model: model.classify)
-        return response
+        return self._answer(
+            request,
+            response,
+            "Classify",
+            lambda model, name: model.classify(name, request.input),
+            response.result.CopyFrom,
+        )
 
     def regress(
         self, request: regression_pb2.RegressionRequest
     ) -> regression_pb2.RegressionResponse:
         response = regression_pb2.RegressionResponse()
-        self._infer(request, response, "Regress", lambda model: model.regress)
-        return response
+        return self._answer(
+            request,
+            response,
+            "Regress",
+            lambda model, name: model.regress(name, request.input),
+            response.result.CopyFrom,
+        )
 
-    def _infer(self, request, response, method: str, answer: Callable) -> None:
-        """Fills the response of a method that takes Examples; `answer` chooses the model's."""
+    def _answer(self, request, response, method: str, run: Callable, fill: Callable):
+        """The response of a method that runs the model.
+
+        Args:
+          run: (model, signature's name) to a result; fill: puts the result into the response.
+        """
         name = request.model_spec.name
         with self._monitoring.request(name, method, "GRPC"):
             spec = _model_spec(request)
             signature = spec.signature_name or DEFAULT_SIGNATURE
             with self._use(spec) as (version, model):
                 start = time.perf_counter()
-                response.result.CopyFrom(answer(model)(signature, request.input))
+                result = run(model, signature)
                 self._monitoring.runtime(name, method, time.perf_counter() - start)
+            fill(result)
             response.model_spec.name = name
             response.model_spec.version.value = version
             response.model_spec.signature_name = signature
+        return response
 
     def get_model_metadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest
