@@ -17,6 +17,10 @@ import numpy as np
 from pwiser_serving import services, tensors
 from pwiser_serving.protos import service_pb2, tensor_pb2
 
+# In front of a command: a job in the background inherits that SIGINT is ignored. Not preexec_fn,
+# which forks: with gRPC in this process, that may end the child before its command begins.
+INTERRUPTIBLE = ("env", "--default-signal=INT")
+
 FEATURES = {"brand": tensor_pb2.DT_STRING, "item": tensor_pb2.DT_INT64, "price": 1}
 
 

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import serving_model
-from fake_server import FakeModel, serve, server_credentials
+from fake_server import INTERRUPTIBLE, FakeModel, serve, server_credentials
 from pwiser_serving import Scorer, client, outputs, tensors
 from pwiser_serving.protos import tensor_pb2
 
@@ -364,14 +364,12 @@ def test_a_full_disk_is_one_line(command, tmp_path, monkeypatch):
 
 
 def _process(address, path, *flags, **options):
-    command = [sys.executable, "-m", "pwiser_serving.client", "score"]
+    command = [*INTERRUPTIBLE, sys.executable, "-m", "pwiser_serving.client", "score"]
     command += ["--server", address, "--model=m", f"--input={path}", *flags]
     return subprocess.Popen(
         command,
         stderr=subprocess.PIPE,
         text=True,
-        # A job in the background inherits that this signal is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 

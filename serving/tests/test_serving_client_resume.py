@@ -12,7 +12,7 @@ import fake_server
 import grpc
 import numpy as np
 import pytest
-from fake_server import FakeModel, Refused, serve
+from fake_server import INTERRUPTIBLE, FakeModel, Refused, serve
 from pwiser_serving import client, tensors
 
 ROWS = 500
@@ -118,11 +118,9 @@ def test_the_same_command_goes_on_where_the_server_failed(model, candidates, tmp
 
 def _process(arguments, **options):
     return subprocess.Popen(
-        [sys.executable, "-m", "pwiser_serving.client", *arguments],
+        [*INTERRUPTIBLE, sys.executable, "-m", "pwiser_serving.client", *arguments],
         stderr=subprocess.PIPE,
         text=True,
-        # A job in the background inherits that this signal is ignored.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         **options,
     )
 

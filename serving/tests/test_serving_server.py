@@ -29,6 +29,7 @@ from calls import (
     scores,
     status_request,
 )
+from fake_server import INTERRUPTIBLE
 
 pytest.importorskip("tensorflow_serving.apis.prediction_service_pb2_grpc")
 
@@ -248,12 +249,10 @@ def _slow_server(base_path, *flags):
     (base_path / "1").mkdir()
     flags = ["--port=0", "--model_name=m", "--model_base_path", str(base_path), *flags]
     with subprocess.Popen(
-        [sys.executable, "-c", SLOW_SERVER, *flags],
+        [*INTERRUPTIBLE, sys.executable, "-c", SLOW_SERVER, *flags],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # What a shell starts in the background ignores it, and so do its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         try:
             port = process.stdout.readline().rsplit(":", 1)[1].strip()
