@@ -3,7 +3,8 @@
     with pwiser_serving.Scorer("localhost:8500", "demo") as scorer:
         scores = scorer.score({"price": [1.5, 2.0], "brand": ["acme", None]})
 
-Nothing here imports TensorFlow, but for what `python -m pwiser_serving.server` needs.
+Nothing here imports TensorFlow, but for what `python -m pwiser_serving.server` needs, and a
+SavedModelScorer when it is made.
 """
 
 import os
@@ -17,10 +18,13 @@ from pwiser_serving.errors import (
     DeadlineExceeded,
     FeatureError,
     ModelNotFound,
+    RequestTooLarge,
     ScoringError,
     ServerUnavailable,
+    UsageError,
 )
 from pwiser_serving.hedging import Hedge
+from pwiser_serving.saved_model_scorer import SavedModelScorer
 from pwiser_serving.scorer import Metadata, Scorer, Scores, VersionStatus
 
 __all__ = [
@@ -30,9 +34,12 @@ __all__ = [
     "Hedge",
     "Metadata",
     "ModelNotFound",
+    "RequestTooLarge",
+    "SavedModelScorer",
     "Scorer",
     "Scores",
     "ScoringError",
     "ServerUnavailable",
+    "UsageError",
     "VersionStatus",
 ]

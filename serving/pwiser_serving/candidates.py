@@ -4,10 +4,14 @@ parquet.py and tfrecord.py read the other formats in the same way."""
 import csv
 import dataclasses
 import decimal
+import gzip
+import io
 import itertools
 import pathlib
 import sys
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import BinaryIO
 
 import numpy as np
 
@@ -18,6 +22,10 @@ from pwiser_serving.protos import tensor_pb2
 from pwiser_serving.scorer import RAW_SIGNATURE
 
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
+# What stands for standard input, or output, in place of a file's path.
+STANDARD = pathlib.Path("-")
+# The first bytes of what gzip wrote; no text in UTF-8 begins so.
+_GZIP = b"\x1f\x8b\x08"
 # A text may be as long as it likes: the converter has no limit either.
 csv.field_size_limit(sys.maxsize)
 
@@ -28,11 +36,51 @@ class CandidateError(ValueError):
     one line."""
 
     def __init__(self, expected: str, *, file, row=None, column=None, found=None):
-        place = [str(file)]
+        place = ["standard input" if file == STANDARD else str(file)]
         place += [f"row {row}"] if row is not None else []
         place += [f"column {column}"] if column is not None else []
         text = expected if found is None else f"found {shorten(found)}, expected {expected}"
         super().__init__(f"{', '.join(place)}: {text}")
+
+
+def format_suffix(path: pathlib.Path) -> str:
+    """The suffix that says a file's format: ".csv" of "x.csv" and of "x.csv.gz"."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+class _Unzipped(gzip.GzipFile):
+    """The content of a gzip file. CandidateError, when it is read: the file is damaged."""
+
+    def __init__(self, file: BinaryIO, path: pathlib.Path):
+        super().__init__(fileobj=file, mode="rb")
+        self._file, self._path = file, path
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
+
+    def readinto(self, buffer) -> int:
+        try:
+            return super().readinto(buffer)
+        except (EOFError, OSError, zlib.error) as error:
+            raise CandidateError(f"not readable as gzip: {error}", file=self._path) from None
+
+
+def open_file(path: pathlib.Path) -> BinaryIO:
+    """A candidate file's content, or that of standard input; unzipped where its first bytes say
+    that it is gzip's, whatever its name.
+
+    Raises:
+      CandidateError: it cannot be opened.
+    """
+    standard = path == STANDARD
+    try:
+        file = open(0 if standard else path, "rb", closefd=not standard)  # noqa: SIM115
+        if file.peek(len(_GZIP)).startswith(_GZIP):
+            return io.BufferedReader(_Unzipped(file, path), 2**16)
+    except OSError as error:
+        raise CandidateError(error.strerror, file=path) from None
+    return file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +88,8 @@ class Batch:
     """Some rows of the file: the line of each, and their text by column."""
 
     file: pathlib.Path
-    lines: Sequence[int]
+    rows: Sequence[int]
     columns: Mapping[str, Sequence[str]]
-
-    @property
-    def place(self) -> str:
-        """Which rows these are, for a message."""
-        return f"{self.lines[0]} to {self.lines[-1]}"
 
     def column(self, name: str) -> Sequence[str]:
         """A column as it is in the file."""
@@ -74,7 +117,7 @@ class Batch:
                 values[row] = parse(text)
             except (ValueError, OverflowError):
                 raise CandidateError(
-                    expected, file=self.file, row=self.lines[row], column=name, found=text
+                    expected, file=self.file, row=self.rows[row], column=name, found=text
                 ) from None
         return values
 
@@ -105,10 +148,7 @@ class CandidateFile:
 
     def __init__(self, path: pathlib.Path, delimiter: str = ","):
         self.path = path
-        try:
-            self._file = open(path, "rb")  # noqa: SIM115  (closed by __exit__)
-        except OSError as error:
-            raise CandidateError(error.strerror, file=path) from None
+        self._file = open_file(path)
         self._reader = csv.reader(self._lines(), strict=True, delimiter=delimiter)
         try:
             self.header: list[str] = next(self._rows(), [])

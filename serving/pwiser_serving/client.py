@@ -1,4 +1,4 @@
-"""A served model from the command line: scores a file of candidates, tells the model's state.
+"""A served model from the command line: scores a file of candidates, shows the model's state.
 
     python -m pwiser_serving.client score --server localhost:8500 --model demo \\
         --input candidates.csv --output scores.csv --keep candidate_id
@@ -7,16 +7,24 @@
 
 `score` reads a CSV with a header or a Parquet file, with a column for each raw feature of the
 model, in any order, and others, which are ignored; an empty cell or null is a missing value. Or a
-TFRecord file (.tfrecord, .tfrecords) of tf.train.Examples of raw features. The output has a row
-for each row of the input, in its order: the columns of --keep, then ctr, cvr and ctcvr. Its suffix
-says in which format: .jsonl, .parquet, else CSV. Without --output a table is printed.
+TFRecord file (.tfrecord, .tfrecords) of tf.train.Examples of raw features. The suffix says which;
+a file with another one is a CSV. A CSV or TFRecord may be compressed by gzip (x.csv.gz), which is
+recognised by its content. `--input -` reads a CSV, compressed or not, from standard input.
 
-The output appears whole or not at all. A command that did not come to its end, for whatever
+The output has a row for each row of the input, in its order: the columns of --keep, then ctr, cvr
+and ctcvr. Its suffix says in which format: .jsonl, .parquet, otherwise CSV; .csv.gz and .jsonl.gz
+are compressed. `--output -` writes a CSV to standard output, as the scores arrive. Without --output
+a table is printed.
+
+An output file appears whole or not at all. A command that did not come to its end, for whatever
 reason, leaves OUTPUT.partial, and the same command goes on from there: no row is lost or there
 twice. All rows are scored by the version that answered first, so that those of two models never
 mix; where the server no longer holds it, or the input or a flag is another, the command says so
-and does nothing: remove OUTPUT.partial to begin anew. An input that is no regular file is always
-read from its beginning.
+and does nothing: remove OUTPUT.partial to begin anew. An input that is no regular file, as standard
+input, cannot be read again: of it nothing is kept.
+
+A request above the server's message limit is sent again in parts; a row that is too large alone is
+an error of the input.
 
 Exit code 0: done. 2: the command, the input or the model's name is wrong. 1: the server is away,
 too slow or fails, so that the same command may succeed later; and for `status`, no version is
@@ -37,9 +45,9 @@ import grpc
 import numpy as np
 
 from pwiser_serving import command_line, outputs
-from pwiser_serving.candidates import CandidateError, CandidateFile
+from pwiser_serving.candidates import STANDARD, CandidateError, CandidateFile, format_suffix
 from pwiser_serving.connection import TLS
-from pwiser_serving.errors import FeatureError, ModelNotFound, ScoringError
+from pwiser_serving.errors import FeatureError, ModelNotFound, RequestTooLarge, ScoringError
 from pwiser_serving.scorer import OUTPUTS, RAW_SIGNATURE, Scorer
 
 # As many requests' rows as this make a part of the output: what an ended command loses at most.
@@ -59,16 +67,19 @@ _WRONG_COMMAND = (
 
 
 def open_candidates(path: pathlib.Path, delimiter: str = ","):
-    """A candidate file by its suffix: TFRecord, Parquet, else CSV.
+    """A candidate file by its suffix: TFRecord, Parquet, otherwise CSV.
 
     Raises:
       CandidateError: it cannot be opened or read so.
     """
-    if path.suffix in (".tfrecord", ".tfrecords"):
+    suffix = format_suffix(path)
+    if suffix in (".tfrecord", ".tfrecords"):
         from pwiser_serving import tfrecord
 
         return tfrecord.CandidateFile(path)
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
+        if path.suffix != suffix:
+            raise CandidateError(outputs.NO_ZIPPED_PARQUET, file=path)
         try:
             from pwiser_serving import parquet
         except ImportError:
@@ -101,7 +112,7 @@ def score_file(
 
     def features():
         for batch in candidates.batches(scorer.rows_per_request, skip=skip):
-            waiting.append((batch.place, {name: batch.column(name) for name in keep}))
+            waiting.append((batch.rows, {name: batch.column(name) for name in keep}))
             yield batch.features(inputs)
 
     results = scorer.score_batches(features())
@@ -109,10 +120,20 @@ def score_file(
         try:
             scores = next(results, None)
         except ScoringError as error:
-            if error.code is not grpc.StatusCode.INVALID_ARGUMENT or not waiting:
+            if not waiting:
+                raise
+            rows = waiting[0][0]
+            if isinstance(error, RequestTooLarge):
+                row, reason = rows[error.row], "this row alone is above the server's message limit"
+                raise CandidateError(
+                    f"{reason}: {error.details}", file=candidates.path, row=row
+                ) from None
+            if error.code is not grpc.StatusCode.INVALID_ARGUMENT:
                 raise
             raise CandidateError(
-                f"the model refuses these rows: {error}", file=candidates.path, row=waiting[0][0]
+                f"the model refuses these rows: {error}",
+                file=candidates.path,
+                row=f"{rows[0]} to {rows[-1]}",
             ) from None
         if scores is None:
             return
@@ -124,11 +145,31 @@ def _score(flags: argparse.Namespace) -> None:
         candidates = stack.enter_context(open_candidates(flags.input, flags.delimiter))
         options = {"signature": candidates.signature, "rows_per_request": flags.batch_size}
         scorer = stack.enter_context(_scorer(flags, flags.version, **options))
-        if flags.output:
+        if flags.output == STANDARD:
+            _stream(flags, candidates, scorer, options)
+        elif flags.output:
             _write(flags, candidates, scorer, options)
-            return
-        _print(score_file(scorer, candidates, flags.keep), [*flags.keep, *OUTPUTS])
-        sys.stdout.flush()
+        else:
+            _print(score_file(scorer, candidates, flags.keep), [*flags.keep, *OUTPUTS])
+            sys.stdout.flush()
+
+
+def _stream(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) -> None:
+    """Scores as a CSV to standard output."""
+    identity, version, rows = _identity(flags.input), asked.metadata().version, 0
+    pinned = flags.version if version is None else version
+    out, header = sys.stdout.buffer, outputs.csv_header([*flags.keep, *OUTPUTS])
+    with _scorer(flags, pinned, **options) as scorer, _progress(candidates, 0) as tell:
+        for columns in score_file(scorer, candidates, flags.keep):
+            # Not before: a command that is wrong from the first row on writes nothing.
+            out.write((header + outputs.csv_rows(columns)).encode())
+            header = ""
+            rows += len(columns[OUTPUTS[0]])
+            tell(len(columns[OUTPUTS[0]]))
+    out.write(header.encode())
+    out.flush()
+    _require_unchanged(flags.input, identity)
+    print(f"standard output: {rows} rows scored by {_by(flags.model, version)}", file=sys.stderr)
 
 
 def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) -> None:
@@ -148,15 +189,13 @@ def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) 
         try:
             if not done:
                 partial.begin(asked.metadata().version)
-            by = flags.model
-            by += "" if partial.version is None else f", version {partial.version}"
+            by = _by(flags.model, partial.version)
             if done:
                 print(f"{flags.output}: resuming after {done} rows scored by {by}", file=sys.stderr)
             pinned = flags.version if partial.version is None else partial.version
             with _scorer(flags, pinned, **options) as scorer, _progress(candidates, done) as tell:
                 _save(score_file(scorer, candidates, flags.keep, skip=done), partial, tell)
-            if _identity(flags.input) != identity:
-                raise CandidateError("changed while it was read", file=flags.input)
+            _require_unchanged(flags.input, identity)
             empty = candidates.no_rows()
             no_scores = dict.fromkeys(OUTPUTS, np.zeros(0, np.float32))
             partial.finish({name: empty.column(name) for name in flags.keep} | no_scores)
@@ -190,10 +229,18 @@ def _save(batches: Iterator[outputs.Columns], partial: outputs.Partial, tell) ->
             partial.save(part, rows)
 
 
+def _by(model: str, version: int | None) -> str:
+    return model if version is None else f"{model}, version {version}"
+
+
+def _require_unchanged(path: pathlib.Path, identity: dict[str, int] | None) -> None:
+    if _identity(path) != identity:
+        raise CandidateError("changed while it was read", file=path)
+
+
 def _identity(path: pathlib.Path) -> dict[str, int] | None:
-    """What tells that a file has not changed; None for one that cannot be read again."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    """What shows that a file has not changed; None for one that cannot be read again."""
+    if path == STANDARD or not stat.S_ISREG((found := path.stat()).st_mode):
         return None
     return {"bytes": found.st_size, "modified_ns": found.st_mtime_ns}
 
@@ -335,7 +382,7 @@ def _parser() -> command_line.Parser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, timeout, told in (
-        ("score", _score, 30.0, "score a CSV, Parquet or TFRecord file of raw features"),
+        ("score", _score, 30.0, "score a CSV, Parquet or TFRecord of raw features"),
         ("status", _status, 5.0, "the state of each version; exit code 0 if one is AVAILABLE"),
         ("metadata", _metadata, 5.0, "the model's signatures, their inputs and outputs"),
     ):
@@ -350,9 +397,20 @@ def _parser() -> command_line.Parser:
         for flag, meaning in _TLS_FLAGS.items():
             add(f"--{flag}", help=meaning)
         if name == "score":
-            add("--input", required=True, type=pathlib.Path, help="by suffix; CSV for an unknown")
+            add(
+                "--input",
+                required=True,
+                type=pathlib.Path,
+                help=".parquet, .tfrecord, otherwise CSV, also gzipped; - is a CSV on standard "
+                "input",
+            )
             add("--delimiter", default=",", help=r"between a CSV's cells; \t is a tab")
-            add("--output", type=pathlib.Path, help="by suffix; a table is printed by default")
+            add(
+                "--output",
+                type=pathlib.Path,
+                help=".jsonl, .parquet, otherwise CSV; .csv.gz and .jsonl.gz are compressed; - is "
+                "a CSV on standard output; without this flag a table is printed",
+            )
             add("--keep", default="", help="columns of the input to repeat, a,b,c")
             add("--batch_size", type=int, default=4096, help="rows in one request")
     return parser
@@ -367,16 +425,11 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
         return flags
     if flags.batch_size < 1:
         parser.error(f"--batch_size: found {flags.batch_size}, expected 1 or more")
-    if flags.output and not flags.output.absolute().parent.is_dir():
-        parser.error(f"--output: {flags.output.parent} is not a folder")
-    if flags.output and flags.output.exists():
-        # It is replaced, which must not happen to a device, or to what is being read.
-        if not flags.output.is_file():
-            parser.error(f"--output: {flags.output} is a folder or device, expected a file's name")
-        if flags.input.exists() and flags.output.samefile(flags.input):
-            parser.error(f"--output: {flags.output} is the input")
-    if flags.output and flags.output.is_symlink():
-        flags.output = flags.output.resolve()
+    if flags.output in (None, STANDARD):
+        if sys.stdout is None:
+            parser.error("standard output is closed, expected a file's name as --output")
+    else:
+        _check_output(parser, flags)
     flags.delimiter = flags.delimiter.replace(r"\t", "\t")
     if len(flags.delimiter) != 1 or flags.delimiter in '"\r\n':
         parser.error(f"--delimiter: found {flags.delimiter!r}, expected one character")
@@ -386,6 +439,21 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
             reason = "a score's name" if name in OUTPUTS else "named twice"
             parser.error(f"--keep: {name} is {reason}, and the output has each column once")
     return flags
+
+
+def _check_output(parser: command_line.Parser, flags: argparse.Namespace) -> None:
+    if not flags.output.absolute().parent.is_dir():
+        parser.error(f"--output: {flags.output.parent} is not a folder")
+    if flags.output.exists():
+        # It is replaced, which must not happen to a device, or to what is being read.
+        if not flags.output.is_file():
+            parser.error(f"--output: {flags.output} is a folder or device, expected a file's name")
+        read = 0 if flags.input == STANDARD else flags.input
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.stat(read), flags.output.stat()):
+                parser.error(f"--output: {flags.output} is the input")
+    if flags.output.is_symlink():
+        flags.output = flags.output.resolve()
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 
 import grpc
 
@@ -38,6 +39,13 @@ _OPTIONS = [
     ("grpc.keepalive_permit_without_calls", 0),
 ]
 
+# The variables that gRPC's core reads: of each group only the first that is set.
+_PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
+_NO_PROXIES = ("no_grpc_proxy", "no_proxy")
+
+_SCHEME = re.compile(r"dns:(//[^/]*/)?|ipv[46]:")
+_LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|::1|\[::1\])(:\d+)?", re.IGNORECASE)
+
 Path = str | os.PathLike
 
 
@@ -58,8 +66,35 @@ class TLS:
     server_name: str | None = None
 
 
+def is_local(address: str) -> bool:
+    """Whether an address is this machine: a Unix socket, or loopback addresses alone."""
+    if address.startswith(("unix:", "unix-abstract:")):
+        return True
+    hosts = _SCHEME.sub("", address, count=1)
+    return all(map(_LOOPBACK.fullmatch, hosts.split(",")))
+
+
+def proxy(address: str) -> str | None:
+    """The environment variable that makes gRPC use a proxy for this address, and its value without
+    user and password: "http_proxy=http://proxy:3128". None where there is no such variable."""
+    name, value = _first_set(_PROXIES)
+    # gRPC speaks to HTTP proxies alone, and ignores others.
+    if is_local(address) or not value.lower().startswith("http://"):
+        return None
+    host = _SCHEME.sub("", address, count=1).rsplit(":", 1)[0].strip("[]").lower()
+    exempt = [entry.strip().lower() for entry in _first_set(_NO_PROXIES)[1].split(",")]
+    if host.endswith(tuple(filter(None, exempt))):
+        return None
+    return f"{name}={re.sub('//.*@', '//', value)}"
+
+
+def _first_set(names: tuple[str, ...]) -> tuple[str, str]:
+    """The first of these environment variables that is set, and its value; "" where none is."""
+    return next(((name, os.environ[name]) for name in names if name in os.environ), ("", ""))
+
+
 def open_channel(address: str, tls: TLS | None, *, several_servers: bool) -> grpc.Channel:
-    """A channel to the address; it connects at its first call.
+    """A channel to the address; it connects at its first call, to loopback never by a proxy.
 
     Args:
       several_servers: spread the calls over all the servers that the address stands for; else
@@ -72,6 +107,8 @@ def open_channel(address: str, tls: TLS | None, *, several_servers: bool) -> grp
     if several_servers:
         config["loadBalancingConfig"] = [{"round_robin": {}}]
     options = [*_OPTIONS, ("grpc.service_config", json.dumps(config))]
+    if is_local(address):
+        options.append(("grpc.enable_http_proxy", 0))
     if tls is None:
         return grpc.insecure_channel(address, options=options)
     if tls.server_name:

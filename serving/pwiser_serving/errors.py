@@ -62,24 +62,61 @@ class DeadlineExceeded(ScoringError):
     """No answer within the timeout."""
 
 
+class RequestTooLarge(ScoringError):
+    """A request above the server's message limit. The Scorer splits it by rows, so that a caller
+    meets this only for a single row.
+
+    Attributes:
+      row: its position in the features, from 0.
+    """
+
+    row: int | None = None
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if self.row is None:
+            return text
+        return f"{text}; row {self.row} alone is above the server's message limit"
+
+
 class ModelNotFound(ScoringError):
     """The server does not hold that model, version or label, at least not now."""
 
 
+class UsageError(RuntimeError):
+    """A Scorer that is used after close(), or waited for inside a callback of one of its futures:
+    callbacks run on gRPC's only thread, which must go on for an answer to arrive."""
+
+
+# The words of gRPC's core, and of Go's, for a request that it does not read.
+_TOO_LARGE = "message larger than max"
 # A label that the server does not know is no NOT_FOUND there, though it is one for the caller.
 _UNKNOWN_LABEL = "Unrecognized servable version label"
 
 
 def scoring_error(
-    address: str, model: str, version: int | str | None, timeout: float, error: grpc.RpcError
+    address: str,
+    model: str,
+    version: int | str | None,
+    timeout: float,
+    proxy: str | None,
+    error: grpc.RpcError,
 ) -> ScoringError:
-    """The typed error for a call that gRPC says has failed."""
+    """The typed error for a call that gRPC says has failed.
+
+    Args:
+      proxy: the environment variable, with its value, whose proxy stands before the server.
+    """
     code, details = error.code(), error.details() or ""
     kind = ScoringError
     if code is grpc.StatusCode.UNAVAILABLE:
         kind, details = ServerUnavailable, f"no server answers ({details})"
+        if proxy:
+            details += f"; the connection goes through the proxy of the environment's {proxy}"
     elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
         kind, details = DeadlineExceeded, f"no answer within {timeout:g} seconds"
+    elif code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in details.lower():
+        kind = RequestTooLarge
     elif code is grpc.StatusCode.NOT_FOUND or details.startswith(_UNKNOWN_LABEL):
         kind = ModelNotFound
     return kind(address, model, version, code, details)

@@ -8,7 +8,38 @@ from typing import Any, TypeVar
 
 import grpc
 
+from pwiser_serving.errors import UsageError
+
 Result = TypeVar("Result")
+
+# Whether this thread, which may be gRPC's own, is completing a future and runs its callbacks.
+_this_thread = threading.local()
+
+
+def refuse_in_callback() -> None:
+    """UsageError inside a callback, where what is waited for could never come."""
+    if getattr(_this_thread, "completes", False):
+        raise UsageError(
+            "cannot wait for an answer inside a callback of a future, which would block the "
+            "thread that receives the answers: use score_future, or call it in another thread"
+        )
+
+
+class Run(concurrent.futures.Future):
+    """The future of a run. Its `result` and `exception` raise UsageError where they would have to
+    wait inside a callback."""
+
+    def result(self, timeout=None):
+        self._check()
+        return super().result(timeout)
+
+    def exception(self, timeout=None):
+        self._check()
+        return super().exception(timeout)
+
+    def _check(self) -> None:
+        if not self.done():
+            refuse_in_callback()
 
 
 def run(steps: Generator[Any, Any, Result]) -> "concurrent.futures.Future[Result]":
@@ -21,8 +52,16 @@ def run(steps: Generator[Any, Any, Result]) -> "concurrent.futures.Future[Result
       steps: yields futures of gRPC or of concurrent.futures; an exception of theirs is raised at
         the `yield`.
     """
-    outer = concurrent.futures.Future()
+    outer = Run()
     current = None
+
+    def completed(inner):
+        before = getattr(_this_thread, "completes", False)
+        _this_thread.completes = True
+        try:
+            advance(inner)
+        finally:
+            _this_thread.completes = before
 
     def advance(inner):
         nonlocal current
@@ -50,7 +89,7 @@ def run(steps: Generator[Any, Any, Result]) -> "concurrent.futures.Future[Result
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 outer.set_exception(error)
         else:
-            inner.add_done_callback(advance)
+            inner.add_done_callback(completed)
 
     def pass_on(_):
         if outer.cancelled() and current is not None:

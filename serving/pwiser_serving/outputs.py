@@ -4,6 +4,8 @@ import contextlib
 import csv
 import dataclasses
 import fcntl
+import functools
+import gzip
 import io
 import json
 import math
@@ -15,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pwiser_serving.candidates import CandidateError
+from pwiser_serving.candidates import CandidateError, format_suffix
 from pwiser_serving.errors import FeatureError
 
 # [name of a column]: texts, a NumPy array, or a column of Arrow's
@@ -37,20 +39,26 @@ class Format:
 
 
 def output_format(path: pathlib.Path) -> Format:
-    """The format by the file's suffix, CSV for an unknown one. OutputError: pyarrow is absent."""
-    if path.suffix in (".jsonl", ".ndjson", ".json"):
-        return Format(_write_json, lambda parts, whole, names: _join_text(parts, whole, ""))
-    if path.suffix == ".parquet":
+    """The format by the file's suffix, CSV for an unknown one; of text also within gzip.
+
+    Raises:
+      OutputError: Parquet without pyarrow, or within gzip.
+    """
+    suffix, zipped = format_suffix(path), path.suffix == ".gz"
+    if suffix in (".jsonl", ".ndjson", ".json"):
+        return Format(_write_json, functools.partial(_join_text, header=False, zipped=zipped))
+    if suffix == ".parquet":
+        if zipped:
+            raise OutputError(f"{path}: {NO_ZIPPED_PARQUET}")
         try:
             from pwiser_serving import parquet
         except ImportError:
             raise OutputError(NO_PARQUET) from None
         return Format(parquet.write, lambda parts, whole, names: parquet.join(parts, whole))
-    return Format(
-        _write_csv, lambda parts, whole, names: _join_text(parts, whole, _csv_text([names]))
-    )
+    return Format(_write_csv, functools.partial(_join_text, header=True, zipped=zipped))
 
 
+NO_ZIPPED_PARQUET = "Parquet is compressed in itself, expected a name without .gz"
 NO_PARQUET = "Parquet needs pyarrow: pip install 'pwiser-serving[parquet]'"
 
 
@@ -236,6 +244,16 @@ def _values(column: Sequence) -> Sequence[object]:
     ]
 
 
+def csv_header(names: Sequence[str]) -> str:
+    """The header of a CSV."""
+    return _csv_text([names])
+
+
+def csv_rows(columns: Columns) -> str:
+    """The columns' rows as lines of a CSV."""
+    return _csv_text(zip(*map(texts, columns.values()), strict=True))
+
+
 def _csv_text(rows) -> str:
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
@@ -244,8 +262,7 @@ def _csv_text(rows) -> str:
 
 def _write_csv(path: pathlib.Path, batches: Sequence[Columns]) -> None:
     with open(path, "w", encoding="utf-8", newline="") as file:
-        for columns in batches:
-            file.write(_csv_text(zip(*map(texts, columns.values()), strict=True)))
+        file.writelines(map(csv_rows, batches))
 
 
 def _write_json(path: pathlib.Path, batches: Sequence[Columns]) -> None:
@@ -256,9 +273,24 @@ def _write_json(path: pathlib.Path, batches: Sequence[Columns]) -> None:
                 file.write(json.dumps(line, ensure_ascii=False, default=_text) + "\n")
 
 
-def _join_text(parts: Sequence[pathlib.Path], whole: pathlib.Path, header: str) -> None:
-    with open(whole, "wb") as file:
-        file.write(header.encode())
+def _join_text(
+    parts: Sequence[pathlib.Path],
+    whole: pathlib.Path,
+    names: Sequence[str],
+    *,
+    header: bool,
+    zipped: bool,
+) -> None:
+    """Writes the parts one after another. Within gzip, the bytes too depend on the rows alone: the
+    parts are compressed here, all in one stream, and no name or time is noted."""
+    with contextlib.ExitStack() as stack:
+        file = stack.enter_context(open(whole, "wb"))
+        if zipped:
+            file = stack.enter_context(
+                gzip.GzipFile("", "wb", compresslevel=6, fileobj=file, mtime=0)
+            )
+        if header:
+            file.write(csv_header(names).encode())
         for part in parts:
             with open(part, "rb") as content:
                 shutil.copyfileobj(content, file)

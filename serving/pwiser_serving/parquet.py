@@ -21,17 +21,17 @@ _ROWS_PER_GROUP = 2**17
 class Batch:
     """Some rows of the file, from row `first`, which counts from 1."""
 
-    def __init__(self, path: pathlib.Path, first: int, rows: pa.Table):
-        self._path, self._first, self._rows = path, first, rows
+    def __init__(self, path: pathlib.Path, first: int, table: pa.Table):
+        self._path, self._first, self._table = path, first, table
 
     @property
-    def place(self) -> str:
-        """Which rows these are, for a message."""
-        return f"{self._first} to {self._first + len(self._rows) - 1}"
+    def rows(self) -> Sequence[int]:
+        """The number of each row."""
+        return range(self._first, self._first + len(self._table))
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A column as it is in the file."""
-        return _plain(self._rows[name])
+        return _plain(self._table[name])
 
     def features(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, np.ndarray]:
         """What the model takes, by name. CandidateError: a column or value of another type."""

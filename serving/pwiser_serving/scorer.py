@@ -5,9 +5,10 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
+import numbers
 import time
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import grpc
 import numpy as np
@@ -15,8 +16,15 @@ from google.protobuf.message import DecodeError
 
 from pwiser_serving import features as feature_columns
 from pwiser_serving import futures, services, tensors
-from pwiser_serving.connection import TLS, open_channel
-from pwiser_serving.errors import FeatureError, ModelNotFound, ScoringError, scoring_error
+from pwiser_serving.connection import TLS, open_channel, proxy
+from pwiser_serving.errors import (
+    FeatureError,
+    ModelNotFound,
+    RequestTooLarge,
+    ScoringError,
+    UsageError,
+    scoring_error,
+)
 from pwiser_serving.hedging import Hedge, Hedger
 from pwiser_serving.protos import service_pb2, tensor_pb2
 
@@ -77,7 +85,7 @@ class Metadata:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Model:
+class Model:
     """What a server said about a model."""
 
     version: int | None
@@ -88,7 +96,69 @@ class _Model:
         return found.inputs if found else {}
 
 
-class Scorer:
+class BaseScorer:
+    """What a Scorer and a SavedModelScorer share: the checks, and how they fail."""
+
+    address: str
+    model: str
+    version: int | str | None
+    signature: str | None
+    rows_per_request: int
+    _closed = False
+
+    def close(self) -> None:
+        """Frees what the scorer holds."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        self._require_open()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.close()
+
+    def _columns(self, model: Model, features) -> tuple[str, dict[str, np.ndarray], int]:
+        """The signature to call, its arrays, and their number of rows."""
+        signature = self.signature
+        if signature is None:
+            names = set(features.keys())
+            there = [name for name in _SIGNATURES if model.inputs(name)] or [RAW_SIGNATURE]
+            fitting = [name for name in there if model.inputs(name).keys() == names]
+            signature = (fitting or there)[0]
+        inputs = model.inputs(signature)
+        if not inputs:
+            have = ", ".join(sorted(model.signatures))
+            details = f"the model has no signature {signature}, only {have}"
+            raise self._fault(grpc.StatusCode.FAILED_PRECONDITION, details)
+        arrays, rows = feature_columns.to_arrays(features, inputs)
+        return signature, arrays, rows
+
+    def _checked(
+        self, outputs: Mapping[str, np.ndarray], rows: int, versions: Iterable[int]
+    ) -> Scores:
+        """A model's outputs as scores; ScoringError where they are none."""
+        scores = {}
+        for name in OUTPUTS:
+            try:
+                scores[name] = outputs[name].astype(np.float32)
+            except ValueError as error:
+                details = f"the answer's {name} cannot be read: {error}"
+                raise self._fault(grpc.StatusCode.INTERNAL, details) from None
+            if scores[name].shape != (rows,):
+                shape = list(scores[name].shape)
+                details = f"the answer's {name} has the shape {shape}, expected [{rows}]"
+                raise self._fault(grpc.StatusCode.INTERNAL, details)
+        return Scores(scores, versions)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise UsageError("this Scorer is closed: open another one")
+
+    def _fault(self, code: grpc.StatusCode, details: str) -> ScoringError:
+        return ScoringError(self.address, self.model, self.version, code, details)
+
+
+class Scorer(BaseScorer):
     """Scores candidates with a model that a server of TF Serving's gRPC API holds.
 
     Keep it: one channel is opened at the first call and used for all that follow, and what the
@@ -107,12 +177,17 @@ class Scorer:
       signature: the signature to call. None chooses by the features' names: `predict_raw` for raw
         features, `predict` for `categorical` and `numerical`, `serving_default` for serialized
         tf.train.Examples.
-      rows_per_request: larger calls are split into requests of so many rows.
+      rows_per_request: larger calls are split into requests of so many rows. A request that the
+        server finds too large for its message limit is split further.
       requests_in_flight: how many of one call's requests are on their way at once.
       hedge: send a second copy of a slow request; None for never. Calls are then spread over all
         servers that the address stands for.
 
+    Every method raises UsageError once the Scorer is closed. Those that wait for an answer (all but
+    score_future and score_async) also do so inside a callback of a future, which could never end.
+
     Raises:
+      TypeError: an argument of another type.
       ValueError: an argument out of range, a TLS file that is not there or no PEM.
     """
 
@@ -129,6 +204,20 @@ class Scorer:
         requests_in_flight: int = 4,
         hedge: Hedge | None = None,
     ):
+        for name, value, kind, expected in (
+            ("address", address, str, 'a str, "host:port"'),
+            ("model", model, str, "a str"),
+            ("version", version, numbers.Integral | str | None, "an int, a label (str) or None"),
+            ("timeout", timeout, numbers.Real, "a number of seconds"),
+            ("tls", tls, TLS | None, "a pwiser_serving.TLS or None"),
+            ("signature", signature, str | None, "a str or None"),
+            ("rows_per_request", rows_per_request, numbers.Integral, "an int"),
+            ("requests_in_flight", requests_in_flight, numbers.Integral, "an int"),
+            ("hedge", hedge, Hedge | None, "a pwiser_serving.Hedge or None"),
+        ):
+            # True is an int, but hardly meant as one.
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{name}: found {value!r}, expected {expected}")
         if not (timeout > 0 and rows_per_request > 0 and requests_in_flight > 0):
             raise ValueError(
                 "timeout, rows_per_request and requests_in_flight must be above 0, found "
@@ -136,20 +225,29 @@ class Scorer:
             )
         if timeout > _LONGEST_TIMEOUT:
             raise ValueError(f"timeout must be at most {_LONGEST_TIMEOUT:g}, found {timeout:g}")
-        if isinstance(version, int) and not 0 <= version < 2**63:
+        if isinstance(version, str) and (not version or version.isdecimal()):
+            raise ValueError(
+                f"version: found {version!r}, expected the number of a version as an int, or a "
+                "label, which is no number"
+            )
+        if isinstance(version, numbers.Integral) and not 0 <= version < 2**63:
             raise ValueError(f"version must be from 0 to 2**63 - 1, found {version}")
         if not address or not model:
             raise ValueError(f"address and model are needed, found {address!r} and {model!r}")
-        self.address, self.model, self.version = address, model, version
-        self.timeout, self.signature = timeout, signature
-        self.rows_per_request, self.requests_in_flight = rows_per_request, requests_in_flight
+        # Plain numbers: gRPC adds the timeout to the time of day, which no float32 can hold.
+        self.address, self.model, self.signature = address, model, signature
+        self.version = int(version) if isinstance(version, numbers.Integral) else version
+        self.timeout, self.rows_per_request = float(timeout), int(rows_per_request)
+        self.requests_in_flight = int(requests_in_flight)
         self._channel = open_channel(address, tls, several_servers=hedge is not None)
+        self._proxy = proxy(address)
         self._hedger = Hedger(hedge) if hedge else None
+        self._closed = False
         self._predict = self._method(services.PREDICT)
         self._get_metadata = self._method(services.GET_MODEL_METADATA)
         self._get_status = self._method(services.GET_MODEL_STATUS)
         # Replaced as a whole, never changed: threads share it without a lock.
-        self._model: _Model | None = None
+        self._model: Model | None = None
 
     def score(self, features: Mapping[str, Sequence]) -> Scores:
         """Scores the candidates, in their order.
@@ -167,22 +265,21 @@ class Scorer:
           "ctr", "cvr", "ctcvr": float32 [n], probabilities; and the `version` that answered.
 
         Raises:
+          TypeError: `features` has no columns by name, as a list of rows; nothing was sent.
           FeatureError: the model does not take these features; nothing was sent.
           ServerUnavailable, DeadlineExceeded, ModelNotFound: as they say.
-          ScoringError: the server refused or failed otherwise; the kind of all three.
+          RequestTooLarge: one row alone is above the server's message limit.
+          ScoringError: the server refused or failed otherwise; the kind of all four.
         """
-        future = self.score_future(features)
-        try:
-            return future.result()
-        finally:
-            # Without effect on one that is done: for a caller that is interrupted.
-            future.cancel()
+        return self._wait(self._steps(features))
 
     def score_future(self, features: Mapping[str, Sequence]) -> "concurrent.futures.Future[Scores]":
         """As `score`, without waiting: a future with the scores or the exception.
 
         `features` must not change until it is done. No thread waits for it: its callbacks run on
-        gRPC's own and should be short, and must not wait for other scores there.
+        gRPC's own thread, which receives all answers. They should be short, and cannot wait for an
+        answer: score(), score_batches(), inputs(), metadata(), status() and the result of a future
+        that is not done raise UsageError there. Use score_future, or another thread.
         """
         return futures.run(self._steps(features))
 
@@ -195,28 +292,26 @@ class Scorer:
 
         A batch of at most rows_per_request rows gives one result, also one without rows; a larger
         one gives several. Results come in order, while later requests are on their way.
+
+        Raises: as `score`; TypeError also for the features of one batch in place of a stream.
         """
-        requests = itertools.chain.from_iterable(map(self._stream, batches))
-        waiting = collections.deque()
-        try:
-            for request, rows in requests:
-                waiting.append((self._send(self._predict, request) if rows else None, rows))
-                if len(waiting) >= self.requests_in_flight:
-                    yield self._wait(*waiting.popleft())
-            while waiting:
-                yield self._wait(*waiting.popleft())
-        finally:
-            for call, _ in waiting:
-                if call:
-                    call.cancel()
+        if callable(getattr(batches, "keys", None)) or not isinstance(batches, Iterable):
+            raise TypeError(
+                "batches: expected a stream of features, as a list or generator of dicts, found "
+                f"{_type_name(batches)}; for one batch call score(features)"
+            )
+        self._require_open()
+        futures.refuse_in_callback()
+        return self._results(batches)
 
     def inputs(self, signature: str) -> dict[str, tensor_pb2.TensorInfo]:
         """What a signature of the model takes, by name; empty where there is no such signature."""
+        self._require_open()
         return dict(self._known_model().inputs(signature))
 
     def metadata(self) -> Metadata:
         """Asks the server what the model takes and gives. Raises ScoringError."""
-        model = futures.run(self._ask()).result()
+        model = self._wait(self._ask())
         signatures = {
             name: {
                 "inputs": _plain(signature.inputs),
@@ -234,15 +329,7 @@ class Scorer:
           ModelNotFound: the server knows no such model, version or label.
           ScoringError: another failure.
         """
-        spec = self._spec()
-        if isinstance(self.version, str):
-            # The server's status knows no labels, and would list all versions.
-            spec.version.value = self.metadata().version or 0
-        request = service_pb2.GetModelStatusRequest(model_spec=spec)
-        try:
-            response = self._get_status(request, timeout=self.timeout)
-        except grpc.RpcError as error:
-            raise self._error(error) from None
+        response = self._wait(self._ask_status())
         states = service_pb2.ModelVersionStatus.State
         found = [
             VersionStatus(
@@ -256,19 +343,16 @@ class Scorer:
         return sorted(found, reverse=True, key=lambda status: status.version)
 
     def close(self) -> None:
-        """Closes the channel; calls that are running end with an error. Once more does nothing."""
+        """Closes the channel; running calls end with UsageError. Once more does nothing."""
+        self._closed = True
         if self._hedger:
             self._hedger.close()
         self._channel.close()
 
-    def __enter__(self) -> "Scorer":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()
-
     def _steps(self, features) -> Generator[object, object, Scores]:
         """The steps of one call; yields each future that it waits for."""
+        self._require_open()
+        features = by_name(features)
         model, asked_now = self._model, False
         while True:
             if model is None:
@@ -293,46 +377,69 @@ class Scorer:
                 pass
         return scores
 
-    def _call(self, model: _Model, features, version: int | None):
+    def _call(self, model: Model, features, version: int | None):
         """The requests of one call, some of them at once; a generator of the scores."""
         parts, waiting = [], collections.deque()
-        signature, arrays, count = self._columns(model, features)
         try:
-            for request, rows in self._requests(signature, arrays, count, version):
-                waiting.append((self._send(self._predict, request), rows))
+            for future in self._requests(*self._columns(model, features), version):
+                waiting.append(future)
                 if len(waiting) >= self.requests_in_flight:
-                    parts.append((yield from self._answer(*waiting.popleft())))
+                    parts.append((yield waiting.popleft()))
             while waiting:
-                parts.append((yield from self._answer(*waiting.popleft())))
+                parts.append((yield waiting.popleft()))
         finally:
-            for call, _ in waiting:
-                call.cancel()
-        if len(parts) == 1:
-            return parts[0]
-        if not parts:
-            return _no_scores()
-        return Scores(
-            {name: np.concatenate([part[name] for part in parts]) for name in OUTPUTS},
-            itertools.chain.from_iterable(part.versions for part in parts),
-        )
+            for future in waiting:
+                future.cancel()
+        return joined(parts)
 
-    def _answer(self, call, rows: int):
-        """A generator: waits for one request's answer."""
+    def _results(self, batches) -> Iterator[Scores]:
+        """The results of a stream of batches."""
+        waiting = collections.deque()
         try:
-            response = yield call
-        except grpc.RpcError as error:
-            raise self._error(error) from None
-        return self._scores(response, rows)
+            for future in itertools.chain.from_iterable(map(self._stream, batches)):
+                waiting.append(future)
+                if len(waiting) >= self.requests_in_flight:
+                    yield self._result(waiting.popleft())
+            while waiting:
+                yield self._result(waiting.popleft())
+        finally:
+            for future in waiting:
+                future.cancel()
 
-    def _wait(self, call, rows: int) -> Scores:
-        if call is None:
-            return _no_scores()
+    def _result(self, future: "concurrent.futures.Future[Scores]") -> Scores:
         try:
-            return self._scores(call.result(), rows)
-        except grpc.RpcError as error:
+            return future.result()
+        except ScoringError:
             # Perhaps the model was replaced by one that takes other features: ask again.
             self._model = None
+            raise
+        finally:
+            # Without effect on one that is done: for a caller that is interrupted.
+            future.cancel()
+
+    def _wait(self, steps: Generator):
+        """The result of the steps."""
+        futures.refuse_in_callback()
+        future = futures.run(steps)
+        try:
+            return future.result()
+        finally:
+            # As above.
+            future.cancel()
+
+    def _exchange(self, method, request):
+        """A generator: sends a request, waits, and gives the response."""
+        self._require_open()
+        try:
+            return (yield self._send(method, request))
+        except grpc.RpcError as error:
+            # A request that was running when the Scorer was closed.
+            self._require_open()
             raise self._error(error) from None
+        except ValueError:
+            # So says a channel that was closed in this very moment.
+            self._require_open()
+            raise
 
     def _send(self, method, request):
         """Sends a request: a future of gRPC's kind."""
@@ -343,10 +450,9 @@ class Scorer:
             lambda: method.future(request, timeout=max(0, end - time.monotonic()))
         )
 
-    def _stream(self, features) -> Iterator[tuple[service_pb2.PredictRequest | None, int]]:
-        """The requests that one batch of a stream makes, each with its number of rows; None in
-        place of one without rows, which is not sent."""
-        known = self._model
+    def _stream(self, features) -> Iterator["concurrent.futures.Future[Scores]"]:
+        """The requests that one batch of a stream makes."""
+        features, known = by_name(features), self._model
         try:
             columns = self._columns(known or self._known_model(), features)
         except FeatureError:
@@ -355,34 +461,58 @@ class Scorer:
             # The server may hold a newer version by now, which takes other features.
             self._model = None
             columns = self._columns(self._known_model(), features)
-        return self._requests(*columns, None) if columns[-1] else iter([(None, 0)])
+        return self._requests(*columns, None)
 
-    def _requests(self, signature: str, arrays, count: int, version: int | None):
-        for start in range(0, count, self.rows_per_request):
-            part = slice(start, start + self.rows_per_request)
-            request = service_pb2.PredictRequest(
-                model_spec=self._spec(version),
-                inputs={name: tensors.encode(array[part]) for name, array in arrays.items()},
-                output_filter=OUTPUTS,
+    def _requests(
+        self, signature: str, arrays: Mapping[str, np.ndarray], count: int, version: int | None
+    ) -> Iterator["concurrent.futures.Future[Scores]"]:
+        """Sends each request when it is asked for; gives the futures of their scores, one at
+        least."""
+        for start in range(0, max(1, count), self.rows_per_request):
+            end = min(start + self.rows_per_request, count)
+            yield futures.run(self._request(signature, arrays, start, end, version))
+
+    def _request(
+        self,
+        signature: str,
+        arrays: Mapping[str, np.ndarray],
+        start: int,
+        end: int,
+        version: int | None,
+    ) -> Generator[object, object, Scores]:
+        """A generator: scores the rows from start to end in one request, or where that is above
+        the server's message limit, one half after the other."""
+        if start == end:
+            return joined([])
+        try:
+            response = yield from self._exchange(
+                self._predict, self._message(signature, arrays, start, end, version)
             )
-            request.model_spec.signature_name = signature
-            yield request, min(self.rows_per_request, count - start)
+            return self._scores(response, end - start)
+        except RequestTooLarge as error:
+            if end - start == 1:
+                error.row = start
+                raise
+        middle = (start + end) // 2
+        first = yield from self._request(signature, arrays, start, middle, version)
+        second = yield from self._request(signature, arrays, middle, end, version)
+        return joined([first, second])
 
-    def _columns(self, model: _Model, features) -> tuple[str, dict[str, np.ndarray], int]:
-        """The signature to call, its arrays, and their number of rows."""
-        signature = self.signature
-        if signature is None:
-            names = set(features.keys())
-            there = [name for name in _SIGNATURES if model.inputs(name)] or [RAW_SIGNATURE]
-            fitting = [name for name in there if model.inputs(name).keys() == names]
-            signature = (fitting or there)[0]
-        inputs = model.inputs(signature)
-        if not inputs:
-            have = ", ".join(sorted(model.signatures))
-            details = f"the model has no signature {signature}, only {have}"
-            raise self._fault(grpc.StatusCode.FAILED_PRECONDITION, details)
-        arrays, rows = feature_columns.to_arrays(features, inputs)
-        return signature, arrays, rows
+    def _message(
+        self,
+        signature: str,
+        arrays: Mapping[str, np.ndarray],
+        start: int,
+        end: int,
+        version: int | None,
+    ) -> service_pb2.PredictRequest:
+        request = service_pb2.PredictRequest(
+            model_spec=self._spec(version),
+            inputs={name: tensors.encode(array[start:end]) for name, array in arrays.items()},
+            output_filter=OUTPUTS,
+        )
+        request.model_spec.signature_name = signature
+        return request
 
     def _scores(self, response: service_pb2.PredictResponse, rows: int) -> Scores:
         spec, known = response.model_spec, self._model
@@ -390,40 +520,43 @@ class Scorer:
         if known and versions and versions != [known.version]:
             # Another version, perhaps with other features: to be asked before the next call.
             self._model = None
-        scores = {}
+        outputs = {}
         for name in OUTPUTS:
             try:
-                scores[name] = tensors.decode(response.outputs[name]).astype(np.float32)
+                outputs[name] = tensors.decode(response.outputs[name])
             except ValueError as error:
                 details = f"the answer's {name} cannot be read: {error}"
                 raise self._fault(grpc.StatusCode.INTERNAL, details) from None
-            if scores[name].shape != (rows,):
-                shape = list(scores[name].shape)
-                details = f"the answer's {name} has the shape {shape}, expected [{rows}]"
-                raise self._fault(grpc.StatusCode.INTERNAL, details)
-        return Scores(scores, versions)
+        return self._checked(outputs, rows, versions)
 
-    def _known_model(self) -> _Model:
-        return self._model or futures.run(self._ask()).result()
+    def _known_model(self) -> Model:
+        return self._model or self._wait(self._ask())
 
-    def _ask(self) -> Generator[object, object, _Model]:
+    def _ask(self) -> Generator[object, object, Model]:
         """A generator: asks for the metadata and remembers it."""
         request = service_pb2.GetModelMetadataRequest(
             model_spec=self._spec(), metadata_field=[services.SIGNATURE_FIELD]
         )
+        response = yield from self._exchange(self._get_metadata, request)
         try:
-            response = yield self._send(self._get_metadata, request)
             value = response.metadata[services.SIGNATURE_FIELD].value
             signatures = service_pb2.SignatureMap.FromString(value).signature_def
-        except grpc.RpcError as error:
-            raise self._error(error) from None
         except DecodeError:
             details = "the model's signatures cannot be read"
             raise self._fault(grpc.StatusCode.INTERNAL, details) from None
         spec = response.model_spec
         version = spec.version.value if spec.HasField("version") else None
-        self._model = model = _Model(version, signatures)
+        self._model = model = Model(version, signatures)
         return model
+
+    def _ask_status(self):
+        """A generator of the model's status."""
+        spec = self._spec()
+        if isinstance(self.version, str):
+            # The server's status knows no labels, and would list all versions.
+            spec.version.value = (yield from self._ask()).version or 0
+        request = service_pb2.GetModelStatusRequest(model_spec=spec)
+        return (yield from self._exchange(self._get_status, request))
 
     def _spec(self, version: int | None = None) -> service_pb2.ModelSpec:
         wanted = self.version if version is None else version
@@ -442,17 +575,64 @@ class Scorer:
         )
 
     def _error(self, error: grpc.RpcError) -> ScoringError:
-        return scoring_error(self.address, self.model, self.version, self.timeout, error)
-
-    def _fault(self, code: grpc.StatusCode, details: str) -> ScoringError:
-        return ScoringError(self.address, self.model, self.version, code, details)
+        return scoring_error(
+            self.address, self.model, self.version, self.timeout, self._proxy, error
+        )
 
 
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
-def _no_scores() -> Scores:
-    return Scores({name: np.zeros(0, np.float32) for name in OUTPUTS})
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Several requests' scores as one; none of them where there is no request."""
+    if len(parts) == 1:
+        return parts[0]
+    empty = np.zeros(0, np.float32)
+    return Scores(
+        {name: np.concatenate([empty, *(part[name] for part in parts)]) for name in OUTPUTS},
+        itertools.chain.from_iterable(part.versions for part in parts),
+    )
+
+
+def by_name(features) -> dict[str, Sequence]:
+    """A caller's features as a dict, checked as far as that needs no model.
+
+    Raises:
+      TypeError: they are not columns by name.
+      FeatureError: two columns of one name, or a value that is no column.
+    """
+    if not callable(getattr(features, "keys", None)):
+        found = _type_name(features)
+        if isinstance(features, Sequence) and features and isinstance(features[0], Mapping):
+            found = (
+                "a list of rows: give pandas.DataFrame(rows), or "
+                "{name: [row[name] for row in rows] for name in rows[0]}"
+            )
+        elif getattr(getattr(features, "dtype", None), "names", None):
+            found = (
+                "a structured NumPy array: give {name: array[name] for name in array.dtype.names}"
+            )
+        raise TypeError(
+            f"features: expected columns by name, as a dict or pandas.DataFrame, found {found}"
+        )
+    names = list(features.keys())
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        count = names.count(twice)
+        raise FeatureError(twice, f"found {count} columns of this name, expected one")
+    columns = {name: features[name] for name in names}
+    for name, values in columns.items():
+        # What a column is needs no list of types: it has a length, and values by position.
+        if isinstance(values, str | bytes | Mapping) or not (
+            hasattr(values, "__len__") and hasattr(values, "__getitem__")
+        ):
+            expected = "a column: a list, NumPy array or pandas.Series with a value for each row"
+            raise FeatureError(name, expected, found=values)
+    return columns
+
+
+def _type_name(value: object) -> str:
+    return "None" if value is None else f"the type {type(value).__name__}"
 
 
 def _plain(infos: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, dict]:

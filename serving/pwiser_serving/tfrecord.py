@@ -8,7 +8,7 @@ import crc32c
 import numpy as np
 
 from pwiser_serving import services
-from pwiser_serving.candidates import CandidateError
+from pwiser_serving.candidates import CandidateError, open_file
 from pwiser_serving.protos import tensor_pb2
 
 # A record's frame: its length, the length's masked CRC32C, the data, the data's masked CRC32C.
@@ -23,9 +23,9 @@ class Batch:
         self._first, self._records = first, records
 
     @property
-    def place(self) -> str:
-        """Which rows these are, for a message."""
-        return f"{self._first} to {self._first + len(self._records) - 1}"
+    def rows(self) -> Sequence[int]:
+        """The number of each row."""
+        return range(self._first, self._first + len(self._records))
 
     def features(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, np.ndarray]:
         """The records as the signature's input."""
@@ -44,10 +44,7 @@ class CandidateFile:
         self.path = path
         # The model's raw features: a record must hold one of them at least.
         self.names: Sequence[str] = ()
-        try:
-            self._file = open(path, "rb")  # noqa: SIM115  (closed by __exit__)
-        except OSError as error:
-            raise CandidateError(error.strerror, file=path) from None
+        self._file = open_file(path)
 
     def __enter__(self) -> "CandidateFile":
         return self

@@ -251,6 +251,7 @@ def test_wrong_flags_are_one_line(server, tmp_path, capsys):
         ([*good, "--timeout=nan"], "--timeout: found nan"),
         ([*good, "--timeout=inf"], "timeout must be at most 1e+09, found inf"),
         ([*good, f"--version={2**63}"], "version must be from 0 to 2**63 - 1, found"),
+        ([*good, "--version="], "version: found '', expected the number of a version as an int"),
         ([*good, "--batch_size=0"], "--batch_size: found 0, expected 1 or more"),
         ([*good, "--root_certificates", pem], "TLS: root_certificates"),
         ([*good, "--private_key", path], "private_key and certificate_chain go together"),

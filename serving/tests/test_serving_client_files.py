@@ -1,11 +1,14 @@
-"""client: TFRecord and Parquet candidates, and scores as JSON lines and Parquet."""
+"""client: candidates in TFRecord, Parquet, gzip and standard input; scores in all formats."""
 
 import csv
 import datetime
 import decimal
+import gzip
 import json
 import math
+import os
 import struct
+import subprocess
 import sys
 
 import crc32c
@@ -13,7 +16,7 @@ import numpy as np
 import pwiser_serving
 import pytest
 import serving_model
-from fake_server import FakeModel, serve
+from fake_server import FEATURES, FakeModel, serve
 from pwiser_serving import client
 from pwiser_serving.protos import tensor_pb2
 
@@ -146,6 +149,214 @@ def test_a_tfrecord_has_no_columns_to_keep(run, tmp_path):
     code, _, err = run(path, "--keep=brand")
     assert code == 2
     assert "column brand: a TFRecord file has no columns to take, which --keep names" in err
+
+
+TEXT = b"id,price,item,brand\n" + b"".join(b"%d,%d.5,3,acme\n" % (n, n) for n in range(300))
+SCORES = b"id,ctr,cvr,ctcvr\n" + b"".join(b"%d,%d.5,%d.5,%d.5\n" % (n, n, n, n) for n in range(300))
+
+
+@pytest.fixture
+def fake():
+    """A server's address and its model, whose scores are the price. It reads messages of up to
+    10,000 bytes."""
+    model = FakeModel(**FEATURES)
+    with serve(model, options=[("grpc.max_receive_message_length", 10_000)]) as port:
+        yield f"localhost:{port}", model
+
+
+@pytest.mark.parametrize("name", ["c.csv.gz", "c.csv", "c"])
+def test_a_zipped_csv_is_known_by_its_content(run, fake, tmp_path, name):
+    path, output = tmp_path / name, tmp_path / "s.csv"
+    # Also several, one after another.
+    path.write_bytes(gzip.compress(TEXT[:1000]) + gzip.compress(TEXT[1000:]))
+    flags = f"--output={output}", "--keep=id", "--batch_size=7"
+    assert run(path, *flags, address=fake[0])[0] == 0
+    assert output.read_bytes() == SCORES
+
+
+def test_a_plain_csv_that_is_called_zipped(run, fake, tmp_path):
+    path, output = tmp_path / "c.csv.gz", tmp_path / "s.csv"
+    path.write_bytes(TEXT)
+    assert run(path, f"--output={output}", "--keep=id", address=fake[0])[0] == 0
+    assert output.read_bytes() == SCORES
+
+
+def test_zipped_tfrecords(run, tmp_path):
+    path, output = tmp_path / "c.tfrecord.gz", tmp_path / "s.jsonl"
+    path.write_bytes(gzip.compress(b"".join(EXAMPLES)))
+    assert run(path, f"--output={output}", "--batch_size=3")[0] == 0
+    _check([json.loads(line) for line in output.read_text().splitlines()])
+
+
+@pytest.mark.parametrize("suffix", ["csv.gz", "tfrecord.gz"])
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda data: data[:-9], "Compressed file ended before the end-of-stream marker"),
+        (lambda data: data[:5], "Compressed file ended before the end-of-stream marker"),
+        (lambda data: data[:10] + b"\xff" + data[11:], "invalid block type"),
+        (lambda data: data[:-8] + b"\0" * 4 + data[-4:], "CRC check failed"),
+        (lambda data: data + b"more", "Not a gzipped file (b'mo')"),
+    ],
+)
+def test_a_damaged_gzip_file_is_one_line_and_leaves_nothing(run, tmp_path, suffix, damage, told):
+    path = tmp_path / f"c.{suffix}"
+    path.write_bytes(damage(gzip.compress(TEXT if "csv" in suffix else b"".join(EXAMPLES))))
+    flags = f"--output={tmp_path / 's.csv'}", "--batch_size=1"
+    code, out, err = run(path, *flags)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {path}: not readable as gzip: ")
+    assert told in err
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == [path.name]
+
+
+def test_parquet_in_gzip_is_refused(run, tmp_path):
+    reason = "Parquet is compressed in itself, expected a name without .gz"
+    path, output = tmp_path / "c.parquet.gz", tmp_path / "s.parquet.gz"
+    path.write_bytes(gzip.compress(TEXT))
+    assert run(path) == (2, "", f"error: {path}: {reason}\n")
+    path = path.rename(tmp_path / "c.csv.gz")
+    assert run(path, f"--output={output}") == (2, "", f"error: {output}: {reason}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["c.csv.gz"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_zipped_scores_are_the_plain_ones(run, fake, tmp_path, suffix):
+    path, plain, zipped = (tmp_path / name for name in ("c.csv", f"s.{suffix}", f"s.{suffix}.gz"))
+    for text in (TEXT, TEXT[: TEXT.index(b"\n") + 1]):
+        path.write_bytes(text)
+        for output in (plain, zipped):
+            assert run(path, f"--output={output}", "--keep=id", address=fake[0])[0] == 0
+        assert gzip.decompress(zipped.read_bytes()) == plain.read_bytes()
+        # Neither a name nor a time: the flags and the four bytes of the time are zero.
+        assert zipped.read_bytes()[3:8] == bytes(5)
+
+
+def _piped(address, content, *flags):
+    """The command in a process of its own, given the content: exit code, stdout, stderr."""
+    command = [sys.executable, "-m", "pwiser_serving.client", "score", f"--server={address}"]
+    command += ["--model=m", "--input=-", *flags]
+    done = subprocess.run(command, input=content, capture_output=True, timeout=60)
+    return done.returncode, done.stdout, done.stderr.decode()
+
+
+def test_from_standard_input_to_standard_output(fake, tmp_path):
+    for content in (TEXT, gzip.compress(TEXT)):
+        found = _piped(fake[0], content, "--output=-", "--keep=id", "--batch_size=7")
+        assert found == (0, SCORES, "standard output: 300 rows scored by m, version 1\n")
+    output = tmp_path / "s.csv"
+    found = _piped(fake[0], TEXT, f"--output={output}", "--keep=id")
+    assert found == (0, b"", f"{output}: 300 rows scored by m, version 1\n")
+    assert output.read_bytes() == SCORES
+
+
+def test_a_regular_file_as_standard_input_is_read_where_it_stands(fake, tmp_path):
+    path, output = tmp_path / "c.csv", tmp_path / "s.csv"
+    path.write_bytes(b"a line that another program has read\n" + TEXT)
+    command = [sys.executable, "-m", "pwiser_serving.client", "score", f"--server={fake[0]}"]
+    command += ["--model=m", "--input=-", "--keep=id"]
+    with open(path, "rb") as file:
+        os.lseek(file.fileno(), path.stat().st_size - len(TEXT), os.SEEK_SET)
+        assert subprocess.run([*command, f"--output={output}"], stdin=file).returncode == 0
+    assert output.read_bytes() == SCORES
+    # It is the input too: not to be replaced.
+    with open(path, "rb") as file:
+        done = subprocess.run(
+            [*command, f"--output={path}"], stdin=file, capture_output=True, text=True
+        )
+    assert done.returncode == 2
+    assert f"--output: {path} is the input" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "standard input: the file is empty, expected a header"),
+        (b"price,item,brand\nx,1,a\n", "standard input, row 2, column price: found 'x'"),
+        (gzip.compress(TEXT)[:-9], "standard input: not readable as gzip: "),
+    ],
+)
+def test_wrong_standard_input(fake, content, told):
+    code, out, err = _piped(fake[0], content, "--output=-")
+    assert (code, out) == (2, b"")
+    assert err.startswith(f"error: {told}")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("flags", ["--output=-", ""])
+def test_closed_standard_output_is_one_line(flags):
+    command = f'"$0" -m pwiser_serving.client score --model=m --input=- {flags} >&-'
+    done = subprocess.run(
+        ["sh", "-c", command, sys.executable], stderr=subprocess.PIPE, input=b"", timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"error: standard output is closed, expected a file")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_standard_output_without_rows(run, fake, tmp_path):
+    path = tmp_path / "c.csv"
+    path.write_text("id,price,item,brand\n")
+    code, out, err = run(path, "--output=-", "--keep=id", address=fake[0])
+    assert (code, out) == (0, "id,ctr,cvr,ctcvr\n")
+    assert err == "standard output: 0 rows scored by m, version 1\n"
+
+
+def test_standard_output_is_of_one_version(run, fake, tmp_path):
+    """A new version during the command does not change who scores it."""
+    address, model = fake
+    path = tmp_path / "c.csv"
+    path.write_bytes(TEXT)
+    left = iter(range(20))
+
+    def before():
+        if next(left, None) is None:
+            model.set_version(2, keep=True)
+
+    model.before = before
+    flags = "--output=-", "--keep=id", "--batch_size=7"
+    code, out, err = run(path, *flags, address=address)
+    assert (code, out.encode()) == (0, SCORES)
+    assert err == "standard output: 300 rows scored by m, version 1\n"
+    assert model.version == 2
+
+
+def test_requests_above_the_servers_limit_are_split(run, fake, tmp_path):
+    path, output = tmp_path / "c.csv", tmp_path / "s.csv"
+    rows = [f"{n},{n}.5,3,{'a' * 3000}\n" for n in range(20)]
+    path.write_text("id,price,item,brand\n" + "".join(rows))
+    assert run(path, f"--output={output}", "--keep=id", address=fake[0])[0] == 0
+    assert output.read_bytes() == b"".join(SCORES.splitlines(keepends=True)[:21])
+
+
+@pytest.mark.parametrize("output", ["s.csv", "-"])
+def test_a_row_above_the_servers_limit_is_named(run, fake, tmp_path, output):
+    path = tmp_path / "c.csv"
+    rows = [f"{n},{n}.5,3,{'a' * (20_000 if n == 4 else 3000)}\n" for n in range(9)]
+    path.write_text("id,price,item,brand\n" + "".join(rows))
+    flags = f"--output={tmp_path / output if output != '-' else output}", "--batch_size=3"
+    code, out, err = run(path, *flags, address=fake[0])
+    assert code == 2
+    assert out.count("\n") == (4 if output == "-" else 0)
+    # The header is row 1, and the first row of candidates is row 2.
+    told = "row 6: this row alone is above the server's message limit: "
+    assert err.startswith(f"error: {path}, {told}")
+    assert err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["c.csv"]
+
+
+def test_a_record_above_the_servers_limit_is_named(run, tmp_path):
+    path = tmp_path / "c.tfrecord"
+    path.write_bytes(GOOD + _frame(_example(brand="a" * 20_000)))
+    model = FakeModel(**FEATURES)
+    model.signatures["serving_default"] = tensor_pb2.Signature()
+    model.signatures["serving_default"].inputs["examples"].dtype = tensor_pb2.DT_STRING
+    model.signatures["serving_default"].inputs["examples"].tensor_shape.dim.add(size=-1)
+    with serve(model, options=[("grpc.max_receive_message_length", 10_000)]) as port:
+        code, _, err = run(path, address=f"localhost:{port}")
+    assert code == 2
+    assert err.startswith(f"error: {path}, row 3: this row alone is above the server's message")
 
 
 pa = pytest.importorskip("pyarrow")

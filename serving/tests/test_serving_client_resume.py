@@ -1,6 +1,7 @@
 """client: what a command that did not come to its end leaves, and how the next one goes on."""
 
 import csv
+import gzip
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from fake_server import INTERRUPTIBLE, FakeModel, Refused, serve
 from pwiser_serving import client, tensors
 
 ROWS = 500
-FORMATS = ["csv", "jsonl", "parquet"]
+FORMATS = ["csv", "jsonl", "parquet", "csv.gz", "jsonl.gz"]
 
 
 @pytest.fixture
@@ -59,8 +60,9 @@ def run(capsys):
 def _rows(output):
     if output.suffix == ".parquet":
         return pytest.importorskip("pyarrow.parquet").read_table(output).to_pylist()
-    with open(output, newline="") as file:
-        if output.suffix == ".csv":
+    opened = gzip.open if output.suffix == ".gz" else open
+    with opened(output, "rt", newline="") as file:
+        if ".csv" in output.suffixes:
             return list(csv.DictReader(file))
         return [json.loads(line) for line in file]
 
@@ -139,6 +141,8 @@ def _wait_for_a_part(process, partial, number=1):
         (signal.SIGKILL, "csv"),
         (signal.SIGKILL, "jsonl"),
         (signal.SIGKILL, "parquet"),
+        (signal.SIGKILL, "csv.gz"),
+        (signal.SIGKILL, "jsonl.gz"),
         (signal.SIGTERM, "csv"),
         (signal.SIGINT, "csv"),
     ],
@@ -160,10 +164,14 @@ def test_a_killed_command_is_resumed(model, candidates, tmp_path, run, number, s
                 assert err.endswith(" rows: the same command goes on after them\n")
         model.before = lambda: None
         code, err = run(*arguments)
-    assert code == 0
-    assert "resuming after " in err
-    _check(output)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", output.name]
+        assert code == 0
+        assert "resuming after " in err
+        _check(output)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["c.csv", output.name]
+        # The very bytes of a command that was not interrupted.
+        resumed = output.read_bytes()
+        assert run(*arguments)[0] == 0
+    assert output.read_bytes() == resumed
 
 
 def test_a_killed_server_loses_no_row(candidates, tmp_path, run):

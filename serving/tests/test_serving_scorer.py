@@ -18,9 +18,12 @@ from pwiser_serving import (
     FeatureError,
     Hedge,
     ModelNotFound,
+    RequestTooLarge,
     Scorer,
     ScoringError,
     ServerUnavailable,
+    UsageError,
+    connection,
     features,
     tensors,
 )
@@ -129,7 +132,15 @@ def test_no_rows_give_no_scores(scorer):
         ({"brand": [1.5, 2.5]}, "brand", 0, "found 1.5, expected a string"),
         ({"brand": ["acme", "\udc80"]}, "brand", 1, r"found '\udc80', expected a string"),
         ({"price": [1.0]}, "price", None, "found 1 rows, expected 2 as brand has"),
-        ({"price": 1.0}, "price", None, "found the shape [], expected the shape [rows]"),
+        ({"price": np.array(1)}, "price", None, "found the shape [], expected the shape [rows]"),
+        ({"price": 1.0}, "price", None, "found 1.0, expected a column: a list, NumPy array or"),
+        ({"price": np.float32(1)}, "price", None, "found 1.0, expected a column"),
+        ({"brand": "ab"}, "brand", None, "found 'ab', expected a column"),
+        ({"brand": b"ab"}, "brand", None, "found b'ab', expected a column"),
+        ({"item": {1, 2}}, "item", None, "found {1, 2}, expected a column"),
+        ({"item": {0: 1, 1: 2}}, "item", None, "found {0: 1, 1: 2}, expected a column"),
+        ({"item": {0: 1}.values()}, "item", None, "found dict_values([1]), expected a column"),
+        ({"item": (n for n in (1, 2))}, "item", None, "found <generator object <genexpr>"),
         ({"price": [[1.0], [2.0]]}, "price", None, "found the shape [2, 1], expected the shape"),
         (
             {"price": [[1.0], [2.0, 3.0]]},
@@ -154,6 +165,61 @@ def test_features_that_the_model_does_not_take(scorer, change, feature, row, tol
     assert (caught.value.feature, caught.value.row) == (feature, row)
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+ROWS = [{"brand": "acme", "item": 1, "price": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (None, "found None"),
+        (3, "found the type int"),
+        ([], "found the type list"),
+        (ROWS, "found a list of rows: give pandas.DataFrame(rows), or {name: [row[name] for row"),
+        (
+            np.array([(b"acme", 1, 0.5)], [("brand", "S4"), ("item", "i8"), ("price", "f4")]),
+            "found a structured NumPy array: give {name: array[name] for name in array.dtype",
+        ),
+    ],
+)
+def test_features_that_are_no_columns_by_name(scorer, wrong, told):
+    for call in (
+        lambda: scorer.score(wrong),
+        lambda: scorer.score_future(wrong).result(20),
+        lambda: asyncio.run(scorer.score_async(wrong)),
+        lambda: list(scorer.score_batches([wrong])),
+    ):
+        with pytest.raises(TypeError) as caught:
+            call()
+        assert str(caught.value).startswith(
+            f"features: expected columns by name, as a dict or pandas.DataFrame, {told}"
+        )
+
+
+def test_the_advised_forms_of_rows_are_features(scorer):
+    wanted = scorer.score({"brand": ["acme"], "item": [1], "price": [0.5]})["ctr"]
+    records = np.array([("acme", 1, 0.5)], [("brand", "U4"), ("item", "i8"), ("price", "f4")])
+    pandas = pytest.importorskip("pandas")
+    for columns in (
+        {name: [row[name] for row in ROWS] for name in ROWS[0]},
+        {name: records[name] for name in records.dtype.names},
+        pandas.DataFrame(ROWS),
+    ):
+        np.testing.assert_array_equal(scorer.score(columns)["ctr"], wanted)
+
+
+def test_two_columns_of_one_name(scorer):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.DataFrame([["acme", 1, 2, 0.5]], columns=["brand", "item", "item", "price"])
+    with pytest.raises(FeatureError, match="feature item: found 2 columns of this name"):
+        scorer.score(frame)
+
+
+@pytest.mark.parametrize("wrong", [RAW, None, 3])
+def test_one_batch_in_place_of_a_stream(scorer, wrong):
+    with pytest.raises(TypeError, match=r"expected a stream of features, .* call score\("):
+        scorer.score_batches(wrong)
 
 
 def test_ids_of_a_wrong_width(scorer):
@@ -274,6 +340,42 @@ def test_no_server():
 def test_arguments_out_of_range(wrong, told):
     with pytest.raises(ValueError, match=told):
         Scorer(**({"address": "localhost:1", "model": "m"} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"address": ("localhost", 1)}, "address: found ('localhost', 1), expected a str"),
+        ({"address": None}, "address: found None, expected a str"),
+        ({"model": b"m"}, "model: found b'm', expected a str"),
+        ({"version": 7.0}, "version: found 7.0, expected an int, a label (str) or None"),
+        ({"version": True}, "version: found True, expected an int, a label"),
+        ({"timeout": None}, "timeout: found None, expected a number of seconds"),
+        ({"timeout": "5"}, "timeout: found '5', expected a number of seconds"),
+        ({"rows_per_request": 1.5}, "rows_per_request: found 1.5, expected an int"),
+        ({"requests_in_flight": "4"}, "requests_in_flight: found '4', expected an int"),
+        ({"signature": b"predict"}, "signature: found b'predict', expected a str or None"),
+        ({"tls": True}, "tls: found True, expected a pwiser_serving.TLS or None"),
+        ({"hedge": 0.05}, "hedge: found 0.05, expected a pwiser_serving.Hedge or None"),
+    ],
+)
+def test_arguments_of_another_type(wrong, told):
+    with pytest.raises(TypeError) as caught:
+        Scorer(**({"address": "localhost:1", "model": "m"} | wrong))
+    assert str(caught.value).startswith(told)
+
+
+@pytest.mark.parametrize("version", ["7", ""])
+def test_a_label_is_no_number_and_not_empty(version):
+    with pytest.raises(ValueError, match=f"version: found '{version}', expected the number of a"):
+        Scorer("localhost:1", "m", version=version)
+
+
+def test_numbers_of_numpy_are_arguments_too(fake):
+    """A float32 too, which would round a deadline, in seconds since 1970, to two minutes."""
+    more = {"version": np.int64(1), "timeout": np.float32(20), "rows_per_request": np.int32(1)}
+    with Scorer(fake[0], "m", **more) as scorer:
+        assert scorer.score({"x": [0.5, 2]})["ctr"].tolist() == [0.5, 2]
 
 
 @pytest.fixture
@@ -399,16 +501,59 @@ def test_an_answer_that_does_not_fit_is_an_error(fake):
             scorer.score({"x": [0.5, 0.5]})
 
 
-def test_a_request_above_the_servers_limit(fake):
-    address, _ = fake
-    with (
-        Scorer(address, "m", rows_per_request=5000) as scorer,
-        pytest.raises(ScoringError) as caught,
-    ):
-        scorer.score({"x": np.zeros(5000)})
-    assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    with Scorer(address, "m", rows_per_request=2000) as scorer:
-        assert scorer.score({"x": np.zeros(5000)})["ctr"].shape == (5000,)
+def _calls(scorer):
+    """Each way to score: features to a list of the results."""
+    return (
+        lambda features: [scorer.score(features)],
+        lambda features: [scorer.score_future(features).result(20)],
+        lambda features: [asyncio.run(scorer.score_async(features))],
+        lambda features: list(scorer.score_batches([features])),
+    )
+
+
+# A text's score is its length, and the server reads messages of up to 10,000 bytes.
+LENGTHS = [3000, 3001, 3002, 3003, 3004, 3005, 3006, 3007]
+
+
+def test_a_request_above_the_servers_limit_is_halved(fake):
+    address, model = fake
+    model.set_inputs(x=tensor_pb2.DT_STRING)
+    with Scorer(address, "m", timeout=20) as scorer:
+        for call in _calls(scorer):
+            model.calls = 0
+            (scores,) = call({"x": ["a" * length for length in LENGTHS]})
+            assert scores["ctr"].tolist() == LENGTHS
+            assert scores.version == 1
+            # 8 rows and 4 rows are too many, 2 are not: as many requests are read.
+            assert model.calls == 4
+
+
+def test_a_row_above_the_servers_limit(fake):
+    address, model = fake
+    model.set_inputs(x=tensor_pb2.DT_STRING)
+    texts = ["a"] * 5 + ["a" * 20_000] + ["a"] * 2
+    # Of several requests of a call too, the row is the call's.
+    for rows_per_request in (8, 3):
+        with Scorer(address, "m", rows_per_request=rows_per_request, timeout=20) as scorer:
+            for call in _calls(scorer)[: 4 if rows_per_request == 8 else 3]:
+                with pytest.raises(RequestTooLarge) as caught:
+                    call({"x": texts})
+                assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+                assert caught.value.row == 5
+                assert str(caught.value).endswith(
+                    "; row 5 alone is above the server's message limit"
+                )
+            assert scorer.score({"x": ["ab"]})["ctr"].tolist() == [2]
+
+
+def test_another_resource_that_is_exhausted_is_no_reason_to_split(fake):
+    address, model = fake
+    with Scorer(address, "m", timeout=20) as scorer:
+        for call in _calls(scorer):
+            model.calls, model.before = 0, _failing(1, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            with pytest.raises(ScoringError, match="not now"):
+                call({"x": [1, 2]})
+            assert model.calls == 1
 
 
 def test_a_model_of_another_type_is_refused(fake):
@@ -715,18 +860,187 @@ def test_serialized_examples_go_to_the_default_signature(scorer):
     np.testing.assert_allclose(found["ctr"], wanted["ctr"], rtol=1e-6)
 
 
-def test_close_once_more_does_nothing(fake):
-    scorer = Scorer(fake[0], "m", hedge=Hedge(0.1))
-    scorer.score({"x": [1]})
-    scorer.close()
-    scorer.close()
-    with pytest.raises(ValueError, match="closed"):
+def _waits(scorer):
+    """Each way to wait for an answer."""
+    return (
+        lambda: scorer.score({"x": [1]}),
+        lambda: next(scorer.score_batches([{"x": [1]}])),
+        lambda: scorer.inputs("predict_raw"),
+        scorer.metadata,
+        scorer.status,
+        lambda: scorer.score_future({"x": [1]}).result(20),
+        lambda: scorer.score_future({"x": [1]}).exception(20),
+    )
+
+
+@pytest.mark.parametrize("hedge", [None, Hedge(10)])
+def test_a_callback_that_waits_is_refused(fake, hedge):
+    """It would wait for what its own thread has to receive, and the Scorer with it, for good."""
+    address, model = fake
+    with Scorer(address, "m", hedge=hedge, timeout=20) as scorer:
         scorer.score({"x": [1]})
+        # Begun elsewhere, gone on with inside the callback.
+        stream = scorer.score_batches([{"x": [1]}])
+        errors, later, ended = [], [], threading.Event()
+
+        def callback(future):
+            # The result that is there can be had, and another be asked for.
+            later.append(future.result()["ctr"].tolist())
+            later.append(scorer.score_future({"x": [3]}))
+            for wait in (*_waits(scorer), lambda: next(stream)):
+                try:
+                    wait()
+                except Exception as error:
+                    errors.append(error)
+            ended.set()
+
+        # Of a new version it is not known what it takes: inputs() too has to ask.
+        model.set_version(2)
+        # Not answered before the callback is there, so that gRPC's thread runs it.
+        added = threading.Event()
+        model.before = lambda: added.wait(20)
+        scorer.score_future({"x": [2]}).add_done_callback(callback)
+        added.set()
+        assert ended.wait(20)
+        assert [type(error) for error in errors] == [UsageError] * 8
+        assert "use score_future, or call it in another thread" in str(errors[0])
+        assert later[0] == [2]
+        assert later[1].result(20)["ctr"].tolist() == [3]
+        assert scorer.score({"x": [4]})["ctr"].tolist() == [4]
+
+
+def test_a_callback_in_the_callers_thread_may_wait(fake):
+    """As that of a future which is done already."""
+    found = []
+    with Scorer(fake[0], "m", timeout=20) as scorer:
+        future = scorer.score_future({"x": [1]})
+        future.result(20)
+        future.add_done_callback(lambda _: found.append(scorer.score({"x": [2]})["ctr"].tolist()))
+    assert found == [[2]]
+
+
+@pytest.mark.parametrize("hedge", [None, Hedge(10)])
+def test_a_closed_scorer_says_so(fake, hedge):
+    with Scorer(fake[0], "m", hedge=hedge, timeout=20) as scorer:
+        scorer.score({"x": [1]})
+        stream = scorer.score_batches([{"x": [1]}])
+    scorer.close()
+    for call in (
+        *_waits(scorer)[:-1],
+        lambda: asyncio.run(scorer.score_async({"x": [1]})),
+        lambda: next(stream),
+        lambda: scorer.score_batches([]),
+        lambda: scorer.score(None),
+        scorer.__enter__,
+    ):
+        with pytest.raises(UsageError, match="this Scorer is closed: open another one"):
+            call()
+    assert isinstance(scorer.score_future({"x": [1]}).exception(20), UsageError)
+
+
+@pytest.mark.parametrize("hedge", [None, Hedge(10)])
+def test_a_call_that_runs_when_the_scorer_is_closed(fake, hedge):
+    address, model = fake
+    release, came = threading.Event(), threading.Event()
+    model.before = lambda: came.set() or release.wait(20)
+    scorer = Scorer(address, "m", hedge=hedge, timeout=20)
+    future = scorer.score_future({"x": [1]})
+    assert came.wait(20)
+    scorer.close()
+    with pytest.raises(UsageError, match="closed"):
+        future.result(20)
+    release.set()
+
+
+PROXY = {"http_proxy": "http://user:pass@127.0.0.1:1"}
+
+
+@pytest.mark.parametrize(
+    ("address", "environment", "told"),
+    [
+        ("model:8500", {}, None),
+        ("model:8500", PROXY, "http_proxy=http://127.0.0.1:1"),
+        ("dns:///model:8500", PROXY, "http_proxy=http://127.0.0.1:1"),
+        ("dns://8.8.8.8/model:8500", PROXY, "http_proxy=http://127.0.0.1:1"),
+        ("10.0.0.1", {"https_proxy": "http://p:3128"}, "https_proxy=http://p:3128"),
+        ("model:1", PROXY | {"grpc_proxy": "http://p:1"}, "grpc_proxy=http://p:1"),
+        # Set, and empty: no proxy. Another scheme: one that gRPC does not speak.
+        ("model:1", PROXY | {"grpc_proxy": ""}, None),
+        ("model:1", {"https_proxy": "https://p:1"}, None),
+        ("a.example:1", PROXY | {"no_proxy": "b.example, .example"}, None),
+        ("a.example:1", PROXY | {"no_proxy": "b.example"}, "http_proxy=http://127.0.0.1:1"),
+        ("model:1", PROXY | {"no_proxy": "", "no_grpc_proxy": "model"}, None),
+        ("localhost:8500", PROXY, None),
+    ],
+)
+def test_the_proxy_that_grpc_uses(monkeypatch, address, environment, told):
+    _only_these_proxies(monkeypatch, environment)
+    assert connection.proxy(address) == told
+
+
+def _only_these_proxies(monkeypatch, environment):
+    for name in ("grpc_proxy", "https_proxy", "http_proxy", "no_grpc_proxy", "no_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("localhost:8500", True),
+        ("LOCALHOST", True),
+        ("127.0.0.1:8500", True),
+        ("127.9.9.9:1", True),
+        ("[::1]:8500", True),
+        ("dns:///localhost:8500", True),
+        ("ipv4:127.0.0.1:1,127.0.0.1:2", True),
+        ("ipv6:[::1]:1", True),
+        ("unix:/tmp/socket", True),
+        ("unix:///tmp/socket", True),
+        ("unix-abstract:name", True),
+        ("localhost.example:1", False),
+        ("127.example:1", False),
+        ("ipv4:127.0.0.1:1,10.0.0.1:2", False),
+        ("[::2]:1", False),
+        ("model:8500", False),
+    ],
+)
+def test_which_addresses_are_local(address, local):
+    assert connection.is_local(address) is local
+
+
+def test_no_proxy_stands_before_a_local_server(fake, monkeypatch):
+    _only_these_proxies(monkeypatch, PROXY)
+    with Scorer(fake[0], "m", timeout=20) as scorer:
+        assert scorer.score({"x": [0.5]})["ctr"].tolist() == [0.5]
+
+
+def test_an_error_names_the_proxy(monkeypatch):
+    _only_these_proxies(monkeypatch, PROXY)
+    # An address for documentation: but for the proxy, which is not there, nothing is contacted.
+    with (
+        Scorer("192.0.2.1:8500", "m", timeout=20) as scorer,
+        pytest.raises(ServerUnavailable) as caught,
+    ):
+        scorer.score({"x": [0.5]})
+    assert str(caught.value).endswith(
+        "; the connection goes through the proxy of the environment's http_proxy=http://127.0.0.1:1"
+    )
+    assert "pass" not in str(caught.value)
+
+
+def _too_large(row):
+    error = RequestTooLarge("host:1", "m", 7, grpc.StatusCode.RESOURCE_EXHAUSTED, "2 vs. 1")
+    error.row = row
+    return error
 
 
 def test_errors_can_be_sent_to_another_process():
     for error in (
         FeatureError("item", "an integer", row=3, found="x"),
+        _too_large(row=3),
+        UsageError("closed"),
         ModelNotFound("host:1", "m", "canary", grpc.StatusCode.NOT_FOUND, "two\nlines"),
     ):
         again = pickle.loads(pickle.dumps(error))

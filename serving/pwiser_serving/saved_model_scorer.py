@@ -1,0 +1,136 @@
+"""SavedModelScorer: a SavedModel on disk, called as a Scorer is, without a server."""
+
+import numbers
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+
+import grpc
+import numpy as np
+
+from pwiser_serving.errors import ModelNotFound
+from pwiser_serving.scorer import OUTPUTS, BaseScorer, Model, Scores, by_name, joined
+from pwiser_serving.server.status import Status
+
+
+class SavedModelScorer(BaseScorer):
+    """Scores candidates with a SavedModel on disk, in this process: in a notebook or a test.
+
+    It takes the features that a Scorer takes, makes the same checks and gives the same scores as
+    the local server, which holds the model in the same way. It needs TensorFlow, which is imported
+    when the first one is made. Several threads may use one at once.
+
+    Args:
+      path: the folder of a version (exported/demo/3), or of a model (exported/demo): its newest
+        version is taken.
+      signature: the signature to call. None chooses by the features' names, as a Scorer does.
+      rows_per_request: larger calls are run in parts of so many rows, which bounds the memory that
+        the model takes.
+
+    Attributes:
+      address: the version's folder; model: the model's name; version: a number, or None where the
+      folder's name is none.
+
+    Raises:
+      ImportError: TensorFlow is not installed.
+      TypeError: an argument of another type.
+      ValueError: rows_per_request is not above 0.
+      ModelNotFound: there is no SavedModel.
+      ScoringError: it does not load.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        signature: str | None = None,
+        rows_per_request: int = 4096,
+    ):
+        for name, value, kind, expected in (
+            ("signature", signature, str | None, "a str or None"),
+            ("rows_per_request", rows_per_request, numbers.Integral, "an int"),
+        ):
+            # True is an int, but hardly meant as one.
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{name}: found {value!r}, expected {expected}")
+        if not rows_per_request > 0:
+            raise ValueError(f"rows_per_request must be above 0, found {rows_per_request}")
+        folder = _version_folder(pathlib.Path(path).absolute())
+        number = _number(folder)
+        self.address, self.version = str(folder), number
+        self.model = folder.name if number is None else folder.parent.name
+        self.signature, self.rows_per_request = signature, rows_per_request
+        if not _is_saved_model(folder):
+            expected = "a version's folder, or a model's folder with versions 1, 2, ... in it"
+            details = f"found no saved_model.pb, expected {expected}"
+            code = grpc.StatusCode.NOT_FOUND
+            raise ModelNotFound(self.address, self.model, self.version, code, details)
+        try:
+            # Imported late: a client alone has no TensorFlow, and it takes seconds.
+            from pwiser_serving.server.saved_model import SavedModel
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{error}: pip install 'pwiser-serving[server]'") from None
+        try:
+            self._saved_model = SavedModel(folder)
+        except Status as status:
+            raise self._fault(status.code, status.message) from None
+        self._model = Model(self.version, self._saved_model.signatures)
+
+    def score(self, features: Mapping[str, Sequence]) -> Scores:
+        """Scores the candidates, in their order.
+
+        Args:
+          features: columns of raw features by name, or ids, or serialized Examples, as
+            `Scorer.score` takes them.
+
+        Returns:
+          "ctr", "cvr", "ctcvr": float32 [n], probabilities; and the `version`.
+
+        Raises:
+          TypeError: the features are not columns by name.
+          FeatureError: the model does not take these features.
+          ScoringError: the model has no such signature, or fails.
+          UsageError: this is closed.
+        """
+        self._require_open()
+        signature, arrays, count = self._columns(self._model, by_name(features))
+        parts = []
+        for start in range(0, count, self.rows_per_request):
+            end = min(start + self.rows_per_request, count)
+            part = {name: array[start:end] for name, array in arrays.items()}
+            parts.append(self._scores(signature, part, end - start))
+        return joined(parts)
+
+    def close(self) -> None:
+        """Frees the model; calls that are running end with an error. Once more does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._saved_model.close()
+
+    def _scores(self, signature: str, arrays: Mapping[str, np.ndarray], rows: int) -> Scores:
+        try:
+            outputs = self._saved_model.predict(signature, arrays, OUTPUTS)
+        except Status as status:
+            # It may have been running when this was closed.
+            self._require_open()
+            raise self._fault(status.code, status.message) from None
+        return self._checked(outputs, rows, [] if self.version is None else [self.version])
+
+
+def _version_folder(path: pathlib.Path) -> pathlib.Path:
+    """The folder of the newest version in a model's folder; any other path as it is."""
+    if _is_saved_model(path) or not path.is_dir():
+        return path
+    versions = [child for child in path.iterdir() if _number(child) is not None and child.is_dir()]
+    return max(versions, key=_number, default=path)
+
+
+def _number(folder: pathlib.Path) -> int | None:
+    """The version whose folder it is, or None where its name is none."""
+    return int(folder.name) if re.fullmatch(r"[0-9]{1,19}", folder.name) else None
+
+
+def _is_saved_model(folder: pathlib.Path) -> bool:
+    # As bytes or as text.
+    return any((folder / name).is_file() for name in ("saved_model.pb", "saved_model.pbtxt"))
