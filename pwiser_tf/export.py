@@ -11,21 +11,39 @@ three signatures that all give ctr, cvr and ctcvr, float [batch]:
                      hold them (ids, transformed values): the fast path
 
 A missing raw value is NaN, "" or the smallest int64; an Example may leave the feature out.
+
+In Python too, predict_raw takes the features' own names, odd ones in a dictionary:
+
+    predict_raw = tf.saved_model.load("models/us/1").signatures["predict_raw"]
+    predict_raw(item=[3, 4], **{"price (€)": [0.5, 2.0]})["ctcvr"]
+
+TensorFlow replaces each character there that is no letter and no digit by "_", and puts "arg_"
+before what then begins with no letter. Four kinds of names cannot work so. These features are
+called feature_N instead, N being the position in the schema, from 0; `structured_input_signature`
+lists the names that are taken. A server takes every feature by its own name.
+
+    "a b" beside "a_b"      names that become the same one
+    "class", "from"         Python's keywords
+    "self"                  Python passes the function itself under it
+    "m²"                    a character that Python does not take in a name
 """
 
 import pwiser_tf.quiet  # noqa: F401
 
 # isort: split
 
+import collections
+import keyword
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, MutableMapping
 
 import numpy as np
 import tensorflow as tf
 from absl import flags
-from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2
+from google.protobuf.message import Message
+from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
 from pwiser_tf import workdir
@@ -70,7 +88,8 @@ class ServedModel(tf.Module):
             lambda inputs: model(inputs, training=False), features
         )
         example_spec = self._example_spec()
-        self.aliases = _aliases(example_spec)
+        self.python_names = _python_names(example_spec)
+        self.aliases = _aliases(self.python_names)
         raw = {name: _spec(self.aliases[name], spec.dtype) for name, spec in example_spec.items()}
         self.functions = {
             name: tf.function(function).get_concrete_function(inputs)
@@ -168,7 +187,7 @@ def export(
     """Exports the best epoch of the run in `folder` as the model's next version.
 
     The version's folder appears whole, in one rename, and only after it was loaded through a
-    Session, as TF Serving does, and gave the Keras model's numbers.
+    Session, as TF Serving does, and in Python, and gave the Keras model's numbers.
 
     Returns:
       The new version's folder, <export_dir>/<model_name>/<version>.
@@ -193,12 +212,12 @@ def _write_version(base, model, served, schema, model_name, row) -> pathlib.Path
     aside.mkdir()
     try:
         tf.saved_model.save(served, str(aside), signatures=served.functions)
-        _restore_names(aside, served.aliases)
+        _restore_names(aside, served)
         extra = aside / _EXTRA_ASSETS
         extra.mkdir()
         schema.save(extra)
         _write_warm_up(extra / _WARM_UP_FILE, model_name, row)
-        _check(aside, model, row)
+        _check(aside, model, row, served.python_names)
         aside.rename(base / str(version))
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -210,28 +229,80 @@ def _spec(name: str, dtype: tf.DType, *inner: int) -> tf.TensorSpec:
     return tf.TensorSpec([None, *inner], dtype, name)
 
 
-def _aliases(names: Iterable[str]) -> dict[str, str]:
+def _python_names(names: Iterable[str]) -> dict[str, str]:
+    """Raw feature names, in order, to the parameters that TensorFlow makes of them in Python.
+
+    A name that cannot be a parameter, or not alone, becomes `feature_N`: see above.
+    """
+    sanitized = {name: _sanitized(name) for name in names}
+    counts = collections.Counter(sanitized.values())
+    result = {}
+    for position, (name, parameter) in enumerate(sanitized.items()):
+        possible = parameter.isidentifier() and not keyword.iskeyword(parameter)
+        if counts[parameter] > 1 or parameter == "self" or not possible:
+            parameter = f"feature_{position}"
+            # Another feature may have that name as its own.
+            while parameter in counts:
+                parameter += "_"
+        result[name] = parameter
+    return result
+
+
+def _sanitized(name: str) -> str:
+    """A keyword argument's name as TensorFlow reads it (sanitize_arg_name in its sources)."""
+    plain = "".join(character if character.isalnum() else "_" for character in name)
+    return plain if plain[:1].isalpha() else f"arg_{plain}"
+
+
+def _aliases(python_names: dict[str, str]) -> dict[str, str]:
     """Raw feature names to names that TensorFlow takes for a tensor.
 
-    It takes few: no blanks, no `self`, no two that differ by case alone.
+    It takes few: no blanks, no `self`, no two that differ by case alone. A function's tensors lie
+    in the order of their names: the aliases have the order of the names in Python.
     """
-    return {name: f"feature_{position}" for position, name in enumerate(names)}
+    ordered = sorted(python_names, key=python_names.__getitem__)
+    return {name: f"input_{position:06}" for position, name in enumerate(ordered)}
 
 
-def _restore_names(folder: pathlib.Path, aliases: dict[str, str]) -> None:
-    """Gives predict_raw's inputs the features' own names, which TensorFlow would not take."""
+def _restore_names(folder: pathlib.Path, served: ServedModel) -> None:
+    """Gives predict_raw's inputs the features' own names, which TensorFlow would not take.
+
+    A server reads them in the SignatureDef; tf.saved_model.load reads a function's parameters and
+    their types in the object graph.
+    """
     path = folder / "saved_model.pb"
     saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
-    inputs = saved_model.meta_graphs[0].signature_def["predict_raw"].inputs
-    # Taken out first: a feature may have the name of another one's alias.
-    infos = {}
-    for name, alias in aliases.items():
-        infos[name] = meta_graph_pb2.TensorInfo()
-        infos[name].CopyFrom(inputs[alias])
-    inputs.clear()
-    for name, info in infos.items():
-        inputs[name].CopyFrom(info)
+    (graph,) = saved_model.meta_graphs
+    own = {alias: name for name, alias in served.aliases.items()}
+    python = {alias: served.python_names[name] for alias, name in own.items()}
+    _rename(graph.signature_def["predict_raw"].inputs, own)
+
+    nodes, node = graph.object_graph_def.nodes, graph.object_graph_def.nodes[0]
+    for step in ("signatures", "predict_raw"):
+        node = nodes[next(child.node_id for child in node.children if child.local_name == step)]
+    function = node.bare_concrete_function
+    function.argument_keywords[:] = [python[alias] for alias in function.argument_keywords]
+    for field in function.function_spec.fullargspec.named_tuple_value.values:
+        if field.key == "kwonlyargs":
+            for parameter in field.value.list_value.values:
+                parameter.string_value = python[parameter.string_value]
+    concrete = graph.object_graph_def.concrete_functions[function.concrete_function_name]
+    _, parameters = concrete.canonicalized_input_signature.tuple_value.values
+    for parameter in parameters.dict_value.fields.values():
+        parameter.tensor_spec_value.name = python[parameter.tensor_spec_value.name]
+    _rename(parameters.dict_value.fields, python)
     path.write_bytes(saved_model.SerializeToString(deterministic=True))
+
+
+def _rename(messages: MutableMapping[str, Message], names: dict[str, str]) -> None:
+    """Gives the messages of a protocol buffer's map other keys: old ones to new ones."""
+    # Taken out first: a feature may have the name of another one's alias.
+    taken = {}
+    for old, message in messages.items():
+        taken[names[old]] = type(message).FromString(message.SerializeToString())
+    messages.clear()
+    for new, message in taken.items():
+        messages[new].CopyFrom(message)
 
 
 def _one_row(schema: Schema) -> dict[str, dict[str, np.ndarray]]:
@@ -274,21 +345,31 @@ def _write_warm_up(path: pathlib.Path, model_name: str, row: dict) -> None:
                 writer.write(log.SerializeToString())
 
 
-def _check(folder: pathlib.Path, model: ClickConversionModel, row: dict) -> None:
+def _check(
+    folder: pathlib.Path, model: ClickConversionModel, row: dict, python_names: dict[str, str]
+) -> None:
     """Loads an export through a Session, as TF Serving does, and compares every signature.
 
-    tf.saved_model.load succeeding would prove nothing: it can where a Session fails.
+    tf.saved_model.load succeeding would prove nothing: it can where a Session fails. It is tried
+    too, for predict_raw's parameters.
     """
     features = {name: tf.constant(value) for name, value in row["predict"].items()}
     expected = model(features, training=False)
+
+    def compare(outputs: dict[str, np.ndarray], name: str) -> None:
+        for key, found in outputs.items():
+            np.testing.assert_allclose(found, expected[key], rtol=1e-5, err_msg=f"{name} {key}")
+
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(folder))
         for name, inputs in row.items():
             signature = loaded.signature_def[name]
             feed = {signature.inputs[key].name: value for key, value in inputs.items()}
             fetch = {key: value.name for key, value in signature.outputs.items()}
-            for key, found in session.run(fetch, feed).items():
-                np.testing.assert_allclose(found, expected[key], rtol=1e-5, err_msg=f"{name} {key}")
+            compare(session.run(fetch, feed), name)
+    predict_raw = tf.saved_model.load(str(folder)).signatures["predict_raw"]
+    arguments = {python_names[name]: tf.constant(v) for name, v in row["predict_raw"].items()}
+    compare(predict_raw(**arguments), "predict_raw in Python")
 
 
 def define_flags() -> None:

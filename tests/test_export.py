@@ -242,10 +242,23 @@ def test_the_command_exports(trained, tmp_path):
     assert result.stderr == ""
 
 
-def test_columns_of_any_name_are_served_under_it(tmp_path):
-    # TensorFlow takes none of these for inputs: blanks, `self`, two that differ by case alone; and
-    # feature_0 is what another one is called in the graph.
-    names = ["self", "Click", "click", "a b", "日本", "feature_0", "a/b"]
+# TensorFlow takes none of these for tensors: blanks, `self`, two that differ by case alone. The
+# second is how the first one's tensor is called. In Python, TensorFlow sorts names otherwise than
+# Python does: "_" of "a/b" and of "a b" stands behind "C", and before "b".
+ODD_NAMES = ["zoo", "input_000000", "Click", "click", "日本", "a b", "aC", "ab", "a/c:d", "_x", "0"]
+# What Python cannot take under its own name, and what it takes instead.
+IMPOSSIBLE_NAMES = {
+    "self": "feature_11",
+    "class": "feature_12",
+    "m²": "feature_13_",
+    "n o": "feature_14",
+    "n_o": "feature_15",
+}
+ALL_NAMES = [*ODD_NAMES, *IMPOSSIBLE_NAMES, "feature_13"]
+
+
+def _save_bits(names, folder):
+    """Saves a model whose score is the sum of 2**i over the columns i that hold i."""
     schema = Schema(
         "columns",
         tuple(Categorical(name, "int64", (position,)) for position, name in enumerate(names)),
@@ -256,21 +269,74 @@ def test_columns_of_any_name_are_served_under_it(tmp_path):
     )
 
     def model(features, training):
-        # Which columns hold the value they know, as bits.
-        scores = tf.cast(features["categorical"], tf.float32) @ (2.0 ** np.arange(7)[:, None])
+        bits = 2.0 ** np.arange(len(names))[:, None]
+        scores = tf.cast(features["categorical"], tf.float32) @ bits
         return dict.fromkeys(export.OUTPUTS, scores[:, 0])
 
     served = export.ServedModel(model, schema)
-    tf.saved_model.save(served, str(tmp_path), signatures=served.functions)
-    export._restore_names(tmp_path, served.aliases)
+    tf.saved_model.save(served, str(folder), signatures=served.functions)
+    export._restore_names(folder, served)
+
+
+@pytest.fixture(scope="module")
+def odd_names(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd_names")
+    _save_bits(ALL_NAMES, folder)
+    return folder
+
+
+def test_columns_of_any_name_are_served_under_it(odd_names):
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(tmp_path))
+        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(odd_names))
         signature = loaded.signature_def["predict_raw"]
-        assert set(signature.inputs) == set(names)
-        for position, name in enumerate(names):
-            feed = {signature.inputs[other].name: [-1] for other in names}
+        assert set(signature.inputs) == set(ALL_NAMES)
+        for position, name in enumerate(ALL_NAMES):
+            feed = {signature.inputs[other].name: [-1] for other in ALL_NAMES}
             feed[signature.inputs[name].name] = [position]
             assert session.run(signature.outputs["ctr"].name, feed).tolist() == [2.0**position]
+
+
+def test_columns_of_nearly_any_name_are_taken_under_it_in_python(odd_names):
+    predict_raw = tf.saved_model.load(str(odd_names)).signatures["predict_raw"]
+    names = [IMPOSSIBLE_NAMES.get(name, name) for name in ALL_NAMES]
+    for position, name in enumerate(names):
+        given = {other: [-1] for other in names} | {name: [position]}
+        assert predict_raw(**given)["ctr"].numpy().tolist() == [2.0**position], name
+    taken = predict_raw.structured_input_signature[1]
+    # As TensorFlow writes a name that is none in Python.
+    python_names = {"a b": "a_b", "a/c:d": "a_c_d", "_x": "arg__x", "0": "arg_0"}
+    assert set(taken) == {python_names.get(name, name) for name in names}
+    assert {spec.name for spec in taken.values()} == set(taken)
+
+
+@pytest.mark.parametrize("name", IMPOSSIBLE_NAMES)
+def test_a_name_that_python_cannot_take_is_refused_and_never_taken_for_another(name, odd_names):
+    predict_raw = tf.saved_model.load(str(odd_names)).signatures["predict_raw"]
+    given = {IMPOSSIBLE_NAMES.get(other, other): [-1] for other in ALL_NAMES}
+    del given[IMPOSSIBLE_NAMES[name]]
+    with pytest.raises(TypeError):
+        predict_raw(**given, **{name: [-1]})
+
+
+def test_python_takes_the_only_column_by_name_and_by_position(tmp_path):
+    _save_bits(["price (€)"], tmp_path)
+    predict_raw = tf.saved_model.load(str(tmp_path)).signatures["predict_raw"]
+    assert predict_raw(**{"price (€)": [0, 1]})["ctr"].numpy().tolist() == [1, 0]
+    assert predict_raw(tf.constant([0, 1], tf.int64))["ctr"].numpy().tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("signature", ["serving_default", "predict_raw", "predict"])
+def test_python_gives_what_a_session_gives(signature, in_a_session, exported, trained):
+    inputs = {
+        "serving_default": {"examples": _examples()},
+        "predict_raw": RAW,
+        "predict": _features(Schema.load(trained)),
+    }
+    function = tf.saved_model.load(str(exported)).signatures[signature]
+    outputs = function(**{name: tf.constant(value) for name, value in inputs[signature].items()})
+    assert set(outputs) == {"ctr", "cvr", "ctcvr"}
+    for name, values in outputs.items():
+        np.testing.assert_allclose(values, in_a_session[0][signature][name], rtol=1e-6)
 
 
 def test_a_killed_export_is_cleared_away_and_two_at_a_time_are_refused(trained, tmp_path):
