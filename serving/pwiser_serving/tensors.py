@@ -8,12 +8,20 @@ from pwiser_serving.protos import tensor_pb2
 
 Tensor = tensor_pb2.Tensor
 
+try:
+    # TensorFlow's small types. A client alone does without: its scores are numbers of 32 bits.
+    import ml_dtypes
+except ImportError:
+    ml_dtypes = None
+
 _STRINGS = np.dtype(object)
 # Data type: its NumPy type, and the field that holds values sent one by one.
 _TYPES = {
     tensor_pb2.DT_FLOAT: (np.dtype("<f4"), "float_val"),
     tensor_pb2.DT_DOUBLE: (np.dtype("<f8"), "double_val"),
     tensor_pb2.DT_HALF: (np.dtype("<f2"), "half_val"),
+    tensor_pb2.DT_COMPLEX64: (np.dtype("<c8"), "scomplex_val"),
+    tensor_pb2.DT_COMPLEX128: (np.dtype("<c16"), "dcomplex_val"),
     tensor_pb2.DT_INT8: (np.dtype("i1"), "int_val"),
     tensor_pb2.DT_INT16: (np.dtype("<i2"), "int_val"),
     tensor_pb2.DT_INT32: (np.dtype("<i4"), "int_val"),
@@ -24,13 +32,38 @@ _TYPES = {
     tensor_pb2.DT_UINT64: (np.dtype("<u8"), "uint64_val"),
     tensor_pb2.DT_BOOL: (np.dtype("?"), "bool_val"),
     tensor_pb2.DT_STRING: (_STRINGS, "string_val"),
+    # Quantized numbers: a named field of the plain type, as TensorFlow has them in NumPy.
+    tensor_pb2.DT_QINT8: (np.dtype([("qint8", "i1")]), "int_val"),
+    tensor_pb2.DT_QUINT8: (np.dtype([("quint8", "u1")]), "int_val"),
+    tensor_pb2.DT_QINT16: (np.dtype([("qint16", "<i2")]), "int_val"),
+    tensor_pb2.DT_QUINT16: (np.dtype([("quint16", "<u2")]), "int_val"),
+    tensor_pb2.DT_QINT32: (np.dtype([("qint32", "<i4")]), "int_val"),
+}
+_ML_FIELDS = {
+    "bfloat16": "half_val",
+    "float8_e5m2": "float8_val",
+    "float8_e4m3fn": "float8_val",
+    "float8_e4m3fnuz": "float8_val",
+    "float8_e4m3b11fnuz": "float8_val",
+    "float8_e5m2fnuz": "float8_val",
+    "int4": "int_val",
+    "uint4": "int_val",
+    "int2": "int_val",
+    "uint2": "int_val",
+    "float4_e2m1fn": "float8_val",
+}
+# An older ml_dtypes has fewer of them.
+_TYPES |= {
+    tensor_pb2.DataType.Value(f"DT_{name.upper()}"): (np.dtype(getattr(ml_dtypes, name)), field)
+    for name, field in _ML_FIELDS.items()
+    if hasattr(ml_dtypes, name)
 }
 _DATA_TYPES = {dtype: data_type for data_type, (dtype, _) in _TYPES.items()}
 # Data types whose repeated field has a fixed size a number: the field's tag.
 _PACKED = {
     data_type: bytes([tensor_pb2.Tensor.DESCRIPTOR.fields_by_name[field].number << 3 | 2])
     for data_type, (_, field) in _TYPES.items()
-    if field in ("float_val", "double_val")
+    if field in ("float_val", "double_val", "scomplex_val", "dcomplex_val")
 }
 
 # A shape may claim this many elements more than were sent, and sizes up to this without any
@@ -39,9 +72,9 @@ _PACKED = {
 MAX_PADDING = 2**16
 
 
-def numpy_type(data_type: int) -> np.dtype:
-    """The NumPy type of a data type, object for strings. KeyError: there is none here."""
-    return _TYPES[data_type][0]
+def numpy_type(data_type: int) -> np.dtype | None:
+    """The NumPy type of a data type, object for strings; None where there is none."""
+    return _TYPES.get(data_type, (None,))[0]
 
 
 def data_type_name(data_type: int) -> str:
@@ -86,12 +119,21 @@ def fill(tensor: Tensor, array: np.ndarray, *, as_content: bool = True) -> None:
         dimensions.add(size=size)
     if as_content and data_type != tensor_pb2.DT_STRING:
         tensor.tensor_content = array.tobytes()
+        return
+    field = _TYPES[data_type][1]
+    if field == "float8_val":
+        tensor.float8_val = array.tobytes()
     elif data_type in _PACKED and array.size:
         # Numbers one by one are on the wire what they are in memory, behind a tag and their length.
         tensor.MergeFromString(_PACKED[data_type] + _varint(array.nbytes) + array.tobytes())
     else:
-        values = array.view(np.uint16) if data_type == tensor_pb2.DT_HALF else array
-        getattr(tensor, _TYPES[data_type][1]).extend(values.ravel().tolist())
+        if field == "half_val":
+            array = array.view(np.uint16)
+        elif array.dtype.names:
+            array = array.view(array.dtype[0])
+        elif field == "int_val":
+            array = array.astype(np.int32)
+        getattr(tensor, field).extend(array.ravel().tolist())
 
 
 def decode(tensor: Tensor) -> np.ndarray:
@@ -142,7 +184,13 @@ def _listed(field, dtype: np.dtype) -> np.ndarray:
     """Values sent one by one, [n]."""
     if dtype.kind == "O":
         return np.fromiter(field, object, len(field))
-    if dtype.itemsize < 4 and dtype.kind != "b":
+    if isinstance(field, bytes):
+        return np.frombuffer(field, dtype)
+    if dtype.kind == "c":
+        # Real and imaginary parts in turn; a part without its other one is dropped.
+        parts = np.array(field, f"<f{dtype.itemsize // 2}")
+        return parts[: len(parts) // 2 * 2].view(dtype)
+    if dtype.names or (dtype.itemsize < 4 and dtype.kind != "b"):
         # Small types travel as 32 bits; TensorFlow too keeps the lower ones.
         narrow = np.dtype(f"u{dtype.itemsize}")
         return np.array(field, np.int32).astype(narrow).view(dtype)
@@ -155,9 +203,12 @@ def _pad(values: np.ndarray, count: int) -> np.ndarray:
         return values[:count]
     if missing > MAX_PADDING:
         raise ValueError(f"{count} elements, {len(values)} values")
-    last = values[-1] if len(values) else b"" if values.dtype == object else 0
-    padded = np.empty(count, values.dtype)
-    padded[: len(values)], padded[len(values) :] = values, last
+    padded = np.zeros(count, values.dtype)
+    padded[: len(values)] = values
+    if len(values):
+        padded[len(values) :] = values[-1]
+    elif values.dtype == object:
+        padded[:] = b""
     return padded
 
 

@@ -27,6 +27,7 @@ pytest.importorskip("waitress")
 import prometheus_client.parser
 import tensorflow as tf
 from pwiser_serving.server import json_tensors, rest
+from pwiser_serving.server.calls import Turns
 from pwiser_serving.server.monitoring import Monitoring
 from pwiser_serving.server.service import Service
 from pwiser_serving.server.status import Status, not_found
@@ -468,21 +469,21 @@ class Echo:
         self.go_on.set()
         self.fault = None
 
-    def predict(self, name, inputs):
+    def predict(self, name, inputs, call):
         self.running.set()
         assert self.go_on.wait(20)
         if self.fault is not None:
             raise self.fault
         return {"y": inputs["x"] * 2}
 
-    def classify(self, name, given):
+    def classify(self, name, given, call):
         result = classification_pb2.ClassificationResult()
         for example in given.example_list.examples:
             for value in example.features.feature["x"].float_list.value:
                 result.classifications.add().classes.add(label=name, score=value)
         return result
 
-    def regress(self, name, given):
+    def regress(self, name, given, call):
         result = regression_pb2.RegressionResult()
         for example in given.example_list.examples:
             result.regressions.add(value=example.features.feature["x"].float_list.value[0])
@@ -509,19 +510,22 @@ class OneModel:
         return [status]
 
 
+def application(models, monitoring, calls, **options):
+    """The WSGI application in front of the models, for two requests at a time."""
+    service = Service(models, monitoring, Turns(2))
+    options = {"max_bytes": 100_000} | options
+    return rest.application(models, service, monitoring, Turns(2), calls, **options)
+
+
 class Site:
     """A running HTTP server in front of OneModel, and calls to it."""
 
-    def __init__(self):
+    def __init__(self, seconds=20, **options):
         self.models, self.monitoring = OneModel(), Monitoring()
-        application = rest.application(
-            self.models,
-            Service(self.models, self.monitoring),
-            self.monitoring,
-            max_bytes=100_000,
-            monitoring_path="/metrics",
-        )
-        self.server = rest.Server(application, FREE, max_bytes=100_000, threads=2)
+        calls = rest.Calls(seconds)
+        options = {"monitoring_path": "/metrics"} | options
+        wsgi = application(self.models, self.monitoring, calls, **options)
+        self.server = rest.Server(wsgi, calls, FREE, max_bytes=100_000)
         self.server.start()
 
     def call(self, method, path, body=None, headers=None, **options):
@@ -578,7 +582,6 @@ class TestHttp:
             ("POST", "/v1/models/m:predict?query"),
             ("DELETE", "/v1/models/m"),
             ("PUT", "/v1/models/m:predict"),
-            ("OPTIONS", "/v1/models/m:predict"),
         ],
     )
     def test_malformed_requests(self, site, method, path):
@@ -715,16 +718,14 @@ class TestHttp:
             b'{"instances": [{"x": 1}, {"x": true}], "\\u00fc": null, "y": {"a": [{}, []]}}',
         ]
         pieces = [b"[", b"]", b"{", b"}", b'"', b",", b":", b"\\u", b"1e999", b"-", b"\xff", b"\0"]
-        application = rest.application(
-            site.models, Service(site.models, site.monitoring), site.monitoring, max_bytes=100_000
-        )
+        answering = application(site.models, site.monitoring, rest.Calls(None))
         found = set()
         for _ in range(3000):
             body = bytearray(draw.choice(good))
             for _ in range(draw.randint(1, 6)):
                 place = draw.randrange(len(body) + 1)
                 body[place : place + draw.randint(0, 3)] = draw.choice(pieces)
-            status, answer = wsgi(application, bytes(body))
+            status, answer = wsgi(answering, bytes(body))
             found.add(status)
             assert status in (200, 400), (bytes(body), answer)
             json.loads(answer.decode("utf-8", "replace"))
@@ -739,6 +740,7 @@ def wsgi(application, body: bytes, path="/v1/models/m:predict") -> tuple[int, by
         "REQUEST_URI": path,
         "CONTENT_LENGTH": str(len(body)),
         "wsgi.input": io.BytesIO(body),
+        "waitress.client_disconnected": lambda: False,
     }
     answer = b"".join(application(environ, lambda line, headers: lines.append(line)))
     return int(lines[0].split()[0]), answer
@@ -777,9 +779,7 @@ def test_the_metrics_path_is_there_only_where_it_is_asked_for(site):
     status, headers, _ = site.call("GET", "/metrics")
     assert status == 200
     assert headers["Content-Type"].startswith("text/plain")
-    bare = rest.application(
-        site.models, Service(site.models, site.monitoring), site.monitoring, max_bytes=1
-    )
+    bare = application(site.models, site.monitoring, rest.Calls(None), max_bytes=1)
     assert wsgi(bare, b"", "/metrics")[0] == 404
 
 
@@ -830,7 +830,7 @@ def test_a_stop_waits_no_longer_than_told():
 
 def test_a_port_in_use_is_told(site):
     with pytest.raises(OSError, match="in use"):
-        rest.Server(print, site.server.port, max_bytes=1, threads=1)
+        rest.Server(print, rest.Calls(None), site.server.port, max_bytes=1)
 
 
 # ---- the whole server
@@ -1045,8 +1045,8 @@ def test_wrong_flags(tmp_path, capsys, flags, message):
 def test_a_stop_before_the_start():
     site = OneModel()
     monitoring = Monitoring()
-    application = rest.application(site, Service(site, monitoring), monitoring, max_bytes=1)
-    server = rest.Server(application, FREE, max_bytes=1, threads=1)
+    calls = rest.Calls(None)
+    server = rest.Server(application(site, monitoring, calls), calls, FREE, max_bytes=1)
     server.stop(5)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("localhost", server.port))

@@ -39,6 +39,7 @@ from google.protobuf import text_format
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from pwiser_serving.server import __main__ as command
 from pwiser_serving.server import config_pb2, service
+from pwiser_serving.server.calls import Turns
 from pwiser_serving.server.models import Models
 from pwiser_serving.server.monitoring import Monitoring
 from tensorflow_serving.apis import (
@@ -189,9 +190,9 @@ from pwiser_serving.server import __main__ as server
 
 class Slow:
     signatures = {}
-    def __init__(self, folder, monitoring, warm_up): pass
+    def __init__(self, folder, monitoring, options): pass
     def close(self): print("closed", flush=True)
-    def predict(self, name, inputs, output_filter):
+    def predict(self, name, inputs, output_filter, call):
         if name == "fault":
             raise KeyError("a fault\\nin two lines")
         print("running", flush=True)
@@ -200,7 +201,7 @@ class Slow:
         return {"ctr": np.zeros(1, np.float32)}
 
 sys.modules["pwiser_serving.server.saved_model"] = types.SimpleNamespace(
-    SavedModel=Slow, DEFAULT_SIGNATURE="serving_default")
+    SavedModel=Slow, LoadOptions=dict, DEFAULT_SIGNATURE="serving_default")
 from pwiser_serving.server import quiet
 with quiet.libraries():
     from pwiser_serving.server import service
@@ -217,8 +218,8 @@ def test_a_request_whose_bytes_do_not_come_keeps_nobody_waiting():
             looked.set()
             assert stop.wait(SECONDS)
 
-    answering = service.Service(Waiting(load=None), Monitoring())
-    server = service.grpc_server(answering, max_message_bytes=2**20, threads=1)
+    answering = service.Service(Waiting(load=None), Monitoring(), Turns(1))
+    server = service.grpc_server(answering, max_message_bytes=2**20)
     port = server.add_insecure_port("localhost:0")
     server.start()
 

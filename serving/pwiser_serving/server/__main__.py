@@ -6,14 +6,15 @@ Flags have TF Serving's names and, where they are the same, its defaults.
 """
 
 import _thread
-import argparse
 import contextlib
+import importlib.metadata
 import logging
 import os
 import pathlib
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
 from concurrent import futures
 
@@ -23,139 +24,12 @@ from google.protobuf.message import Message
 
 from pwiser_serving import command_line
 from pwiser_serving.server import config_pb2, logs, quiet
+from pwiser_serving.server import flags as server_flags
 
 _log = logging.getLogger("pwiser_serving")
 
 # Longer than any request should run: then the server ends without its answer.
 _GRACE_SECONDS = 30
-# Python waits for a little longer, and not for what is much longer.
-_MAX_SECONDS = 10**9
-_THREADS = 4 * (os.cpu_count() or 1)
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false", "1", "0"):
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected true or false")
-    return text.lower() in ("true", "1")
-
-
-# A flag that is on as --name, --name=true or --name=1.
-_SWITCH = {"type": _boolean, "nargs": "?", "const": True, "default": False}
-
-
-def _flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = command_line.Parser(
-        prog="python -m pwiser_serving.server",
-        description="Serves SavedModels over TF Serving's gRPC and REST APIs.",
-    )
-    parser.add_argument("--port", type=int, default=8500, help="gRPC port; 0 chooses a free one")
-    parser.add_argument("--model_name", default="default", help="the model's name in requests")
-    parser.add_argument("--model_base_path", help="the folder of version folders")
-    parser.add_argument(
-        "--model_config_file",
-        help="a ModelServerConfig as text: several models, version policies, labels; the two "
-        "flags above are ignored then",
-    )
-    parser.add_argument(
-        "--model_config_file_poll_wait_seconds",
-        type=float,
-        default=0,
-        help="seconds between looks for changes of that file; 0 looks once",
-    )
-    parser.add_argument(
-        "--file_system_poll_wait_seconds",
-        type=float,
-        default=1,
-        help="seconds between looks for a new version; 0 looks once",
-    )
-    parser.add_argument(
-        "--max_num_load_retries",
-        type=int,
-        default=5,
-        help="how often a version that failed is tried again though its files are as they were",
-    )
-    parser.add_argument(
-        "--load_retry_interval_micros",
-        type=int,
-        default=60_000_000,
-        help="microseconds between these tries",
-    )
-    parser.add_argument(
-        "--enable_model_warmup",
-        **_SWITCH | {"default": True},
-        help="answer a version's warm-up requests before it takes others",
-    )
-    parser.add_argument(
-        "--allow_version_labels_for_unavailable_models",
-        **_SWITCH,
-        help="a new label may name a version that is not in service yet: for labels in the "
-        "first --model_config_file",
-    )
-    parser.add_argument(
-        "--enable_serialization_as_tensor_content",
-        **_SWITCH,
-        help="numbers in answers as raw bytes: faster for clients that read them",
-    )
-    parser.add_argument(
-        "--enable_grpc_healthcheck_service", **_SWITCH, help="serve grpc.health.v1.Health too"
-    )
-    parser.add_argument(
-        "--ssl_config_file",
-        help="an SSLConfig as text, with the PEM texts of key and certificates: gRPC over TLS only",
-    )
-    parser.add_argument(
-        "--grpc_max_threads", type=int, default=_THREADS, help="gRPC requests that run at a time"
-    )
-    parser.add_argument(
-        "--rest_api_port", type=int, default=0, help="port of the REST API; 0 for none"
-    )
-    parser.add_argument(
-        "--rest_api_num_threads",
-        type=int,
-        default=_THREADS,
-        help="REST requests that run at a time",
-    )
-    parser.add_argument(
-        "--monitoring_config_file",
-        help="a MonitoringConfig as text: Prometheus metrics on the REST port",
-    )
-    parser.add_argument(
-        "--max_message_bytes",
-        type=int,
-        # TF Serving takes 2 GiB, and a request's memory is several times its size.
-        default=64 << 20,
-        help="the largest request accepted",
-    )
-    flags = parser.parse_args(arguments)
-    if not flags.model_base_path and not flags.model_config_file:
-        parser.error("expected --model_base_path or --model_config_file")
-    for name in ("port", "rest_api_port"):
-        if not 0 <= getattr(flags, name) < 2**16:
-            parser.error(f"--{name}: found {getattr(flags, name)}, expected 0 to 65535")
-    if flags.monitoring_config_file and not flags.rest_api_port:
-        parser.error("--monitoring_config_file: the metrics are on the REST port: --rest_api_port")
-    for name in (
-        "file_system_poll_wait_seconds",
-        "model_config_file_poll_wait_seconds",
-        "max_num_load_retries",
-        "load_retry_interval_micros",
-    ):
-        if not getattr(flags, name) >= 0:
-            parser.error(f"--{name}: found {getattr(flags, name)}, expected 0 or more")
-    for name in ("grpc_max_threads", "rest_api_num_threads"):
-        if getattr(flags, name) < 1:
-            parser.error(f"--{name}: found {getattr(flags, name)}, expected 1 or more")
-    for name in ("file_system_poll_wait_seconds", "model_config_file_poll_wait_seconds"):
-        if getattr(flags, name) > _MAX_SECONDS:
-            parser.error(f"--{name}: found {getattr(flags, name)}, expected at most {_MAX_SECONDS}")
-    for name in ("model_name", "model_base_path"):
-        try:
-            (getattr(flags, name) or "").encode()
-        except UnicodeEncodeError:
-            parser.error(f"--{name}: found {getattr(flags, name)!r}, which is not UTF-8")
-    if not 0 < flags.max_message_bytes < 2**31:
-        parser.error("--max_message_bytes: expected 1 to 2147483647")
-    return flags
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -165,8 +39,14 @@ def main(arguments: list[str] | None = None) -> None:
     """
     _hold_standard_files()
     _allow_many_files()
-    flags = _flags(arguments)
+    flags = server_flags.parse(arguments)
+    if flags.version:
+        for name, package in (("ModelServer", "pwiser-serving"), ("Library", "tensorflow")):
+            print(f"TensorFlow {name}: {importlib.metadata.version(package)}")
+        return
     logs.set_up()
+    for name, reason in flags.ignored.items():
+        _log.info("--%s: no effect here: %s", name, reason, extra={"event": "flag"})
     stop = _stop_event()
     credentials = flags.ssl_config_file and _credentials(flags.ssl_config_file)
     monitoring_path = flags.monitoring_config_file and _metrics_path(flags.monitoring_config_file)
@@ -182,6 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     from tensorflow_serving.config import model_server_config_pb2
 
     from pwiser_serving.server import memory, rest
+    from pwiser_serving.server.calls import Turns
     from pwiser_serving.server.models import Models, single_model
     from pwiser_serving.server.monitoring import Monitoring
     from pwiser_serving.server.saved_model import SavedModel
@@ -191,8 +72,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     memory.settle()
     monitoring = Monitoring()
+    try:
+        load_options = _load_options(flags)
+    except _BadFile as problem:
+        command_line.fail(f"--tensorflow_session_config_file: {problem}")
     models = Models(
-        lambda folder: SavedModel(folder, monitoring, warm_up=flags.enable_model_warmup),
+        lambda folder: SavedModel(folder, monitoring, load_options),
         allow_labels_for_unavailable=flags.allow_version_labels_for_unavailable_models,
         retries=Retries(flags.max_num_load_retries, flags.load_retry_interval_micros / 1e6),
     )
@@ -207,42 +92,50 @@ def main(arguments: list[str] | None = None) -> None:
     except (_BadFile, Status) as problem:
         command_line.fail(f"--model_config_file: {problem}")
     for model in models.all():
-        if not model.base_path.is_dir():
+        if not (model.base_path.is_dir() or flags.serve_what_loads):
             command_line.fail(f"model {model.name}: {model.base_path} is not a folder")
 
-    service = Service(models, monitoring, as_content=flags.enable_serialization_as_tensor_content)
+    service = Service(
+        models,
+        monitoring,
+        Turns(flags.grpc_max_threads),
+        as_content=flags.enable_serialization_as_tensor_content,
+    )
     server = grpc_server(
-        service, max_message_bytes=flags.max_message_bytes, threads=flags.grpc_max_threads
+        service,
+        max_message_bytes=flags.max_message_bytes,
+        arguments=flags.grpc_channel_arguments,
     )
     health = flags.enable_grpc_healthcheck_service and Health(server)
-    port = _bind(server, flags.port, credentials)
+    addresses = _bind(server, flags, credentials)
     http = None
     if flags.rest_api_port:
+        calls = rest.Calls(flags.rest_api_timeout_in_ms / 1000 or None)
         application = rest.application(
             models,
             service,
             monitoring,
+            Turns(flags.rest_api_num_threads),
+            calls,
             max_bytes=flags.max_message_bytes,
             monitoring_path=monitoring_path,
+            cors=flags.rest_api_enable_cors_support,
         )
         try:
             http = rest.Server(
-                application,
-                flags.rest_api_port,
-                max_bytes=flags.max_message_bytes,
-                threads=flags.rest_api_num_threads,
+                application, calls, flags.rest_api_port, max_bytes=flags.max_message_bytes
             )
         except OSError as error:
             command_line.fail(f"--rest_api_port: {flags.rest_api_port}: {error.strerror}")
 
     seconds = flags.file_system_poll_wait_seconds
-    if _wait_until_available(models, seconds, stop):
+    if _wait_until_available(models, seconds, stop, all_of_them=not flags.serve_what_loads):
         server.start()
         if http:
             http.start()
         # Whoever started it may have closed stdout or stopped reading it.
         with contextlib.suppress(OSError):
-            print(f"pwiser_serving: serving {_served(models)} on 0.0.0.0:{port}", flush=True)
+            print(f"pwiser_serving: serving {_served(models)} on {addresses}", flush=True)
             if http:
                 print(f"pwiser_serving: REST API on 0.0.0.0:{http.port}", flush=True)
         if flags.model_config_file and flags.model_config_file_poll_wait_seconds:
@@ -309,7 +202,32 @@ def _read(path: str, message: Message) -> Message:
     except OSError as error:
         raise _BadFile(f"{path}: {error.strerror}") from None
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        raise _BadFile(f"{path}: {error}") from None
+        # TF Serving's words, which its tests look for.
+        kind = message.DESCRIPTOR.full_name
+        raise _BadFile(f"{path}: Error parsing text-format {kind}: {error}") from None
+
+
+def _load_options(flags):
+    """How models are loaded: the threads and the tags that the flags name."""
+    from tensorflow.core.protobuf import config_pb2 as tensorflow_config_pb2
+
+    from pwiser_serving.server.saved_model import LoadOptions
+
+    session = tensorflow_config_pb2.ConfigProto()
+    if flags.tensorflow_session_config_file:
+        _read(flags.tensorflow_session_config_file, session)
+    threads = flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism
+    if threads:
+        session.intra_op_parallelism_threads = threads
+    if flags.per_process_gpu_memory_fraction:
+        fraction = flags.per_process_gpu_memory_fraction
+        session.gpu_options.per_process_gpu_memory_fraction = fraction
+    iterations = max(1, flags.num_request_iterations_for_warmup)
+    return LoadOptions(
+        tags=flags.saved_model_tags.split(","),
+        warm_up_iterations=iterations if flags.enable_model_warmup else 0,
+        session=session,
+    )
 
 
 def _credentials(path: str) -> grpc.ServerCredentials:
@@ -342,45 +260,67 @@ def _metrics_path(path: str) -> str | None:
     return where if config.enable else None
 
 
-def _bind(server: grpc.Server, port: int, credentials: grpc.ServerCredentials | None) -> int:
-    """Takes the port, or a free one for 0, and returns it."""
-    address = f"0.0.0.0:{port}"
-    try:
-        with quiet.libraries():
-            if not credentials:
-                return server.add_insecure_port(address)
-            return server.add_secure_port(address, credentials)
-    except RuntimeError:
-        # It says no more than that it failed: with a key and a certificate there are two reasons.
-        which = "--port or --ssl_config_file" if credentials else "--port"
-        reasons = f"{port} is in use, or may not be used"
-        if credentials:
-            reasons += ", or the key and the certificates are not PEM texts that fit"
-        command_line.fail(f"{which}: {reasons}")
+def _bind(server: grpc.Server, flags, credentials: grpc.ServerCredentials | None) -> str:
+    """Takes the port, or a free one for 0, and the socket; returns where gRPC listens."""
+    found = []
+    for flag, address in (
+        ("--port", f"0.0.0.0:{flags.port}" if flags.port or not flags.grpc_socket_path else ""),
+        ("--grpc_socket_path", flags.grpc_socket_path and f"unix:{flags.grpc_socket_path}"),
+    ):
+        if not address:
+            continue
+        try:
+            with quiet.libraries():
+                if credentials:
+                    port = server.add_secure_port(address, credentials)
+                else:
+                    port = server.add_insecure_port(address)
+        except RuntimeError:
+            # It says no more than that it failed: with TLS there are two reasons.
+            which = f"{flag} or --ssl_config_file" if credentials else flag
+            place = address.removeprefix("0.0.0.0:").removeprefix("unix:")
+            reasons = f"{place} is in use, or may not be used"
+            if credentials:
+                reasons += ", or the key and the certificates are not PEM texts that fit"
+            command_line.fail(f"{which}: {reasons}")
+        found.append(f"0.0.0.0:{port}" if flag == "--port" else address)
+    return " and ".join(found)
 
 
-def _wait_until_available(models, seconds: float, stop: threading.Event) -> bool:
-    """Waits until each model has a version in service; False where told to stop before."""
+def _wait_until_available(
+    models, seconds: float, stop: threading.Event, *, all_of_them: bool
+) -> bool:
+    """Waits until each model has a version in service, or one model has; False where told to stop
+    before."""
+
+    def ready() -> bool:
+        missing = models.missing()
+        return not missing or (not all_of_them and len(missing) < len(models.all()))
+
     warned = set()
     while True:
         looks = models.poll()
-        # A load may take minutes, and a signal should not wait for it.
+        next_look = time.monotonic() + seconds
+        # A load may take minutes: neither a signal nor the other models should wait for it.
         while futures.wait(looks, timeout=0.1).not_done:
             if stop.is_set():
                 return False
-        missing = models.missing()
-        if not missing:
-            return True
-        for model in missing:
+            if ready() or (seconds and time.monotonic() > next_look):
+                break
+        for model in models.missing():
+            if model in warned or model.loading:
+                continue
             problem = f"{model.base_path} holds no version that loads"
-            if not seconds:
-                command_line.fail(problem)
-            if model not in warned:
-                _log.warning(
-                    "%s yet; waiting", problem, extra={"event": "waiting", "model": model.name}
-                )
+            _log.warning(
+                "%s yet; waiting", problem, extra={"event": "waiting", "model": model.name}
+            )
             warned.add(model)
-        if stop.wait(seconds):
+        if ready():
+            return True
+        if not seconds:
+            missing = models.missing()[0]
+            command_line.fail(f"{missing.base_path} holds no version that loads")
+        if stop.wait(max(0, next_look - time.monotonic())):
             return False
 
 
@@ -395,7 +335,9 @@ def _follow_file(
         try:
             config = configuration()
             if config != models.config:
-                models.reload(config)
+                models.configure(config)
+                # Nobody waits for the loads: the file may change again before they are done.
+                models.look_again()
                 _log.info("a new configuration is in force", extra={"event": "reload"})
             told = None
         except (_BadFile, Status) as problem:

@@ -15,6 +15,7 @@ from pwiser_serving.server.status import (
     failed_precondition,
     invalid_argument,
     not_found,
+    unimplemented,
     unknown,
 )
 from pwiser_serving.server.versions import (
@@ -148,6 +149,7 @@ class Models:
                     raise invalid_argument(
                         f"Model {entry.name} requests unsupported platform {platform}"
                     )
+                _check_supported(entry)
             models, new = {}, []
             for entry in entries:
                 base_path, policy = pathlib.Path(entry.base_path), _policy(entry)
@@ -177,12 +179,7 @@ class Models:
             version that loads: it stays configured, and is served as soon as it has one.
         """
         new = self.configure(config)
-        with self._configuring:
-            # A look that is under way may have begun before the change. (Beginning another one at
-            # its side would take a thread of all models' to wait for it.)
-            self._again |= self._looks.keys() & self._models.values()
-            looks = [self._begin(model) for model in self._models.values()]
-        futures.wait(looks)
+        futures.wait(self.look_again())
         missing = [model for model in self.missing() if model.name in new]
         if missing:
             raise unknown(
@@ -198,6 +195,18 @@ class Models:
           The looks that are under way. None of them raises.
         """
         with self._configuring:
+            return [self._begin(model) for model in self._models.values()]
+
+    def look_again(self) -> list[futures.Future]:
+        """Begins a look at each model's folder by the present configuration.
+
+        Returns:
+          The looks that are under way. None of them raises.
+        """
+        with self._configuring:
+            # A look that is under way may have begun before a change. (Beginning another one at
+            # its side would take a thread of all models' to wait for it.)
+            self._again |= self._looks.keys() & self._models.values()
             return [self._begin(model) for model in self._models.values()]
 
     def all(self) -> list[Versions]:
@@ -289,6 +298,19 @@ def _check(entries, present: set[str]) -> None:
                 f"Illegal to change a model's platform. For model {entry.name} platform was "
                 f"{PLATFORM} and new platform requested is {platform}"
             )
+
+
+def _check_supported(entry) -> None:
+    """Raises Status for what TF Serving does and this server does not."""
+    if "://" in entry.base_path:
+        raise unimplemented(
+            f"Model {entry.name} has base_path {entry.base_path}: this server reads only folders "
+            "of its machine"
+        )
+    if entry.HasField("logging_config"):
+        raise unimplemented(
+            f"Model {entry.name} has a logging_config: this server does not log requests"
+        )
 
 
 def _platform(entry: Message) -> str:

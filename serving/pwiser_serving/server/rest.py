@@ -5,14 +5,16 @@ http_rest_api_util.cc, http_server.cc). Where it closes a request without a word
 JSON what is wrong.
 """
 
+import contextlib
 import json
 import logging
+import math
 import re
 import threading
 import time
 import urllib.parse
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import google.protobuf
 import grpc
@@ -20,13 +22,22 @@ import waitress
 from google.protobuf import json_format
 from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
 from waitress import wasyncore
+from waitress.channel import HTTPChannel
 
 from pwiser_serving.server import json_tensors
 from pwiser_serving.server import monitoring as metrics
+from pwiser_serving.server.calls import MAX_HELD, Call, Turns
 from pwiser_serving.server.models import Models
 from pwiser_serving.server.saved_model import DEFAULT_SIGNATURE
 from pwiser_serving.server.service import SIGNATURE_FIELD, Service
-from pwiser_serving.server.status import Status, internal, invalid_argument
+from pwiser_serving.server.status import (
+    Status,
+    cancelled,
+    deadline_exceeded,
+    failed_precondition,
+    internal,
+    invalid_argument,
+)
 
 _log = logging.getLogger("pwiser_serving")
 
@@ -60,8 +71,14 @@ _MAX_VERSION = 2**63 - 1
 
 # Connections that are open at the same time; further ones wait.
 _MAX_CONNECTIONS = 1000
-# How soon the server's thread notices that it should stop.
-_TICK_SECONDS = 0.1
+# How soon the server's thread notices that it should stop, or that a request should.
+_TICK_SECONDS = 0.05
+# What TF Serving sends with --rest_api_enable_cors_support.
+_CORS_HEADERS = [
+    ("Access-Control-Allow-Origin", "*"),
+    ("Access-Control-Allow-Methods", "POST, GET"),
+    ("Access-Control-Allow-Headers", "Content-Type"),
+]
 
 # A message that says so prints the fields that have their default too.
 _DEFAULTS_TOO = (
@@ -71,37 +88,85 @@ _DEFAULTS_TOO = (
 )
 
 
+class Calls:
+    """The requests that are being answered; those that nobody waits for any more are ended.
+
+    Args:
+      seconds: how long a request may take, None for as long as it likes.
+    """
+
+    def __init__(self, seconds: float | None):
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        # When each must be answered, and whether its client has gone.
+        self._calls: dict[Call, tuple[float, Callable[[], bool]]] = {}
+        self._next_look = 0.0
+
+    @contextlib.contextmanager
+    def call(self, environ: dict) -> Iterator[Call]:
+        """A WSGI request's call, within the `with`."""
+        call = Call()
+        end = math.inf if self._seconds is None else time.monotonic() + self._seconds
+        with self._lock:
+            self._calls[call] = end, environ["waitress.client_disconnected"]
+        try:
+            yield call
+        finally:
+            with self._lock:
+                del self._calls[call]
+
+    def look(self) -> None:
+        """Ends the calls whose time is up or whose client has gone. Call it again and again."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return
+        self._next_look = now + _TICK_SECONDS
+        with self._lock:
+            calls = list(self._calls.items())
+        for call, (end, client_has_gone) in calls:
+            if now > end:
+                call.end(deadline_exceeded())
+            elif client_has_gone():
+                call.end(cancelled("the client has closed its connection"))
+
+
 def application(
     models: Models,
     service: Service,
     monitoring: metrics.Monitoring,
+    turns: Turns,
+    calls: Calls,
     *,
     max_bytes: int,
     monitoring_path: str | None = None,
+    cors: bool = False,
 ) -> Callable:
     """The WSGI application.
 
     Args:
       models: what is in service; service: answers what needs no JSON tensors; monitoring: counts
-      the requests; max_bytes: the largest body, also where it came compressed; monitoring_path:
-      where the metrics are, None for nowhere.
+      the requests; turns: how many requests of a model run at a time; calls: ends requests;
+      max_bytes: the largest body, also where it came compressed; monitoring_path: where the
+      metrics are, None for nowhere; cors: allow pages of any origin to ask.
     """
-    rest = _Rest(models, service, monitoring, max_bytes)
+    rest = _Rest(models, service, monitoring, turns, calls, max_bytes)
 
     def answer(environ: dict, start_response: Callable) -> Iterable[bytes]:
         # As it was sent: a name may hold %2F, and TF Serving takes the query for a part of it.
         path = re.sub("^https?://[^/]*", "", environ["REQUEST_URI"], flags=re.IGNORECASE)
-        content_type = "application/json"
+        content_type, headers = "application/json", []
         if monitoring_path is not None and path == monitoring_path:
             status, content_type = "200 OK", metrics.CONTENT_TYPE
             body = monitoring.text().encode("utf-8", "replace")
         elif path.lower().startswith("/v1/"):
             status, body = rest.answer(environ["REQUEST_METHOD"], path, environ)
+            headers = _CORS_HEADERS if cors else []
         else:
             status, body = "404 Not Found", json_tensors.error("Not Found")
         if environ["REQUEST_METHOD"] == "HEAD":
             body = b""
-        start_response(status, [("Content-Type", content_type), ("Content-Length", str(len(body)))])
+        headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]
+        start_response(status, headers)
         return [body]
 
     return answer
@@ -111,9 +176,16 @@ class _Rest:
     """Answers what is asked under /v1/."""
 
     def __init__(
-        self, models: Models, service: Service, monitoring: metrics.Monitoring, max_bytes: int
+        self,
+        models: Models,
+        service: Service,
+        monitoring: metrics.Monitoring,
+        turns: Turns,
+        calls: Calls,
+        max_bytes: int,
     ):
         self._models, self._service, self._monitoring = models, service, monitoring
+        self._turns, self._calls = turns, calls
         self._max_uncompressed = min(max_bytes, _MAX_UNCOMPRESSED)
 
     def answer(self, method: str, path: str, environ: dict) -> tuple[str, bytes]:
@@ -125,6 +197,11 @@ class _Rest:
         try:
             # TF Serving's labels: a GET has no API.
             with self._monitoring.request(name, verb if method == "POST" else "", "REST"):
+                if method == "OPTIONS":
+                    # A browser asks so before it lets a page of another origin ask.
+                    if not re.search("https?://", environ.get("HTTP_ORIGIN", "")):
+                        raise failed_precondition("Origin header is missing in CORS preflight")
+                    return "200 OK", b""
                 if not match:
                     raise _malformed(method, path)
                 version = match["version"] and int(match["version"])
@@ -138,9 +215,10 @@ class _Rest:
                 # The path is compared without regard to case, the verb is not.
                 if verb not in ("predict", "classify", "regress"):
                     raise _malformed(method, path)
-                document = json_tensors.parse(self._body(environ))
                 answer = self._predict if verb == "predict" else self._infer
-                return "200 OK", answer(verb, document, name, version, label)
+                with self._calls.call(environ) as call, self._turns.turn(name, call):
+                    document = json_tensors.parse(self._body(environ))
+                    return "200 OK", answer(verb, document, name, version, label, call)
         except Status as raised:
             status = raised
         except Exception as error:
@@ -176,7 +254,13 @@ class _Rest:
         return _metadata_json(self._service.get_model_metadata(request))
 
     def _predict(
-        self, verb: str, document: dict, name: str, version: int | None, label: str | None
+        self,
+        verb: str,
+        document: dict,
+        name: str,
+        version: int | None,
+        label: str | None,
+        call: Call,
     ) -> bytes:
         signature_name = json_tensors.signature_name(document)
         with self._models.use(name, version, label) as (_, model):
@@ -189,12 +273,18 @@ class _Rest:
             data_types = {alias: info.dtype for alias, info in signature.inputs.items()}
             arrays, row = json_tensors.inputs(document, data_types)
             start = time.perf_counter()
-            outputs = model.predict(key, arrays)
+            outputs = model.predict(key, arrays, call=call)
             self._monitoring.runtime(name, "Predict", time.perf_counter() - start)
         return json_tensors.predictions(outputs, row=row)
 
     def _infer(
-        self, verb: str, document: dict, name: str, version: int | None, label: str | None
+        self,
+        verb: str,
+        document: dict,
+        name: str,
+        version: int | None,
+        label: str | None,
+        call: Call,
     ) -> bytes:
         """Classify and Regress."""
         signature_name = json_tensors.signature_name(document) or DEFAULT_SIGNATURE
@@ -202,7 +292,7 @@ class _Rest:
         with self._models.use(name, version, label) as (_, model):
             start = time.perf_counter()
             answer = model.classify if verb == "classify" else model.regress
-            result = answer(signature_name, examples)
+            result = answer(signature_name, examples, call)
             self._monitoring.runtime(name, verb.capitalize(), time.perf_counter() - start)
         write = json_tensors.classifications if verb == "classify" else json_tensors.regressions
         return write(result)
@@ -244,14 +334,21 @@ def _dump(answer: dict) -> bytes:
     return json.dumps(answer, indent=1, ensure_ascii=False).encode("utf-8", "replace")
 
 
+class _Connection(HTTPChannel):
+    """A connection that is not read any more when its client has closed it: it is always ready."""
+
+    def readable(self) -> bool:
+        return self.connected and super().readable()
+
+
 class Server:
     """The HTTP server.
 
     Args:
       application: what `application` gave.
+      calls: what the application got; they are looked at here.
       port: to listen on, 0 for a free one.
       max_bytes: the largest body; a larger one is answered with 413.
-      threads: requests that are answered at the same time.
 
     Attributes:
       port: the one that it listens on.
@@ -260,17 +357,20 @@ class Server:
       OSError: the port is in use, or may not be used.
     """
 
-    def __init__(self, application: Callable, port: int, *, max_bytes: int, threads: int):
+    def __init__(self, application: Callable, calls: Calls, port: int, *, max_bytes: int):
         for name in ("waitress", "waitress.queue"):
             # A line for each client that goes away, or request that waits a moment, is too many.
             logging.getLogger(name).setLevel(logging.ERROR)
+        self._calls = calls
         self._sockets: dict = {}
         self._server = waitress.create_server(
             application,
             map=self._sockets,
             host="0.0.0.0",
             port=port,
-            threads=threads,
+            threads=MAX_HELD,
+            # Read while a request is answered, which alone tells that its client has gone.
+            channel_request_lookahead=1,
             # Told by nothing what runs here.
             ident=None,
             max_request_body_size=max_bytes,
@@ -278,6 +378,7 @@ class Server:
             # select() knows no file descriptor above 1023.
             asyncore_use_poll=True,
         )
+        self._server.channel_class = _Connection
         self.port = int(self._server.effective_port)
         self._deadline: float | None = None
         self._thread = threading.Thread(target=self._run, name="rest", daemon=True)
@@ -306,6 +407,7 @@ class Server:
     def _turn(self) -> None:
         try:
             wasyncore.loop(timeout=_TICK_SECONDS, use_poll=True, map=self._sockets, count=1)
+            self._calls.look()
         except Exception:
             # A connection that fails must not end the others.
             _log.exception("a fault of the REST server", extra={"event": "fault"})

@@ -5,11 +5,11 @@ Serving (servables/tensorflow/predict_util.cc, classifier.cc, regressor.cc).
 """
 
 import dataclasses
-import functools
 import logging
 import pathlib
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -18,12 +18,15 @@ from tensorflow.core.framework import tensor_pb2
 from tensorflow.core.protobuf import config_pb2, meta_graph_pb2
 from tensorflow_serving.apis import (
     classification_pb2,
+    inference_pb2,
     input_pb2,
     prediction_log_pb2,
     regression_pb2,
 )
 
 from pwiser_serving import tensors
+from pwiser_serving.server.calls import Call
+from pwiser_serving.server.loader import load_error
 from pwiser_serving.server.monitoring import Monitoring
 from pwiser_serving.server.status import (
     Status,
@@ -31,74 +34,100 @@ from pwiser_serving.server.status import (
     invalid_argument,
     unimplemented,
 )
+from pwiser_serving.server.stoppable import Run, StoppableSession
 
 WARM_UP_FILE = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 MAX_WARM_UP_REQUESTS = 1000
 DEFAULT_SIGNATURE = "serving_default"
-# How many pairs of signature and outputs keep their prepared graph. A request names its outputs
-# freely, so the number of such pairs has no bound of its own.
-_PREPARED = 64
-# Rows up to which a batch is run in the caller's thread alone.
-_SMALL_BATCH = 64
+CLASSIFY, REGRESS = "tensorflow/serving/classify", "tensorflow/serving/regress"
+# How many pairs of signature and outputs get a part of the graph of their own. A request names its
+# outputs freely, so the number of such pairs has no bound; beyond this one all outputs are made.
+_PARTS = 64
 
 tf.get_logger().setLevel(logging.ERROR)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadOptions:
+    """How versions are loaded.
+
+    Attributes:
+      tags: of the graph to load, among those of a SavedModel; warm_up_iterations: how often each
+      warm-up request is answered, 0 for not at all: what a graph does once only is done then;
+      session: the threads of a session and so on.
+    """
+
+    tags: Sequence[str] = (tf.saved_model.SERVING,)
+    warm_up_iterations: int = 1
+    session: config_pb2.ConfigProto = dataclasses.field(default_factory=config_pb2.ConfigProto)
 
 
 class SavedModel:
     """A loaded version. Methods may be called from several threads at once.
 
+    A `call` that is ended stops what runs for it, and its method raises the call's Status.
+
     Args:
       folder: the version's folder, with `saved_model.pb` in it.
       monitoring: counts the load and the warm-up.
-      warm_up: answer its warm-up requests, if it has any, to nobody: what the graph does once only
-        is done then.
+      options: see LoadOptions.
 
     Raises:
       Status: it does not load, or one of its warm-up requests fails.
     """
 
     def __init__(
-        self, folder: pathlib.Path, monitoring: Monitoring | None = None, *, warm_up: bool = True
+        self,
+        folder: pathlib.Path,
+        monitoring: Monitoring | None = None,
+        options: LoadOptions | None = None,
     ):
-        monitoring = monitoring or Monitoring()
+        monitoring, options = monitoring or Monitoring(), options or LoadOptions()
         start, success = time.perf_counter(), False
         graph = tf.Graph()
         config = config_pb2.ConfigProto()
         # A thread that waits for work by spinning takes a core from those that bring it.
         config.experimental.disable_thread_spinning = True
-        self._session = tf.compat.v1.Session(graph=graph, config=config)
+        config.MergeFrom(options.session)
+        session = tf.compat.v1.Session(graph=graph, config=config)
         try:
             with graph.as_default():
                 loaded = tf.compat.v1.saved_model.loader.load(
-                    self._session, [tf.saved_model.SERVING], str(folder)
+                    session, list(options.tags), str(folder)
                 )
+            self._session = StoppableSession(session)
             self.signatures: dict[str, meta_graph_pb2.SignatureDef] = dict(loaded.signature_def)
             self._aliases = {
                 name: sorted(signature.inputs) for name, signature in self.signatures.items()
             }
-            self._prepare = functools.lru_cache(_PREPARED)(self._make_callable)
+            # By the signature's name and its outputs.
+            self._parts: dict[tuple[str, tuple[str, ...]], _Part] = {}
+            self._making_parts = threading.Lock()
             success = True
             monitoring.loaded(str(folder), time.perf_counter() - start, success=True)
             start = time.perf_counter()
-            records = self._warm_up(folder / WARM_UP_FILE) if warm_up else 0
+            records = self._warm_up(folder / WARM_UP_FILE, options.warm_up_iterations)
             if records:
                 monitoring.warmed_up(str(folder), time.perf_counter() - start, records)
-        except tf.errors.OpError as error:
-            self.close()
-            raise Status(error.error_code, error.message) from None
         except Status:
-            self.close()
+            session.close()
             raise
-        except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
-            # What the loader raises for a folder that is no SavedModel.
-            self.close()
-            raise failed_precondition(f"{type(error).__name__}: {error}") from None
+        except (tf.errors.OpError, OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
+            session.close()
+            if isinstance(error, tf.errors.OpError):
+                status = Status(error.error_code, error.message)
+            else:
+                # What the loader raises for a folder that is no SavedModel.
+                status = failed_precondition(f"{type(error).__name__}: {error}")
+            # TensorFlow's other loader may take what Python's does not: a model without its
+            # variables, of which every request would fail.
+            raise (not success and load_error(folder, options.tags)) or status from None
         finally:
             if not success:
                 monitoring.loaded(str(folder), time.perf_counter() - start, success=False)
 
     def close(self) -> None:
-        """Frees the model. No call may be running."""
+        """Frees the model. No method may be running."""
         self._session.close()
 
     def predict(
@@ -106,12 +135,13 @@ class SavedModel:
         name: str,
         inputs: Mapping[str, tensor_pb2.TensorProto | np.ndarray],
         output_filter: Sequence[str] = (),
+        call: Call | None = None,
     ) -> dict[str, np.ndarray]:
         """Runs a signature.
 
         Args:
           name: the signature's; inputs: its inputs by name; output_filter: the outputs wanted,
-          all of them where it is empty.
+          all of them where it is empty; call: for whom.
 
         Returns:
           The outputs by name.
@@ -123,19 +153,88 @@ class SavedModel:
         if signature is None:
             raise failed_precondition(f'Serving signature key "{name}" not found.')
         arrays = _inputs(signature, self._aliases[name], inputs)
-        return self._prepare(name, tuple(output_filter))(arrays)
+        return self._run(name, _outputs(signature, output_filter), arrays, call)
 
     def classify(
-        self, name: str, given: input_pb2.Input
+        self, name: str, given: input_pb2.Input, call: Call | None = None
     ) -> classification_pb2.ClassificationResult:
         """Runs a signature from `inputs`, Examples, to `classes` or `scores` or both.
 
         Args:
-          name: the signature's; given: the request's Examples.
+          name: the signature's; given: the request's Examples; call: for whom.
 
         Raises:
           Status: as TF Serving answers the same mistake (servables/tensorflow/classifier.cc).
         """
+        wanted = self._classify_outputs(name)
+        examples = _examples(given)
+        found = self._run(name, wanted, {"inputs": examples}, call)
+        return _classification(found, wanted, len(examples))
+
+    def regress(
+        self, name: str, given: input_pb2.Input, call: Call | None = None
+    ) -> regression_pb2.RegressionResult:
+        """Runs a signature from `inputs`, Examples, to `outputs`, one number each.
+
+        Args:
+          name: the signature's; given: the request's Examples; call: for whom.
+
+        Raises:
+          Status: as TF Serving answers the same mistake (servables/tensorflow/regressor.cc).
+        """
+        wanted = self._regress_outputs(name)
+        examples = _examples(given)
+        found = self._run(name, wanted, {"inputs": examples}, call)
+        return _regression(found["outputs"], len(examples))
+
+    def multi_inference(
+        self,
+        tasks: Sequence[inference_pb2.InferenceTask],
+        given: input_pb2.Input,
+        call: Call | None = None,
+    ) -> list[inference_pb2.InferenceResult]:
+        """Classifies and regresses the same Examples by several signatures, one after the other.
+
+        Args:
+          tasks: each names a signature, and `classify` or `regress` as its method; given: the
+          request's Examples; call: for whom.
+
+        Returns:
+          A result a task, in order, without the model's name and version.
+
+        Raises:
+          Status: as TF Serving answers the same mistake (servables/tensorflow/multi_inference.cc).
+        """
+        names = [_signature_name(task) for task in tasks]
+        for position, (task, name) in enumerate(zip(tasks, names, strict=True)):
+            if not task.model_spec.name:
+                raise invalid_argument("Found ModelSpec with an empty model name.")
+            if task.model_spec.name != tasks[0].model_spec.name:
+                raise invalid_argument(
+                    "All ModelSpecs in a MultiInferenceRequest must access the same model name."
+                )
+            if name in names[:position]:
+                raise invalid_argument(f"Duplicate evaluation of signature: {name}")
+            if name not in self.signatures:
+                raise invalid_argument(f"Requested signature not found in model graph: {name}")
+            if task.method_name == CLASSIFY:
+                self._classify_outputs(name)
+            elif task.method_name == REGRESS:
+                self._regress_outputs(name)
+            else:
+                raise unimplemented(f"Unsupported signature method_name: {task.method_name}")
+        results = []
+        for task, name in zip(tasks, names, strict=True):
+            result = inference_pb2.InferenceResult()
+            if task.method_name == CLASSIFY:
+                result.classification_result.CopyFrom(self.classify(name, given, call))
+            else:
+                result.regression_result.CopyFrom(self.regress(name, given, call))
+            results.append(result)
+        return results
+
+    def _classify_outputs(self, name: str) -> tuple[str, ...]:
+        """The outputs of a signature that classifies; Status where it cannot."""
         signature = self._example_signature(name)
         if len(signature.outputs) not in (1, 2):
             raise invalid_argument(
@@ -149,51 +248,10 @@ class SavedModel:
                 "Expected classification signature outputs to contain at least one of "
                 f'"classes" or "scores". Signature was: {signature}'
             )
-        examples = _examples(given)
-        found = self._prepare(name, wanted)({"inputs": examples})
-        for alias, data_type in (("classes", "DT_STRING"), ("scores", "DT_FLOAT")):
-            if alias not in found:
-                continue
-            values = found[alias]
-            if values.ndim != 2:
-                raise invalid_argument(
-                    f"Expected Tensor shape: [batch_size num_classes] but got {_shape_text(values)}"
-                )
-            if _data_type_text(values) != data_type:
-                raise invalid_argument(
-                    f"Expected {alias} Tensor of {data_type}. Got: {_data_type_text(values)}"
-                )
-            if len(values) != len(examples):
-                raise invalid_argument(
-                    f"Expected {alias} output batch size of {len(examples)}. Got: {len(values)}"
-                )
-        widths = [found[alias].shape[1] for alias in wanted]
-        if len(set(widths)) > 1:
-            raise invalid_argument(
-                "Tensors class and score should match in dim_size(1). Got "
-                f"{widths[0]} vs. {widths[1]}"
-            )
-        result = classification_pb2.ClassificationResult()
-        for row in range(len(examples)):
-            classes = result.classifications.add().classes
-            for column in range(widths[0]):
-                one = classes.add()
-                if "classes" in found:
-                    # The field is text: a label that is not is an error of the model.
-                    one.label = found["classes"][row, column].decode("utf-8", "replace")
-                if "scores" in found:
-                    one.score = found["scores"][row, column]
-        return result
+        return wanted
 
-    def regress(self, name: str, given: input_pb2.Input) -> regression_pb2.RegressionResult:
-        """Runs a signature from `inputs`, Examples, to `outputs`, one number each.
-
-        Args:
-          name: the signature's; given: the request's Examples.
-
-        Raises:
-          Status: as TF Serving answers the same mistake (servables/tensorflow/regressor.cc).
-        """
+    def _regress_outputs(self, name: str) -> tuple[str, ...]:
+        """The output of a signature that regresses; Status where it cannot."""
         signature = self._example_signature(name)
         if len(signature.outputs) != 1:
             raise invalid_argument("Expected one output Tensor.")
@@ -201,26 +259,7 @@ class SavedModel:
             raise invalid_argument(f"No regression inputs found in SignatureDef: {signature}")
         if "outputs" not in signature.outputs:
             raise invalid_argument(f"No regression outputs found in SignatureDef: {signature}")
-        examples = _examples(given)
-        values = self._prepare(name, ("outputs",))({"inputs": examples})["outputs"]
-        if not (values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1)):
-            raise invalid_argument(
-                "Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got "
-                f"{_shape_text(values)}"
-            )
-        if len(values) != len(examples):
-            raise invalid_argument(
-                "Input batch size did not match output batch size: "
-                f"{len(examples)} vs. {len(values)}"
-            )
-        if _data_type_text(values) != "DT_FLOAT":
-            raise invalid_argument(
-                f"Expected output Tensor of DT_FLOAT.  Got: {_data_type_text(values)}"
-            )
-        result = regression_pb2.RegressionResult()
-        for value in values.ravel().tolist():
-            result.regressions.add(value=value)
-        return result
+        return ("outputs",)
 
     def _example_signature(self, name: str) -> meta_graph_pb2.SignatureDef:
         if name not in self.signatures:
@@ -229,71 +268,91 @@ class SavedModel:
             raise invalid_argument("Expected one input Tensor.")
         return self.signatures[name]
 
-    def _warm_up(self, path: pathlib.Path) -> int:
+    def _warm_up(self, path: pathlib.Path, iterations: int) -> int:
         """Answers the requests of a warm-up file, if there is one; how many there were."""
         records = 0
-        for log in _warm_up_logs(path):
+        for log in _warm_up_logs(path) if iterations else ():
             records += 1
-            kind = log.WhichOneof("log_type")
-            if kind == "predict_log":
-                request = log.predict_log.request
-                self.predict(_signature_name(request), request.inputs, request.output_filter)
-            elif kind == "classify_log":
-                request = log.classify_log.request
-                self.classify(_signature_name(request), request.input)
-            elif kind == "regress_log":
-                request = log.regress_log.request
-                self.regress(_signature_name(request), request.input)
-            elif kind is not None:
-                number = log.DESCRIPTOR.fields_by_name[kind].number
-                raise unimplemented(f"Unsupported log_type for warmup: {number}")
+            for _ in range(iterations):
+                self._answer_log(log)
         return records
 
-    def _make_callable(self, name: str, output_filter: tuple[str, ...]) -> "_Prepared":
-        """The graph from a signature's inputs to some of its outputs, ready to run."""
+    def _answer_log(self, log: prediction_log_pb2.PredictionLog) -> None:
+        kind = log.WhichOneof("log_type")
+        if kind == "predict_log":
+            request = log.predict_log.request
+            self.predict(_signature_name(request), request.inputs, request.output_filter)
+        elif kind == "classify_log":
+            request = log.classify_log.request
+            self.classify(_signature_name(request), request.input)
+        elif kind == "regress_log":
+            request = log.regress_log.request
+            self.regress(_signature_name(request), request.input)
+        elif kind == "multi_inference_log":
+            request = log.multi_inference_log.request
+            self.multi_inference(request.tasks, request.input)
+        elif kind is not None:
+            number = log.DESCRIPTOR.fields_by_name[kind].number
+            raise unimplemented(f"Unsupported log_type for warmup: {number}")
+
+    def _run(
+        self,
+        name: str,
+        outputs: tuple[str, ...],
+        arrays: Mapping[str, np.ndarray],
+        call: Call | None,
+    ) -> dict[str, np.ndarray]:
+        """Runs a signature to some of its outputs, by name."""
+        part = self._parts.get((name, outputs)) or self._make_part(name, outputs)
+        found = part(arrays, call or Call())
+        return found if len(found) == len(outputs) else {alias: found[alias] for alias in outputs}
+
+    def _make_part(self, name: str, outputs: tuple[str, ...]) -> "_Part":
+        """The part of the graph from a signature's inputs to some of its outputs, or to all."""
         signature = self.signatures[name]
-        outputs = _outputs(signature, output_filter)
-        # Sorted by the tensor's name: TF Serving's messages count the arguments so.
-        feeds = sorted(signature.inputs.items(), key=lambda item: item[1].name)
-        names = [signature.outputs[alias].name for alias in outputs]
-        fetches = sorted(set(names))
-        options = config_pb2.CallableOptions(feed=[info.name for _, info in feeds], fetch=fetches)
-        try:
-            # Session.make_callable with feeds is a Session.run in disguise: four times slower at
-            # batch 1, and it converts types silently where TF Serving refuses.
-            run_large = self._session._make_callable_from_options(options)
-            # All in the caller's thread: threads that wake each other cost more than a small
-            # batch does. The answers are the same bits.
-            options.run_options.inter_op_thread_pool = -1
-            run_small = self._session._make_callable_from_options(options)
-        except tf.errors.OpError as error:
-            raise Status(error.error_code, error.message) from None
-        return _Prepared(
-            run_small=run_small,
-            run_large=run_large,
-            inputs=[(alias, info.dtype) for alias, info in feeds],
-            outputs=[
-                (alias, fetches.index(name)) for alias, name in zip(outputs, names, strict=True)
-            ],
-        )
+        with self._making_parts:
+            if len(self._parts) >= _PARTS:
+                outputs = tuple(sorted(signature.outputs))
+            if (name, outputs) in self._parts:
+                return self._parts[name, outputs]
+            # Sorted by the tensor's name: TF Serving's messages count the arguments so.
+            feeds = sorted(signature.inputs.items(), key=lambda item: item[1].name)
+            infos = [signature.outputs[alias] for alias in outputs]
+            for info in (*signature.inputs.values(), *infos):
+                # Without a type there is no tensor, which is told below.
+                if info.dtype and tensors.numpy_type(info.dtype) is None:
+                    kind = tensors.data_type_name(info.dtype)
+                    raise unimplemented(f"{info.name} is a {kind}, which this server cannot hold")
+            fetches = sorted({info.name for info in infos})
+            try:
+                run = self._session.part([info.name for _, info in feeds], fetches)
+            except tf.errors.OpError as error:
+                raise Status(error.error_code, error.message) from None
+            part = self._parts[name, outputs] = _Part(
+                run=run,
+                inputs=[(alias, info.dtype) for alias, info in feeds],
+                outputs=[
+                    (alias, fetches.index(info.name), tensors.numpy_type(info.dtype))
+                    for alias, info in zip(outputs, infos, strict=True)
+                ],
+            )
+            return part
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Prepared:
+class _Part:
     """A part of a graph, called with arrays by input name; gives arrays by output name.
 
     Attributes:
-      run_small, run_large: arrays to a list of arrays, in the caller's thread or with the
-      session's; inputs: (alias, data type) of each argument, in order; outputs: (alias, position
-      in that list) of each output.
+      run: from arrays to values; inputs: (alias, data type) of each argument, in order; outputs:
+      (alias, position in the result, NumPy type) of each output.
     """
 
-    run_small: Callable[..., list[np.ndarray]]
-    run_large: Callable[..., list[np.ndarray]]
+    run: Run
     inputs: Sequence[tuple[str, int]]
-    outputs: Sequence[tuple[str, int]]
+    outputs: Sequence[tuple[str, int, np.dtype | None]]
 
-    def __call__(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def __call__(self, arrays: Mapping[str, np.ndarray], call: Call) -> dict[str, np.ndarray]:
         arguments = []
         for alias, expected in self.inputs:
             array = arrays[alias]
@@ -304,16 +363,21 @@ class _Prepared:
                     f"but {tensors.data_type_name(found)} is provided"
                 )
             arguments.append(array)
-        large = arguments and arguments[0].shape and arguments[0].shape[0] > _SMALL_BATCH
         try:
-            results = (self.run_large if large else self.run_small)(*arguments)
+            results = self.run(arguments, call)
         except tf.errors.OpError as error:
             raise Status(error.error_code, error.message) from None
         except UnicodeDecodeError as error:
             # The op quotes bytes of the request, and TensorFlow cannot make a Python exception of
             # them, so its code is lost; only a request brings bytes that are no text.
             raise invalid_argument(error.object.decode("utf-8", "replace")) from None
-        return {alias: np.asarray(results[position]) for alias, position in self.outputs}
+        outputs = {}
+        for alias, position, dtype in self.outputs:
+            array = np.asarray(results[position])
+            # TensorFlow gives quantized numbers as plain ones.
+            quantized = dtype is not None and dtype.names and dtype != array.dtype
+            outputs[alias] = array.view(dtype) if quantized else array
+        return outputs
 
 
 def _inputs(
@@ -375,6 +439,65 @@ def _outputs(signature: meta_graph_pb2.SignatureDef, wanted: Sequence[str]) -> t
             raise invalid_argument(f"duplicate output tensor alias: {alias}")
         seen.add(alias)
     return tuple(sorted(seen or signature.outputs))
+
+
+def _classification(
+    found: Mapping[str, np.ndarray], wanted: Sequence[str], rows: int
+) -> classification_pb2.ClassificationResult:
+    """The answer for so many Examples out of the outputs wanted."""
+    for alias, data_type in (("classes", "DT_STRING"), ("scores", "DT_FLOAT")):
+        if alias not in found:
+            continue
+        values = found[alias]
+        if values.ndim != 2:
+            raise invalid_argument(
+                f"Expected Tensor shape: [batch_size num_classes] but got {_shape_text(values)}"
+            )
+        if _data_type_text(values) != data_type:
+            raise invalid_argument(
+                f"Expected {alias} Tensor of {data_type}. Got: {_data_type_text(values)}"
+            )
+        if len(values) != rows:
+            raise invalid_argument(
+                f"Expected {alias} output batch size of {rows}. Got: {len(values)}"
+            )
+    widths = [found[alias].shape[1] for alias in wanted]
+    if len(set(widths)) > 1:
+        raise invalid_argument(
+            f"Tensors class and score should match in dim_size(1). Got {widths[0]} vs. {widths[1]}"
+        )
+    result = classification_pb2.ClassificationResult()
+    for row in range(rows):
+        classes = result.classifications.add().classes
+        for column in range(widths[0]):
+            one = classes.add()
+            if "classes" in found:
+                # The field is text: a label that is not is an error of the model.
+                one.label = found["classes"][row, column].decode("utf-8", "replace")
+            if "scores" in found:
+                one.score = found["scores"][row, column]
+    return result
+
+
+def _regression(values: np.ndarray, rows: int) -> regression_pb2.RegressionResult:
+    """The answer for so many Examples out of the output."""
+    if not (values.ndim == 1 or (values.ndim == 2 and values.shape[1] == 1)):
+        raise invalid_argument(
+            "Expected output Tensor shape to be either [batch_size] or [batch_size, 1] but got "
+            f"{_shape_text(values)}"
+        )
+    if len(values) != rows:
+        raise invalid_argument(
+            f"Input batch size did not match output batch size: {rows} vs. {len(values)}"
+        )
+    if _data_type_text(values) != "DT_FLOAT":
+        raise invalid_argument(
+            f"Expected output Tensor of DT_FLOAT.  Got: {_data_type_text(values)}"
+        )
+    result = regression_pb2.RegressionResult()
+    for value in values.ravel().tolist():
+        result.regressions.add(value=value)
+    return result
 
 
 def _examples(given: input_pb2.Input) -> np.ndarray:

@@ -4,12 +4,11 @@ PredictionService, ModelService and, where it is asked for, the standard health 
 messages and the order of checks are those of tensorflow/serving.
 """
 
-import contextlib
 import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent import futures
 
 import grpc
@@ -19,6 +18,7 @@ from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
+    inference_pb2,
     model_management_pb2,
     model_pb2,
     predict_pb2,
@@ -26,20 +26,19 @@ from tensorflow_serving.apis import (
 )
 
 from pwiser_serving import tensors
+from pwiser_serving.server.calls import MAX_HELD, Call, Turns
 from pwiser_serving.server.models import Models
 from pwiser_serving.server.monitoring import Monitoring
 from pwiser_serving.server.saved_model import DEFAULT_SIGNATURE
-from pwiser_serving.server.status import Status, internal, invalid_argument
+from pwiser_serving.server.status import Status, cancelled, internal, invalid_argument
 
 _log = logging.getLogger("pwiser_serving")
 
 # The one metadata field there is.
 SIGNATURE_FIELD = "signature_def"
-# Requests that are held at a time, running or waiting for a thread; one more is refused.
+# Requests that are open at a time; one more is refused. Of these MAX_HELD have a thread, which they
+# have before their bytes have come.
 _MAX_REQUESTS = 512
-# Threads beside those that run requests. A request has its thread before its bytes have come, and
-# slow callers must not keep the others waiting. (More threads would hold more large requests.)
-_MORE_THREADS = 64
 # A caller whose machine is gone says nothing more. After so long it is asked, and then dropped.
 _KEEPALIVE_MILLISECONDS = 60_000
 
@@ -51,15 +50,26 @@ class Service:
       models: what is in service. Their servables have `signatures` and `predict`, as
         saved_model.SavedModel.
       monitoring: counts the requests.
+      turns: how many requests of a model run at a time.
       as_content: numbers in answers as raw bytes instead of one by one.
     """
 
-    def __init__(self, models: Models, monitoring: Monitoring, *, as_content: bool = False):
+    def __init__(
+        self,
+        models: Models,
+        monitoring: Monitoring,
+        turns: Turns,
+        *,
+        as_content: bool = False,
+    ):
         self._models = models
         self._monitoring = monitoring
+        self._turns = turns
         self._as_content = as_content
 
-    def predict(self, request: predict_pb2.PredictRequest) -> predict_pb2.PredictResponse:
+    def predict(
+        self, request: predict_pb2.PredictRequest, call: Call
+    ) -> predict_pb2.PredictResponse:
         response = predict_pb2.PredictResponse()
 
         def fill(outputs):
@@ -70,35 +80,49 @@ class Service:
             request,
             response,
             "Predict",
-            lambda model, name: model.predict(name, request.inputs, request.output_filter),
+            call,
+            lambda model, name: model.predict(name, request.inputs, request.output_filter, call),
             fill,
         )
 
     def classify(
-        self, request: classification_pb2.ClassificationRequest
+        self, request: classification_pb2.ClassificationRequest, call: Call
     ) -> classification_pb2.ClassificationResponse:
         response = classification_pb2.ClassificationResponse()
         return self._answer(
             request,
             response,
             "Classify",
-            lambda model, name: model.classify(name, request.input),
+            call,
+            lambda model, name: model.classify(name, request.input, call),
             response.result.CopyFrom,
         )
 
     def regress(
-        self, request: regression_pb2.RegressionRequest
+        self, request: regression_pb2.RegressionRequest, call: Call
     ) -> regression_pb2.RegressionResponse:
         response = regression_pb2.RegressionResponse()
         return self._answer(
             request,
             response,
             "Regress",
-            lambda model, name: model.regress(name, request.input),
+            call,
+            lambda model, name: model.regress(name, request.input, call),
             response.result.CopyFrom,
         )
 
-    def _answer(self, request, response, method: str, run: Callable, fill: Callable):
+    def multi_inference(
+        self, request: inference_pb2.MultiInferenceRequest, call: Call
+    ) -> inference_pb2.MultiInferenceResponse:
+        # The first task says which model, as with TF Serving; which counts no such request.
+        spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
+        with self._turns.turn(spec.name, call), self._use(spec) as (version, model):
+            results = model.multi_inference(request.tasks, request.input, call)
+        for task, result in zip(request.tasks, results, strict=True):
+            _name_model(result.model_spec, task.model_spec, version)
+        return inference_pb2.MultiInferenceResponse(results=results)
+
+    def _answer(self, request, response, method: str, call: Call, run: Callable, fill: Callable):
         """The response of a method that runs the model.
 
         Args:
@@ -107,19 +131,16 @@ class Service:
         name = request.model_spec.name
         with self._monitoring.request(name, method, "GRPC"):
             spec = _model_spec(request)
-            signature = spec.signature_name or DEFAULT_SIGNATURE
-            with self._use(spec) as (version, model):
+            with self._turns.turn(name, call), self._use(spec) as (version, model):
                 start = time.perf_counter()
-                result = run(model, signature)
+                result = run(model, spec.signature_name or DEFAULT_SIGNATURE)
                 self._monitoring.runtime(name, method, time.perf_counter() - start)
             fill(result)
-            response.model_spec.name = name
-            response.model_spec.version.value = version
-            response.model_spec.signature_name = signature
+            _name_model(response.model_spec, spec, version)
         return response
 
     def get_model_metadata(
-        self, request: get_model_metadata_pb2.GetModelMetadataRequest
+        self, request: get_model_metadata_pb2.GetModelMetadataRequest, call: Call | None = None
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         spec = _model_spec(request)
         if not request.metadata_field:
@@ -138,7 +159,7 @@ class Service:
         return response
 
     def get_model_status(
-        self, request: get_model_status_pb2.GetModelStatusRequest
+        self, request: get_model_status_pb2.GetModelStatusRequest, call: Call | None = None
     ) -> get_model_status_pb2.GetModelStatusResponse:
         spec = _model_spec(request)
         # As with TF Serving, a label chooses nothing here: all versions are told.
@@ -148,7 +169,7 @@ class Service:
         )
 
     def handle_reload_config(
-        self, request: model_management_pb2.ReloadConfigRequest
+        self, request: model_management_pb2.ReloadConfigRequest, call: Call | None = None
     ) -> model_management_pb2.ReloadConfigResponse:
         response = model_management_pb2.ReloadConfigResponse()
         response.status.SetInParent()
@@ -175,32 +196,42 @@ def _model_spec(request) -> model_pb2.ModelSpec:
     return request.model_spec
 
 
-def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> grpc.Server:
+def _name_model(answered: model_pb2.ModelSpec, asked: model_pb2.ModelSpec, version: int) -> None:
+    """Fills an answer's spec: the model that was asked, and the version that answered."""
+    answered.name = asked.name
+    answered.version.value = version
+    answered.signature_name = asked.signature_name or DEFAULT_SIGNATURE
+
+
+def grpc_server(
+    service: Service, *, max_message_bytes: int, arguments: Mapping[str, int | str] | None = None
+) -> grpc.Server:
     """A server with the service's methods, not yet bound to a port nor started.
 
     Args:
       max_message_bytes: the largest request accepted.
-      threads: how many requests run at a time.
+      arguments: gRPC's own, by name, before ours.
     """
-    running = threading.Semaphore(threads)
+    options: dict[str, int | str] = {
+        "grpc.max_receive_message_length": max_message_bytes,
+        "grpc.max_send_message_length": -1,
+        # Without this a second server on the same port is accepted in silence.
+        "grpc.so_reuseport": 0,
+        "grpc.keepalive_time_ms": _KEEPALIVE_MILLISECONDS,
+        "grpc.keepalive_permit_without_calls": 1,
+    }
     server = grpc.server(
         # TensorFlow works outside Python's lock, so that threads do run side by side.
-        futures.ThreadPoolExecutor(threads + _MORE_THREADS, thread_name_prefix="grpc"),
+        futures.ThreadPoolExecutor(MAX_HELD, thread_name_prefix="grpc"),
         maximum_concurrent_rpcs=_MAX_REQUESTS,
-        options=[
-            ("grpc.max_receive_message_length", max_message_bytes),
-            ("grpc.max_send_message_length", -1),
-            # Without this a second server on the same port is accepted in silence.
-            ("grpc.so_reuseport", 0),
-            ("grpc.keepalive_time_ms", _KEEPALIVE_MILLISECONDS),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ],
+        options=list((options | dict(arguments or {})).items()),
     )
     methods = {
         "tensorflow.serving.PredictionService": (
             _Method("Predict", predict_pb2.PredictRequest, service.predict),
             _Method("Classify", classification_pb2.ClassificationRequest, service.classify),
             _Method("Regress", regression_pb2.RegressionRequest, service.regress),
+            _Method("MultiInference", inference_pb2.MultiInferenceRequest, service.multi_inference),
             _Method(
                 "GetModelMetadata",
                 get_model_metadata_pb2.GetModelMetadataRequest,
@@ -217,7 +248,6 @@ def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> gr
                 "HandleReloadConfigRequest",
                 model_management_pb2.ReloadConfigRequest,
                 service.handle_reload_config,
-                waits=True,
             ),
         ),
     }
@@ -227,7 +257,7 @@ def grpc_server(service: Service, *, max_message_bytes: int, threads: int) -> gr
                 service_name,
                 {
                     method.name: grpc.unary_unary_rpc_method_handler(
-                        _handler(method, running),
+                        _handler(method),
                         response_serializer=lambda response: response.SerializeToString(),
                     )
                     for method in members
@@ -310,32 +340,25 @@ class Health(health_pb2_grpc.HealthServicer):
 
 @dataclasses.dataclass(frozen=True)
 class _Method:
-    """One gRPC method: its name, what it takes, and who answers.
-
-    Attributes:
-      waits: it does no work of its own, but may take as long as a load.
-    """
+    """One gRPC method: its name, what it takes, and who answers."""
 
     name: str
     request: type[Message]
-    answer: Callable[[Message], Message]
-    waits: bool = False
+    answer: Callable[[Message, Call], Message]
 
 
-def _handler(method: _Method, running: threading.Semaphore):
-    """A gRPC behaviour: the request's bytes to the response, Status to the call's status.
-
-    `running` is held while the request is answered, unless the method only waits.
-    """
-    turn = contextlib.nullcontext() if method.waits else running
+def _handler(method: _Method):
+    """A gRPC behaviour: the request's bytes to the response, Status to the call's status."""
 
     def handle(data: bytes, context: grpc.ServicerContext):
+        call = Call()
         try:
-            with turn:
-                if not context.is_active():
-                    raise Status(grpc.StatusCode.CANCELLED, "its caller went while it waited")
-                # Parsed here rather than by gRPC, which would call it a fault of the server.
-                return method.answer(method.request.FromString(data))
+            # gRPC tells when the call is over: its deadline has come, it was cancelled, or its
+            # connection is gone (or it was answered, which ends nothing any more).
+            if not context.add_callback(lambda: call.end(_gone())):
+                raise _gone()
+            # Parsed here rather than by gRPC, which would call it a fault of the server.
+            return method.answer(method.request.FromString(data), call)
         except DecodeError:
             status = invalid_argument(f"the request's bytes are not a {method.name} request")
         except Status as raised:
@@ -348,3 +371,7 @@ def _handler(method: _Method, running: threading.Semaphore):
         context.abort(status.code, status.message)
 
     return handle
+
+
+def _gone() -> Status:
+    return cancelled("its caller does not wait for the answer any more")

@@ -36,6 +36,19 @@ def failed_precondition(message: str) -> Status:
     return Status(grpc.StatusCode.FAILED_PRECONDITION, message)
 
 
+def cancelled(message: str) -> Status:
+    return Status(grpc.StatusCode.CANCELLED, message)
+
+
+def deadline_exceeded() -> Status:
+    # What TensorFlow's Session says, and so TF Serving.
+    return Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Timed out waiting for notification")
+
+
+def resource_exhausted(message: str) -> Status:
+    return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
+
+
 def unknown(message: str) -> Status:
     return Status(grpc.StatusCode.UNKNOWN, message)
 

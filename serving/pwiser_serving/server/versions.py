@@ -110,8 +110,9 @@ class Versions:
         self._retries = retries
         # Held during a look at the folder and its loads, which may take minutes.
         self._looking = threading.Lock()
-        # Told once, not at every look.
+        # Both are told once, not at every look.
         self._unreadable = False
+        self._twins: set[int] = set()
         # Held for an instant. It guards all that follows.
         self._lock = threading.Lock()
         self._base_path, self._policy = base_path, policy
@@ -131,6 +132,11 @@ class Versions:
         """The versions in service, newest first."""
         with self._lock:
             return sorted(self._loaded, reverse=True)
+
+    @property
+    def loading(self) -> bool:
+        """Whether a version is being loaded."""
+        return any(status.state == State.LOADING for status in self.statuses())
 
     def configure(self, base_path: pathlib.Path, policy: Policy) -> None:
         """What the next look goes by. A version in service is not loaded again for it."""
@@ -182,6 +188,7 @@ class Versions:
                 self._unreadable = True
                 return False
             self._unreadable = False
+            self._warn_of_twins(folders)
             changed = False
             wanted: set[int] = set()
             for version in sorted(folders, reverse=True):
@@ -190,7 +197,7 @@ class Versions:
                 if policy.only is not None and version not in policy.only:
                     continue
                 if version not in self._loaded:
-                    if not self._try(version, folders[version]):
+                    if not self._try(version, folders[version][-1]):
                         continue
                     changed = True
                 wanted.add(version)
@@ -205,6 +212,20 @@ class Versions:
         with self._lock:
             self._closed = True
         self._retire_all_but(set())
+
+    def _warn_of_twins(self, folders: dict[int, list[pathlib.Path]]) -> None:
+        """Warns of several folders with one number, of which only one can be served."""
+        twins = {version for version, paths in folders.items() if len(paths) > 1}
+        for version in sorted(twins - self._twins):
+            _log.warning(
+                "%s: the folders %s are all version %d: %s is taken",
+                self.name,
+                ", ".join(path.name for path in folders[version]),
+                version,
+                folders[version][-1].name,
+                extra=self._about(version, "twins"),
+            )
+        self._twins = twins
 
     def _try(self, version: int, folder: pathlib.Path) -> bool:
         """Loads a version and puts it into service, unless it failed and should be left alone."""
@@ -323,14 +344,18 @@ def _status(
     return entry
 
 
-def _folders(base_path: pathlib.Path) -> dict[int, pathlib.Path]:
-    """The version folders by their numbers. OSError: the base path cannot be read."""
+def _folders(base_path: pathlib.Path) -> dict[int, list[pathlib.Path]]:
+    """The version folders by their numbers, which 7 and 007 share, each number's sorted by name.
+
+    Raises:
+      OSError: the base path cannot be read.
+    """
     folders = {}
     for entry in sorted(os.scandir(base_path), key=lambda entry: entry.name):
-        if re.fullmatch(r"[0-9]{1,19}", entry.name) and entry.is_dir():
-            folders[int(entry.name)] = pathlib.Path(entry.path)
-    # What no request could name is no version.
-    return {version: folder for version, folder in folders.items() if version < 2**63}
+        # What no request could name is no version.
+        if re.fullmatch(r"[0-9]{1,19}", entry.name) and int(entry.name) < 2**63 and entry.is_dir():
+            folders.setdefault(int(entry.name), []).append(pathlib.Path(entry.path))
+    return folders
 
 
 def _files(folder: pathlib.Path) -> list:
