@@ -3,6 +3,8 @@
 The model is that of serving_model.save(folder, 0.0).
 """
 
+import socket
+
 import grpc
 import numpy as np
 import pytest
@@ -53,6 +55,12 @@ class Caller:
 
     def reload(self, request):
         return self._model.HandleReloadConfigRequest(request, timeout=SECONDS)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("", 0))
+        return free.getsockname()[1]
 
 
 def raw_request(rows=ROWS, **tensors):

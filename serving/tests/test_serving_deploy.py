@@ -391,8 +391,8 @@ def deployed(models, start_server, tmp_path_factory):
         "model_config_file_poll_wait_seconds": 0.1,
         "monitoring_config_file": DEPLOY / "monitoring.config",
     }
-    # The fixture chooses the first; ours needs no second, it loads each model in its own thread.
-    del flags["port"], flags["num_load_threads"]
+    # The last one counts, and the fixture's reader takes a free port's.
+    flags["port"] = 0
 
     def get(path):
         with contextlib.closing(http.client.HTTPConnection("localhost", port, timeout=20)) as asked:

@@ -218,6 +218,14 @@ def test_configurations_that_are_refused_change_nothing(models, tmp_path):
         INVALID,
         "ModelServerConfig::model_type choice 2 not supported.",
     )
+    for text, told in (
+        ("base_path: 'gs://bucket/n'", "reads only folders of its machine"),
+        ("base_path: '/n' logging_config { }", "does not log requests"),
+    ):
+        code, message = _refused(models.reload, _config(good, f"name: 'n' {text}"))
+        assert code is grpc.StatusCode.UNIMPLEMENTED
+        assert message.startswith("Model n has ")
+        assert message.endswith(told)
     assert [model.name for model in models.all()] == ["m"]
     assert _served(models, "m") == 1
     old.model_config_list.config[0].model_type = 1

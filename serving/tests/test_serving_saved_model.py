@@ -1,10 +1,20 @@
 """saved_model: Classify and Regress on models that have signatures for them, and warm-up logs."""
 
+import shutil
+
+import numpy as np
 import pytest
 import tensorflow as tf
-from pwiser_serving.server.saved_model import WARM_UP_FILE, SavedModel
+from pwiser_serving import tensors
+from pwiser_serving.server.saved_model import (
+    CLASSIFY,
+    REGRESS,
+    WARM_UP_FILE,
+    LoadOptions,
+    SavedModel,
+)
 from pwiser_serving.server.status import Status
-from tensorflow_serving.apis import input_pb2, prediction_log_pb2
+from tensorflow_serving.apis import inference_pb2, input_pb2, prediction_log_pb2
 
 X = {"x": tf.io.FixedLenFeature([2], tf.float32)}
 
@@ -180,6 +190,150 @@ def test_outputs_that_cannot_be_had(model):
     assert "does not have output 0" in message
 
 
+def _task(signature, method, name="m"):
+    task = inference_pb2.InferenceTask(method_name=method)
+    task.model_spec.name, task.model_spec.signature_name = name, signature
+    return task
+
+
+def test_several_tasks_are_answered_in_order(model):
+    tasks = [_task("regress", REGRESS), _task("classify", CLASSIFY), _task("scores", CLASSIFY)]
+    sums, both, scores = model.multi_inference(tasks, _input((1, 2), (3, 4)))
+    assert [one.value for one in sums.regression_result.regressions] == [3, 7]
+    for result in (both, scores):
+        rows = result.classification_result.classifications
+        assert [[one.score for one in row.classes] for row in rows] == [[1, 2], [3, 4]]
+    assert both.classification_result.classifications[0].classes[0].label == "1.0"
+    assert not model.multi_inference([], _input())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "code", "message"),
+    [
+        ([_task("regress", REGRESS, "")], "INVALID_ARGUMENT", "with an empty model name."),
+        (
+            [_task("regress", REGRESS), _task("scores", CLASSIFY, "n")],
+            "INVALID_ARGUMENT",
+            "must access the same model name.",
+        ),
+        (
+            [_task("regress", REGRESS), _task("regress", CLASSIFY)],
+            "INVALID_ARGUMENT",
+            "Duplicate evaluation of signature: regress",
+        ),
+        (
+            [_task("none", REGRESS)],
+            "INVALID_ARGUMENT",
+            "Requested signature not found in model graph: none",
+        ),
+        (
+            [_task("regress", "tensorflow/serving/predict")],
+            "UNIMPLEMENTED",
+            "Unsupported signature method_name: tensorflow/serving/predict",
+        ),
+        # All are looked at before any is run.
+        (
+            [_task("regress", REGRESS), _task("classify", REGRESS)],
+            "INVALID_ARGUMENT",
+            "Expected one output Tensor.",
+        ),
+        ([_task("regress", REGRESS)], "INVALID_ARGUMENT", "Input is empty."),
+    ],
+)
+def test_tasks_that_cannot_be_done(model, tasks, code, message):
+    found = _told(model.multi_inference, tasks, _input())
+    assert found[0] == code
+    assert found[1].endswith(message)
+
+
+TYPES = ["half", "bfloat16", "float8_e5m2", "int4", "uint16", "complex64", "qint8", "quint16"]
+
+
+def test_every_type_goes_in_and_comes_out(tmp_path):
+    specs = {name: tf.TensorSpec([None], tf.as_dtype(name), name) for name in TYPES}
+    same = tf.function(lambda **inputs: {f"{name}_out": inputs[name] for name in inputs})
+    signature = same.get_concrete_function(**specs)
+    tf.saved_model.save(tf.Module(), str(tmp_path / "1"), signatures={"same": signature})
+    model = SavedModel(tmp_path / "1")
+    arrays = {}
+    for name in TYPES:
+        dtype = tensors.numpy_type(tf.as_dtype(name).as_datatype_enum)
+        plain = dtype[0] if dtype.names else dtype
+        arrays[name] = np.array([0, 1, 3]).astype(plain).view(dtype)
+    messages = {name: tensors.encode(array) for name, array in arrays.items()}
+    for given in (arrays, messages):
+        found = model.predict("same", given)
+        for name, array in arrays.items():
+            assert found[f"{name}_out"].dtype == array.dtype
+            assert found[f"{name}_out"].tolist() == array.tolist()
+            assert tensors.encode(found[f"{name}_out"]) == messages[name]
+    model.close()
+
+
+def test_what_is_no_tensor_of_numpy_is_refused(tmp_path):
+    items = tf.function(
+        lambda x: {"list": tf.raw_ops.TensorListFromTensor(tensor=x, element_shape=tf.range(0))},
+        input_signature=[tf.TensorSpec([None], tf.float32, "x")],
+    )
+    tf.saved_model.save(tf.Module(), str(tmp_path / "1"), signatures={"list": items})
+    model = SavedModel(tmp_path / "1")
+    code, message = _told(model.predict, "list", {"x": np.zeros(2, np.float32)})
+    assert code == "UNIMPLEMENTED"
+    assert message.endswith("is a variant, which this server cannot hold")
+    model.close()
+
+
+def test_a_folder_that_does_not_load_is_told_as_tf_serving_tells_it(folder, tmp_path):
+    def load(spoil):
+        broken = tmp_path / spoil.__name__
+        shutil.copytree(folder, broken)
+        spoil(broken)
+        return _told(SavedModel, broken)
+
+    def absent(broken):
+        (broken / "saved_model.pb").unlink()
+
+    def garbage(broken):
+        (broken / "saved_model.pb").write_bytes(b"\xff" * 100)
+
+    def cut(broken):
+        path = broken / "saved_model.pb"
+        path.write_bytes(path.read_bytes()[:5000])
+
+    def empty(broken):
+        (broken / "saved_model.pb").write_bytes(b"")
+
+    where = "Could not find SavedModel .pb or .pbtxt at supplied export directory path: "
+    assert load(absent)[0] == "NOT_FOUND"
+    assert _told(SavedModel, tmp_path / "absent")[1].startswith(f"{where}{tmp_path}/absent. ")
+    assert load(garbage) == (
+        "DATA_LOSS",
+        f"Can't parse {tmp_path}/garbage/saved_model.pb as binary proto",
+    )
+    assert load(cut) == ("OUT_OF_RANGE", "Read less bytes than requested")
+    code, message = load(empty)
+    assert code == "NOT_FOUND"
+    assert message.startswith("Could not find meta graph def matching supplied tags: { serve }.")
+
+
+def test_a_folder_without_its_variables_does_not_load(tmp_path):
+    module = tf.Module()
+    module.weight = tf.Variable(2.0)
+    times = tf.function(lambda x: {"y": x * module.weight})
+    signature = times.get_concrete_function(tf.TensorSpec([None], tf.float32, "x"))
+    tf.saved_model.save(module, str(tmp_path / "1"), signatures={"serving_default": signature})
+    data = tmp_path / "1" / "variables" / "variables.data-00000-of-00001"
+    data.unlink()
+    code, message = _told(SavedModel, tmp_path / "1")
+    assert code == "NOT_FOUND"
+    assert message.startswith(f"{data}; No such file or directory")
+    # TF Serving would load this one, and fail each request.
+    shutil.rmtree(tmp_path / "1" / "variables")
+    code, message = _told(SavedModel, tmp_path / "1")
+    assert code == "FAILED_PRECONDITION"
+    assert "not a valid checkpoint" in message
+
+
 def _log(**members):
     log = prediction_log_pb2.PredictionLog()
     for name, (signature, given) in members.items():
@@ -207,6 +361,31 @@ def test_warm_up_takes_every_kind_of_request(folder):
         (_log(classify_log=("scores", _input())), "Input is empty."),
     ):
         assert _told(load, log) == ("INVALID_ARGUMENT", told)
+    several = prediction_log_pb2.PredictionLog()
+    request = several.multi_inference_log.request
+    request.tasks.extend([_task("regress", REGRESS), _task("scores", CLASSIFY)])
+    request.input.CopyFrom(good)
+    load(several)
+    request.tasks[1].model_spec.signature_name = "classify_widths"
+    assert _told(load, several)[1].startswith("Tensors class and score should match")
     streamed = prediction_log_pb2.PredictionLog()
     streamed.session_run_log.SetInParent()
     assert _told(load, streamed) == ("UNIMPLEMENTED", "Unsupported log_type for warmup: 5")
+
+
+def test_warm_up_is_repeated_or_left_out(folder):
+    def count(iterations):
+        counted = []
+
+        class Counting(SavedModel):
+            def regress(self, *arguments):
+                counted.append(arguments)
+                return super().regress(*arguments)
+
+        Counting(folder, options=LoadOptions(warm_up_iterations=iterations)).close()
+        return len(counted)
+
+    with tf.io.TFRecordWriter(str(folder / WARM_UP_FILE)) as writer:
+        for _ in range(2):
+            writer.write(_log(regress_log=("regress", _input((1, 2)))).SerializeToString())
+    assert [count(iterations) for iterations in (0, 1, 3)] == [0, 2, 6]

@@ -22,6 +22,7 @@ from calls import (
     ROWS,
     SECONDS,
     Caller,
+    free_port,
     id_request,
     named,
     raw_request,
@@ -171,6 +172,76 @@ def test_a_wrong_flag_is_one_line(tmp_path):
         assert done.stderr.startswith("error: ")
         assert told in done.stderr
         assert done.stderr.count("\n") == 1
+
+
+def test_a_socket_beside_the_port_or_instead_of_it(models, start_server, tmp_path):
+    (tmp_path / "base").mkdir()
+    os.symlink(models[0.0], tmp_path / "base" / "7")
+    path = tmp_path / "socket"
+    flags = [
+        f"--port={free_port()}",
+        f"--grpc_socket_path={path}",
+        "--grpc_channel_arguments=grpc.max_receive_message_length=500",
+    ]
+    with start_server(tmp_path / "base", *flags, wait=False) as server:
+        line = server.process.stdout.readline()
+        assert line.endswith(f"on 0.0.0.0:{flags[0][7:]} and unix:{path}\n"), server.log
+        for address in (f"localhost:{flags[0][7:]}", f"unix:{path}"):
+            caller = Caller(address)
+            assert caller.predict(named()).model_spec.version.value == 7
+            # gRPC's own argument goes before ours.
+            large = raw_request(rows=[("a" * 500, 3, 0.5)])
+            assert refused(caller.predict, large)[0] is grpc.StatusCode.RESOURCE_EXHAUSTED
+            caller.channel.close()
+    with start_server(tmp_path / "base", f"--grpc_socket_path={path}", wait=False) as server:
+        assert server.process.stdout.readline().endswith(f"version 7 on unix:{path}\n")
+    done = _run("--model_base_path", str(tmp_path), f"--grpc_socket_path={tmp_path}/none/socket")
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        f"--grpc_socket_path: {tmp_path}/none/socket is in use, or may not be used\n"
+    )
+
+
+def test_it_may_serve_what_loads(models, start_server, tmp_path):
+    for name in ("good", "broken", "absent"):
+        if name != "absent":
+            (tmp_path / name / "1").mkdir(parents=True)
+    shutil.rmtree(tmp_path / "good" / "1")
+    os.symlink(models[0.0], tmp_path / "good" / "1")
+    (tmp_path / "config").write_text(
+        "model_config_list {"
+        + "".join(
+            f"config {{ name: '{name}' base_path: '{tmp_path}/{name}' "
+            "model_platform: 'tensorflow' }"
+            for name in ("absent", "broken", "good")
+        )
+        + "}"
+    )
+    flags = [f"--model_config_file={tmp_path}/config", "--serve_what_loads"]
+    with start_server(None, *flags) as server:
+        assert server.line.startswith("pwiser_serving: serving good version 1 on ")
+        caller = Caller(server.address)
+        assert caller.predict(named("good")).model_spec.version.value == 1
+        (status,) = caller.status(status_request("broken")).model_version_status
+        assert status.status.error_message.startswith("Could not find SavedModel .pb or .pbtxt")
+        server.wait_for_log(f"{tmp_path}/broken holds no version that loads")
+        server.wait_for_log(f"{tmp_path}/absent: No such file or directory")
+        # They follow, and a new version of the good one does not wait for them.
+        os.symlink(models[1.0], tmp_path / "good" / "2")
+        _until(lambda: caller.predict(named("good")).model_spec.version.value == 2)
+        (tmp_path / "absent").mkdir()
+        os.symlink(models[0.0], tmp_path / "absent" / "4")
+        server.wait_for_log("absent version 4 is served now")
+        assert caller.predict(named("absent")).model_spec.version.value == 4
+        assert refused(caller.predict, named("broken"))[0] is NOT_FOUND
+        caller.channel.close()
+
+
+def _until(condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_port_in_use_is_one_line(tmp_path):
@@ -562,6 +633,7 @@ def test_a_wrong_configuration_is_one_line(tmp_path, capsys):
         (models, "bytes", "codec can't decode"),
         (models, "empty", "ServerModelConfig type not supported"),
         (models, "text", "Illegal setting neither"),
+        (models, "ssl", "Error parsing text-format tensorflow.serving.ModelServerConfig: 1:"),
         (models, "relative", "to have an absolute path"),
         (models, "away", "model m: /none is not a folder"),
         (ssl, "none", "No such file or directory"),

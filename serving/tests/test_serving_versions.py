@@ -66,6 +66,19 @@ def test_only_folders_with_numbers_are_versions(versions, tmp_path, loads):
     assert versions.available == [2**63 - 1]
 
 
+def test_two_folders_of_one_version_are_warned_of_once(versions, tmp_path, loads, caplog):
+    _add(tmp_path, "007")
+    assert versions.poll()
+    assert not caplog.records
+    # It is served already; and loaded anew, the last by name is taken.
+    _add(tmp_path, "7")
+    assert not versions.poll()
+    assert not versions.poll()
+    told = ["m: the folders 007, 7 are all version 7: 7 is taken"]
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == told
+    assert loads == ["007"]
+
+
 def test_the_newest_is_served_and_loaded_once(versions, tmp_path, loads):
     for name in ("2", "10", "9"):
         _add(tmp_path, name)
