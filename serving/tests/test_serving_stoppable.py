@@ -141,6 +141,21 @@ def test_a_model_without_inputs_and_one_that_gives_its_input_back(tmp_path):
     model.close()
 
 
+def test_a_variable_of_tensorflow_1_is_an_output(tmp_path):
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        x = tf.compat.v1.placeholder(tf.float32, [])
+        variable = tf.compat.v1.Variable(1.0, use_resource=False)
+        outputs = {"sum": tf.compat.v1.assign_add(variable, x)}
+        session.run(variable.initializer)
+        tf.compat.v1.saved_model.simple_save(session, str(tmp_path / "1"), {"x": x}, outputs)
+    model = SavedModel(tmp_path / "1")
+    sums = [
+        model.predict("serving_default", {"x": np.array(2.0, np.float32)})["sum"] for _ in range(2)
+    ]
+    assert [float(value) for value in sums] == [3.0, 5.0]
+    model.close()
+
+
 def test_requests_may_name_any_outputs_without_end(tmp_path, monkeypatch):
     monkeypatch.setattr(saved_model, "_PARTS", 3)
     _save(tmp_path / "1", lambda x: {f"y{n}": x + n for n in range(4)})

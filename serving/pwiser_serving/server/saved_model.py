@@ -320,7 +320,7 @@ class SavedModel:
             infos = [signature.outputs[alias] for alias in outputs]
             for info in (*signature.inputs.values(), *infos):
                 # Without a type there is no tensor, which is told below.
-                if info.dtype and tensors.numpy_type(info.dtype) is None:
+                if info.dtype and tensors.numpy_type(_value_type(info)) is None:
                     kind = tensors.data_type_name(info.dtype)
                     raise unimplemented(f"{info.name} is a {kind}, which this server cannot hold")
             fetches = sorted({info.name for info in infos})
@@ -332,7 +332,7 @@ class SavedModel:
                 run=run,
                 inputs=[(alias, info.dtype) for alias, info in feeds],
                 outputs=[
-                    (alias, fetches.index(info.name), tensors.numpy_type(info.dtype))
+                    (alias, fetches.index(info.name), tensors.numpy_type(_value_type(info)))
                     for alias, info in zip(outputs, infos, strict=True)
                 ],
             )
@@ -514,6 +514,11 @@ def _examples(given: input_pb2.Input) -> np.ndarray:
         raise invalid_argument("Input is empty.")
     serialized = (context + example.SerializeToString() for example in examples)
     return np.fromiter(serialized, object, len(examples))
+
+
+def _value_type(info: meta_graph_pb2.TensorInfo) -> int:
+    """A tensor's data type; of a reference to a variable, which TF 1 has, the variable's."""
+    return info.dtype % 100
 
 
 def _shape_text(array: np.ndarray) -> str:
