@@ -94,7 +94,7 @@ def test_a_model_that_is_asked_too_much_is_not_asked_more(monkeypatch):
     first, second = _held(turns, "m"), None
     assert first[0].wait(SECONDS)
     second = _held(turns, "m")
-    while turns._models["m"].held < 2:
+    while not turns._models["m"].waiting:
         pass
 
     def take():

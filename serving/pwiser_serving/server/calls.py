@@ -1,14 +1,14 @@
 """Calls: a request while it is answered. When its caller is gone, or its time is up, it ends; and
 no model's requests keep those of other models from their turn."""
 
-import contextlib
+import collections
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from pwiser_serving.server.status import Status, resource_exhausted
 
-# Requests of one model that may be held at a time, running or waiting for their turn, of as many
-# as MAX_HELD of all models. Each has a thread.
+# Requests that are held at a time, running or waiting for their turn; each has a thread. Of one
+# model there are at most half as many.
 MAX_HELD = 256
 _MAX_HELD_OF_ONE = MAX_HELD // 2
 # How soon a request that waits for its turn notices that nobody waits for it.
@@ -21,25 +21,27 @@ class Call:
     Methods may be called from several threads at once.
     """
 
+    __slots__ = ("_lock", "_status", "_stop")
+
     def __init__(self):
         self._lock = threading.Lock()
-        self._ended: Status | None = None
+        self._status: Status | None = None
         self._stop: Callable[[], object] | None = None
 
     def end(self, status: Status) -> None:
         """Stops what is running for the request, which fails with that status."""
         with self._lock:
-            if self._ended is not None:
+            if self._status is not None:
                 return
-            self._ended = status
+            self._status = status
             # Within the lock: `stop` must not be called when what it stops has ended by itself.
             if self._stop is not None:
                 self._stop()
 
     def check(self) -> None:
         """Raises the status that the call was ended with, if it was."""
-        if self._ended is not None:
-            raise self._ended
+        if self._status is not None:
+            raise self._status
 
     def begin(self, stop: Callable[[], object]) -> None:
         """From now to `finish`, `end` calls `stop`. Raises as `check` does."""
@@ -55,15 +57,17 @@ class Call:
 
 
 class _Model:
-    """The requests of one model."""
+    """The requests of one model: how many run, and those that wait, which hold a locked lock."""
 
-    def __init__(self, running: int):
-        self.turns = threading.Semaphore(running)
-        self.held = 0
+    __slots__ = ("running", "waiting")
+
+    def __init__(self):
+        self.running = 0
+        self.waiting: collections.deque[threading.Lock] = collections.deque()
 
 
 class Turns:
-    """Lets at most so many requests of one model run at a time; its others wait.
+    """Lets at most so many requests of one model run at a time; its others wait, in order.
 
     A model that is slow, or much asked for, has no turn of another model.
 
@@ -77,33 +81,69 @@ class Turns:
         # Those with a request alone: callers may invent names.
         self._models: dict[str, _Model] = {}
 
-    @contextlib.contextmanager
-    def turn(self, name: str, call: Call) -> Iterator[None]:
-        """Waits for the turn of a request of that model, which ends with the `with`.
+    def turn(self, name: str, call: Call) -> "_Turn":
+        """A context in which a request of that model has its turn. To enter it waits for that.
 
         Raises:
           Status: RESOURCE_EXHAUSTED where too many of the model's requests wait already, or the
             call's own when it is ended.
         """
+        return _Turn(self, name, call)
+
+    def _take(self, name: str, call: Call) -> None:
+        call.check()
         with self._lock:
             model = self._models.get(name)
             if model is None:
-                model = self._models[name] = _Model(self._running)
-            if model.held >= _MAX_HELD_OF_ONE:
+                model = self._models[name] = _Model()
+            if model.running < self._running:
+                model.running += 1
+                return
+            held = model.running + len(model.waiting)
+            if held >= _MAX_HELD_OF_ONE:
                 raise resource_exhausted(
-                    f"{model.held} requests of model {name} are running or waiting already"
+                    f"{held} requests of model {name} are running or waiting already"
                 )
-            model.held += 1
-        try:
-            while not model.turns.acquire(timeout=_TICK_SECONDS):
-                call.check()
+            turn = threading.Lock()
+            turn.acquire()
+            model.waiting.append(turn)
+        while not turn.acquire(timeout=_TICK_SECONDS):
             try:
                 call.check()
-                yield
-            finally:
-                model.turns.release()
-        finally:
-            with self._lock:
-                model.held -= 1
-                if not model.held:
-                    del self._models[name]
+            except Status:
+                self._leave(name, model, turn)
+                raise
+
+    def _leave(self, name: str, model: _Model, turn: threading.Lock) -> None:
+        """Takes a request out of those that wait; gives its turn back if it got one just now."""
+        with self._lock:
+            if turn in model.waiting:
+                model.waiting.remove(turn)
+                return
+        self._give(name)
+
+    def _give(self, name: str) -> None:
+        """Ends a turn: the next one's begins."""
+        with self._lock:
+            model = self._models[name]
+            if model.waiting:
+                model.waiting.popleft().release()
+                return
+            model.running -= 1
+            if not model.running:
+                del self._models[name]
+
+
+class _Turn:
+    """The context that Turns.turn gives: a class, as a generator costs twice the time."""
+
+    __slots__ = ("_call", "_name", "_turns")
+
+    def __init__(self, turns: Turns, name: str, call: Call):
+        self._turns, self._name, self._call = turns, name, call
+
+    def __enter__(self) -> None:
+        self._turns._take(self._name, self._call)
+
+    def __exit__(self, *exception) -> None:
+        self._turns._give(self._name)
