@@ -53,6 +53,9 @@ class Caller:
     def regress(self, request):
         return self._prediction.Regress(request, timeout=SECONDS)
 
+    def multi_inference(self, request):
+        return self._prediction.MultiInference(request, timeout=SECONDS)
+
     def reload(self, request):
         return self._model.HandleReloadConfigRequest(request, timeout=SECONDS)
 

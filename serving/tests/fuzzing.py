@@ -29,6 +29,7 @@ import serving_model
 from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
+    inference_pb2,
     model_management_pb2,
     regression_pb2,
 )
@@ -49,6 +50,11 @@ def _seeds(base_path: pathlib.Path) -> list[tuple[str, object]]:
     for request in (classify, regress):
         request.model_spec.name = "m"
         request.input.example_list.examples.add()
+    several = inference_pb2.MultiInferenceRequest()
+    for method in ("classify", "regress"):
+        task = several.tasks.add(method_name=f"tensorflow/serving/{method}")
+        task.model_spec.name, task.model_spec.signature_name = "m", "predict_raw"
+    several.input.example_list.examples.add()
     reload = model_management_pb2.ReloadConfigRequest()
     for path in (str(base_path), "elsewhere"):
         reload.config.model_config_list.config.add(
@@ -68,6 +74,7 @@ def _seeds(base_path: pathlib.Path) -> list[tuple[str, object]]:
         ("/tensorflow.serving.PredictionService/GetModelMetadata", metadata),
         ("/tensorflow.serving.PredictionService/Classify", classify),
         ("/tensorflow.serving.PredictionService/Regress", regress),
+        ("/tensorflow.serving.PredictionService/MultiInference", several),
         ("/tensorflow.serving.ModelService/GetModelStatus", calls.status_request()),
         (_RELOAD, reload),
     ]

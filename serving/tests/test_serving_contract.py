@@ -40,6 +40,7 @@ from tensorflow_serving.apis import (
     classification_pb2,
     get_model_metadata_pb2,
     get_model_status_pb2,
+    inference_pb2,
     model_management_pb2,
     regression_pb2,
 )
@@ -252,6 +253,42 @@ def _infer_request(message, name="m", signature="", examples=(), version=None):
     for data in examples:
         request.input.example_list.examples.add().ParseFromString(data)
     return request
+
+
+def _tasks(*tasks):
+    request = inference_pb2.MultiInferenceRequest()
+    for name, signature, method in tasks:
+        task = request.tasks.add(method_name=f"tensorflow/serving/{method}")
+        task.model_spec.name, task.model_spec.signature_name = name, signature
+    request.input.example_list.examples.add()
+    return request
+
+
+@pytest.mark.parametrize(
+    ("request_", "code", "message"),
+    [
+        (_tasks(), INVALID, "ModelSpec has no name specified."),
+        (
+            _tasks(("other", "", "regress")),
+            NOT_FOUND,
+            "Servable not found for request: Latest(other)",
+        ),
+        (
+            _tasks(("m", "none", "regress")),
+            INVALID,
+            "Requested signature not found in model graph: none",
+        ),
+        (
+            _tasks(("m", "", "predict")),
+            grpc.StatusCode.UNIMPLEMENTED,
+            "Unsupported signature method_name: tensorflow/serving/predict",
+        ),
+        (_tasks(("m", "", "regress")), INVALID, "Expected one output Tensor."),
+        (_tasks(("m", "", "classify")), INVALID, "Expected one or two output Tensors, found 3"),
+    ],
+)
+def test_multi_inference_refuses_as_tf_serving_does(caller, request_, code, message):
+    assert refused(caller.multi_inference, request_) == (code, message)
 
 
 @pytest.mark.parametrize("method", ["classify", "regress"])
