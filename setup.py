@@ -40,6 +40,12 @@ setuptools.setup(
             "scipy>=1.11",
         ],
         # The rivals that benchmarks/ runs beside us.
-        "bench": ["scikit-learn>=1.4", "scipy>=1.11", "torch>=2.4"],
+        "bench": [
+            "fastapi>=0.115",
+            "scikit-learn>=1.4",
+            "scipy>=1.11",
+            "torch>=2.4",
+            "uvicorn>=0.30",
+        ],
     },
 )

@@ -30,6 +30,7 @@ setuptools.setup(
         "parquet": ["pyarrow>=17"],
         "server": [
             "grpcio-health-checking>=1.60",
+            "orjson>=3.10",
             "tensorflow>=2.18,<2.22",
             # TF Serving's own messages.
             "tensorflow-serving-api>=2.18,<2.22",

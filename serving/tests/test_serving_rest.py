@@ -16,6 +16,7 @@ import random
 import socket
 import threading
 import time
+from concurrent import futures
 
 import numpy as np
 import pytest
@@ -43,6 +44,11 @@ ROWS = [("acme", 3, 0.5), ("zorg", 99, -2.0), ("", -5, 0.0), ("ünbekannt", 0, 3
 WANTED = [serving_model.expected(*row, bias=0.0) for row in ROWS]
 F, L, S = tf.float32.as_datatype_enum, tf.int64.as_datatype_enum, tf.string.as_datatype_enum
 FREE = 0
+# As JSON: with colons, quotes and backslashes; the first two are the same.
+STRINGS = [r'"a"', r'"\u0061"', r'"b"', r'""', r'":"', r'"\":"', r'"\\"', r'"\\\":"', r'":\\"']
+# TensorFlow's types that TF Serving's JSON does not have.
+OTHER_TYPES = ["half", "bfloat16", "float8_e5m2", "complex64", "complex128", "uint16", "int4"]
+OTHER_TYPES += ["qint8", "quint8", "qint16", "quint16", "qint32"]
 
 
 # ---- what a request's JSON becomes
@@ -120,8 +126,7 @@ class TestInputs:
             ("float32", 7, 7.0),
             ("float32", 1435774380, 1435774336.0),
             ("float32", 1.7976931348623157e308, float("inf")),
-            ("float64", 10**400, float("inf")),
-            ("float64", -(10**400), float("-inf")),
+            ("float64", 2**64, 2.0**64),
             ("float64", 0.1, 0.1),
             ("int64", -(2**63), -(2**63)),
             ("int32", 2**31 - 1, 2**31 - 1),
@@ -139,9 +144,38 @@ class TestInputs:
         assert same(found["x"], [wanted], name)
 
     def test_numbers_that_are_none(self):
-        found, _ = arrays('{"inputs": [NaN, Infinity, -Infinity]}', x=F)
-        assert np.isnan(found["x"][0])
-        assert found["x"][1:].tolist() == [np.inf, -np.inf]
+        found, _ = arrays('{"inputs": [NaN, -NaN, Inf, -Inf, 1, Infinity,-Infinity]}', x=F)
+        assert np.isnan(found["x"][:2]).all()
+        assert found["x"][2:].tolist() == [np.inf, -np.inf, 1, np.inf, -np.inf]
+
+    def test_names_of_such_numbers_in_strings_stay(self):
+        body = r'{"Inf": 0, "inputs": {"a": ["-Inf", "NaN\\", "\"Inf", "Infinity"], "b": [Inf, 2]}}'
+        found, _ = arrays(body, a=S, b=F)
+        assert same(found["a"], [b"-Inf", b"NaN\\", b'"Inf', b"Infinity"], object)
+        assert found["b"].tolist() == [np.inf, 2]
+
+    @pytest.mark.parametrize("text", ["nan", "inf", "-inf", "infinity", "Infinit", "I", "-", "Nan"])
+    def test_what_is_no_number(self, text):
+        assert "JSON Parse error: " in refusal(f'{{"inputs": [{text}]}}', x=F)
+
+    def test_an_error_is_where_the_body_has_it(self):
+        # In bytes: ü and the mark before the document have 2 and 3.
+        for before in ("", "\ufeff"):
+            for text in ("Inf", "-NaN", '"ü"'):
+                body = f'{before}{{"inputs": [{text}, x]}}'
+                place = body.encode().index(b"x")
+                assert refusal(body, x=F).endswith(f" at offset: {place}")
+
+    @pytest.mark.parametrize(
+        "number", ["1e400", "-1e400", "1.8e308", "9" * 400, "-" + "9" * 400, "9" * 5000]
+    )
+    def test_a_number_too_big_for_a_double(self, number):
+        words = "JSON Parse error: Number too big to be stored in double. at offset:"
+        body = f'{{"inputs": ["{number}", 1, Inf, {number}, {number}]}}'
+        place = body.index(f", {number}") + 2
+        assert refusal(body, x=F) == f"{words} {place}"
+        # Also where nothing reads it.
+        assert refusal(f'{{"n": {number}, "inputs": [1]}}', x=F) == f"{words} 6"
 
     @pytest.mark.parametrize(
         ("name", "value", "quoted"),
@@ -151,7 +185,12 @@ class TestInputs:
             ("int32", "2147483648", "2147483648 Type: Number"),
             ("uint8", "true", "true Type: True"),
             ("uint32", "-1", "-1 Type: Number"),
-            ("uint64", "18446744073709551616", "18446744073709551616 Type: Number"),
+            # What 64 bits do not hold is a double.
+            ("uint64", "18446744073709551616", "1.8446744073709552e+19 Type: Number"),
+            ("uint64", "-1", "-1 Type: Number"),
+            ("uint64", "1.0", "1.0 Type: Number"),
+            ("int64", "[null]", "null Type: Null"),
+            ("float", "true", "true Type: True"),
             ("float", "false", "false Type: False"),
             ("double", '"1"', '"1" Type: String'),
             ("bool", "0", "0 Type: Number"),
@@ -168,11 +207,15 @@ class TestInputs:
         in_rows = f"{place} Error: INVALID_ARGUMENT: {message}"
         assert refusal(f'{{"instances": [{value}]}}', x=data_type) == in_rows
 
-    def test_a_type_that_json_does_not_give(self):
-        with pytest.raises(Status) as raised:
-            arrays({"inputs": [1]}, x=tf.float16.as_datatype_enum)
-        assert raised.value.code.name == "UNIMPLEMENTED"
-        assert raised.value.message == "Conversion of JSON Value: 1 to type: half"
+    @pytest.mark.parametrize("name", OTHER_TYPES)
+    def test_a_type_that_json_does_not_give(self, name):
+        data_type = tf.dtypes.as_dtype(name).as_datatype_enum
+        message = f"Conversion of JSON Value: 1 to type: {name}"
+        assert refusal({"inputs": [1]}, x=data_type) == message
+        assert refusal({"instances": [{"x": 1, "y": 2}]}, x=data_type, y=L) == (
+            "Failed to process element: 0 key: x of 'instances' list. "
+            f"Error: INVALID_ARGUMENT: {message}"
+        )
 
     @pytest.mark.parametrize(
         ("value", "message"),
@@ -262,9 +305,6 @@ class TestInputs:
             ('{"inputs": ' + "[" * 700 + "]" * 700 + "}", "tensor parsing error: x"),
             ('{"inputs": ' + "[" * 700 + "1, []" + "]" * 700 + "}", ""),
             ('{"a":' * 100_000, "nested too deeply"),
-            ('{"inputs": ' + "9" * 5000 + "}", "Number too big to be stored in double."),
-            ('{"inputs": [1], "inputs": [2]}', "a key occurs twice in an object"),
-            ('{"instances": [{"x": 1, "x": 2}]}', "a key occurs twice in an object"),
             (r'{"inputs": ["\ud800"]}', "is not of expected type"),
             ("nul", "JSON Parse error"),
             ('{"inputs": ["', "JSON Parse error"),
@@ -275,6 +315,59 @@ class TestInputs:
 
     def test_half_a_surrogate_pair_is_no_string(self):
         assert "surrogate pair" in refusal(r'{"inputs": ["\ud800"]}', x=S)
+
+    @pytest.mark.parametrize(
+        "body",
+        [
+            '{"inputs": [1], "inputs": [2]}',
+            '{"instances": [{"x": 1}, {"x": 1, "x": 1}]}',
+            '{"instances": [{"x": {"b64": "", "b64": ""}}]}',
+            # What is lost with the first value counts too.
+            '{"inputs": {"x": [1]}, "inputs": [2]}',
+            '{"inputs": [1], "y": [[{"a": [], "a": []}]]}',
+            r'{"inputs": [1], "a": 1, "\u0061": 2}',
+            r'{"inputs": [1], "a\"": 1, "a\"": 2}',
+            r'{"inputs": [1], "\\": 1, "\\": 2}',
+            r'{"inputs": [1], "\\\"": 1, "\\\"": 2}',
+            # A colon that is missing in a key must not stand for one in a string.
+            '{"inputs": [1], ":": 1, ":": 2}',
+            '{"inputs": [1], "a": ":", "a" : "::"}',
+            '{"inputs": [NaN], "a": 1, "a": 2}',
+        ],
+    )
+    def test_a_key_that_occurs_twice(self, body):
+        assert refusal(body, x=F) == "JSON Parse error: a key occurs twice in an object"
+
+    def test_a_key_counts_as_twice_only_within_one_object(self):
+        def text(draw, depth):
+            kind = draw.choice(["string", "number", "list", "object"] if depth else ["string"])
+            if kind == "number":
+                return draw.choice(["1", "-2.5e3", "null", "true"])
+            if kind == "string":
+                return draw.choice(STRINGS)
+            values = [text(draw, depth - 1) for _ in range(draw.randint(0, 3))]
+            if kind == "list":
+                return f"[{','.join(values)}]"
+            return "{" + ",".join(f"{draw.choice(STRINGS)}:{value}" for value in values) + "}"
+
+        def unique(pairs):
+            twice.append(len(dict(pairs)) < len(pairs))
+            return dict(pairs)
+
+        draw = random.Random(3)
+        refused = accepted = 0
+        for _ in range(3000):
+            body, twice = f'{{"x":{text(draw, 4)}}}', []
+            document = json.loads(body, object_pairs_hook=unique)
+            if any(twice):
+                with pytest.raises(Status, match="a key occurs twice in an object"):
+                    json_tensors.parse(body.encode())
+                refused += 1
+            else:
+                assert json_tensors.parse(body.encode()) == document
+                accepted += 1
+        assert refused > 100
+        assert accepted > 1000
 
     def test_signature_name(self):
         assert json_tensors.signature_name({"signature_name": "a"}) == "a"
@@ -399,6 +492,30 @@ class TestAnswers:
     def test_floats_have_six_digits_or_all(self, value, text):
         assert self.columns(y=np.float32([value])).split()[-3] == text
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_digits_by_the_plain_rule(self, dtype):
+        draw = np.random.default_rng(2)
+        size = np.dtype(dtype).itemsize
+        exact = draw.integers(-999_999, 999_999, 5000) * 10.0 ** draw.integers(-12, 12, 5000)
+        numbers = np.concatenate(
+            [
+                exact.astype(dtype),
+                np.nextafter(exact.astype(dtype), dtype(1)),
+                np.frombuffer(draw.bytes(5000 * size), dtype),
+                dtype(2) ** np.arange(-149, 127, dtype=dtype),
+            ]
+        )
+        numbers = numbers[np.isfinite(numbers)]
+
+        def plain(number):
+            text = f"{number:.6g}"
+            if dtype(text) != number:
+                text = f"{number:.{9 if size == 4 else 17}g}"
+            return text if "." in text or "e" in text else text + ".0"
+
+        lines = self.columns(y=numbers).splitlines()[2:-2]
+        assert [line.strip(" ,") for line in lines] == [plain(number) for number in numbers]
+
     def test_doubles(self):
         lines = self.columns(y=np.array([0.1, 1 / 3])).split()
         assert lines[3:5] == ["0.1,", "0.33333333333333331"]
@@ -430,16 +547,21 @@ class TestAnswers:
                 {"y": np.zeros(2), "z": np.zeros(3)},
                 "Tensor name: z has inconsistent batch size: 3 expecting: 2",
             ),
-            (
-                {"y": np.zeros(2, np.float16)},
-                "Failed to write JSON value for tensor type: half",
-            ),
         ],
     )
     def test_outputs_that_json_cannot_hold(self, outputs, message):
         with pytest.raises(Status) as raised:
             json_tensors.predictions(outputs, row=True)
         assert raised.value.message == message
+
+    @pytest.mark.parametrize("name", OTHER_TYPES)
+    def test_types_that_json_does_not_hold(self, name):
+        array = np.zeros(2, tf.dtypes.as_dtype(name).as_numpy_dtype)
+        for row in (True, False):
+            with pytest.raises(Status) as raised:
+                json_tensors.predictions({"y": array}, row=row)
+            assert raised.value.code.name == "INVALID_ARGUMENT"
+            assert raised.value.message == f"Failed to write JSON value for tensor type: {name}"
 
     def test_classes_and_regressions(self):
         result = classification_pb2.ClassificationResult()
@@ -781,6 +903,40 @@ def test_the_metrics_path_is_there_only_where_it_is_asked_for(site):
     assert headers["Content-Type"].startswith("text/plain")
     bare = application(site.models, site.monitoring, rest.Calls(None), max_bytes=1)
     assert wsgi(bare, b"", "/metrics")[0] == 404
+
+
+def test_a_browser_may_ask_whether_it_may_ask():
+    for cors in (False, True):
+        site = Site(cors=cors)
+        path, origin = "/v1/models/m:predict", {"Origin": "http://example.com"}
+        allowed = {"*"} if cors else set()
+        status, headers, body = site.call("OPTIONS", path, None, origin)
+        assert (status, body) == (200, b"")
+        assert set(headers.get_all("Access-Control-Allow-Origin", [])) == allowed
+        assert headers["Access-Control-Allow-Methods"] == ("POST, GET" if cors else None)
+        # On an answer too, or the page could not read it; but not on the metrics.
+        _, headers, _ = site.call("POST", path, b'{"instances": [1]}', origin)
+        assert set(headers.get_all("Access-Control-Allow-Origin", [])) == allowed
+        assert "Access-Control-Allow-Origin" not in site.call("GET", "/metrics")[1]
+        status, _, body = site.call("OPTIONS", path)
+        assert status == 400
+        assert json.loads(body) == {"error": "Origin header is missing in CORS preflight"}
+        site.server.stop(5)
+
+
+def test_requests_wait_for_their_turn_and_for_no_other_models(site):
+    model = site.models.model
+    model.go_on.clear()
+    with futures.ThreadPoolExecutor(5) as pool:
+        # Two at a time run; the others wait.
+        answers = [pool.submit(site.predict) for _ in range(4)]
+        assert model.running.wait(20)
+        # Another model, here one that is not there, is answered.
+        assert site.predict(path="/v1/models/other:predict")[0] == 404
+        assert site.call("GET", "/v1/models/m")[0] == 200
+        assert not any(answer.done() for answer in answers)
+        model.go_on.set()
+        assert [answer.result()[0] for answer in answers] == [200] * 4
 
 
 def test_a_stop_answers_what_runs_and_takes_nothing_new():

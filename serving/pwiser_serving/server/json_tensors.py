@@ -1,9 +1,16 @@
 """JSON to arrays and back, as TensorFlow Serving's REST API defines it.
 
 What is accepted, the messages, the digits of numbers and the layout of answers are those of
-tensorflow/serving (util/json_tensor.cc). It differs in four points: after `JSON Parse error:` come
-the words of Python's parser, a key that occurs twice in an object is refused, a document may not
-be nested deeper than Python's parser goes, and a number too big for a double is an infinity.
+tensorflow/serving (util/json_tensor.cc). It differs in four points:
+
+- after `JSON Parse error:` come the words of Python's parser, except for a number that is too big;
+- a key that occurs twice in an object is refused;
+- a document may not be nested deeper than Python's parser goes;
+- a data type that JSON does not have (half, bfloat16, complex, quantized, ...) is INVALID_ARGUMENT
+  in requests as in answers, where TF Serving answers requests with UNIMPLEMENTED.
+
+orjson parses what is plain JSON. What it refuses, and what has a key twice, is parsed again by
+Python's slower parser, which knows the rules beyond JSON and says what is wrong.
 """
 
 import base64
@@ -11,16 +18,26 @@ import binascii
 import itertools
 import json
 import math
+import operator
+import re
+import struct
 from collections.abc import Callable, Iterator, Mapping
 
-import grpc
 import numpy as np
+import orjson
 from tensorflow.core.example import example_pb2, feature_pb2
 from tensorflow_serving.apis import classification_pb2, input_pb2, regression_pb2
 
 from pwiser_serving import tensors
 from pwiser_serving.protos import tensor_pb2
 from pwiser_serving.server.status import Status, invalid_argument
+
+_BOM = b"\xef\xbb\xbf"
+_START = re.compile("\ufeff?[ \t\r\n]*")
+# A string, or what is sought: what looks like that within a string is passed over.
+_STRING = r'"(?:[^"\\]|\\.)*"|'
+_CONSTANT = re.compile(_STRING + "-?(?:Inf(?:inity)?|NaN)", re.DOTALL)
+_NUMBER = re.compile(_STRING + r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?", re.DOTALL)
 
 # A value quoted in a message is cut after so many characters.
 _QUOTED = 256
@@ -56,19 +73,18 @@ def parse(body: bytes) -> dict:
     Raises:
       Status: INVALID_ARGUMENT.
     """
-    text = body.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "surrogateescape")
-    start = len(text) - len(text.lstrip(" \t\r\n"))
-    if start == len(text):
-        raise invalid_argument("JSON Parse error: The document is empty")
     try:
-        document, _ = _DECODER.raw_decode(text, start)
-    except json.JSONDecodeError as error:
-        raise invalid_argument(f"JSON Parse error: {error.msg} at offset: {error.pos}") from None
-    except RecursionError:
-        raise _too_deep() from None
-    except ValueError:
-        # Python converts no integer of more than 4300 digits.
-        raise invalid_argument("JSON Parse error: Number too big to be stored in double.") from None
+        document = orjson.loads(body.removeprefix(_BOM))
+    except orjson.JSONDecodeError:
+        document = _parse_strictly(body)
+    else:
+        # orjson keeps the last of two equal keys: then the text has more colons than the document
+        # has keys. Colons in strings look the same, so that then the rest alone is counted.
+        if not (
+            _has_keys(document, _colons(body))
+            or _has_keys(document, _colons(_without_strings(body)))
+        ):
+            document = _parse_strictly(body)
     if type(document) is not dict:
         raise _format_error(document, "Is not object")
     return document
@@ -95,7 +111,7 @@ def inputs(document: dict, data_types: Mapping[str, int]) -> tuple[dict[str, np.
       The arrays by name, and whether the request is in the row format ("instances").
 
     Raises:
-      Status: INVALID_ARGUMENT, UNIMPLEMENTED for a data type that JSON cannot give.
+      Status: INVALID_ARGUMENT.
     """
     if not data_types:
         name = signature_name(document) or "DEFAULT"
@@ -144,6 +160,74 @@ def examples(document: dict) -> input_pb2.Input:
     return result
 
 
+def _has_keys(document: object, count: int) -> bool:
+    """Whether the objects of a document have `count` keys in all. They never have more."""
+    level = [document]
+    while level:
+        count -= sum(len(value) for value in level if type(value) is dict)
+        # The usual request ends here, before its values are looked at.
+        if not count:
+            return True
+        level = [
+            item
+            for value in level
+            for item in (value.values() if type(value) is dict else value)
+            if type(item) is dict or type(item) is list
+        ]
+    return False
+
+
+def _colons(text: bytes) -> int:
+    # Several times faster than bytes.count where there are many.
+    return int(np.count_nonzero(np.frombuffer(text, np.uint8) == ord(":")))
+
+
+def _without_strings(body: bytes) -> bytes:
+    """A valid JSON text without its strings: every second piece between quotes."""
+    # Two backslashes are a backslash, and escape no quote that follows.
+    plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    return b"".join(plain.split(b'"')[::2])
+
+
+def _parse_strictly(body: bytes) -> object:
+    """The first JSON value in a body, by all the rules of TF Serving's parser."""
+    text = body.decode("utf-8", "surrogateescape")
+    start = _START.match(text).end()
+    if start == len(text):
+        raise invalid_argument("JSON Parse error: The document is empty")
+    constants = []
+
+    def hide(match: re.Match) -> str:
+        token = match[0]
+        if token.startswith('"'):
+            return token
+        constants.append(float(token))
+        return "NaN".rjust(len(token))
+
+    # Python's parser knows no Inf, -Inf and -NaN. It reads NaN, of the same length, in the place
+    # of every constant, and asks for their values in the same order.
+    readable = _CONSTANT.sub(hide, text)
+    values = iter(constants)
+    decoder = json.JSONDecoder(
+        object_pairs_hook=_unique,
+        parse_float=_double,
+        parse_int=_integer,
+        parse_constant=lambda _: next(values),
+    )
+    try:
+        return decoder.raw_decode(readable, start)[0]
+    except json.JSONDecodeError as error:
+        message, place = error.msg, error.pos
+    except OverflowError as error:
+        message = "Number too big to be stored in double."
+        place = next(match.start() for match in _NUMBER.finditer(text) if match[0] == str(error))
+    except RecursionError:
+        raise _too_deep() from None
+    # Bytes from the start of the body, as TF Serving counts.
+    offset = len(text[:place].encode("utf-8", "surrogateescape"))
+    raise invalid_argument(f"JSON Parse error: {message} at offset: {offset}")
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     result = dict(pairs)
     if len(result) < len(pairs):
@@ -151,7 +235,21 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     return result
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+def _double(digits: str) -> float:
+    value = float(digits)
+    if math.isinf(value):
+        raise OverflowError(digits)
+    return value
+
+
+def _integer(digits: str) -> int | float:
+    """A whole number, as a double where 64 bits do not hold it."""
+    # Longer ones are too big in any case, and Python converts none of more than 4300 digits.
+    if len(digits) <= len("-9223372036854775808"):
+        value = int(digits)
+        if -(2**63) <= value < 2**64:
+            return value
+    return _double(digits)
 
 
 def _too_deep() -> Status:
@@ -170,14 +268,37 @@ def _rows(document: dict, data_types: Mapping[str, int]) -> dict[str, np.ndarray
             "required as per tensorinfo_map"
         )
     named = _is_object(rows[0])
-    columns = {min(data_types): rows}
     if named:
-        if not all(type(row) is dict and row.keys() == data_types.keys() for row in rows):
-            raise _wrong_rows(rows, named, data_types)
-        columns = {name: [row[name] for row in rows] for name in data_types}
-    arrays = {name: _array(column, data_types[name]) for name, column in columns.items()}
+        arrays = _named_rows(rows, data_types)
+    else:
+        name = min(data_types)
+        arrays = {name: _array(rows, data_types[name])}
     if any(array is None for array in arrays.values()):
         raise _wrong_rows(rows, named, data_types)
+    return arrays
+
+
+def _named_rows(rows: list, data_types: Mapping[str, int]) -> dict[str, np.ndarray | None]:
+    """Rows that are objects as arrays by name, None for what is wrong."""
+    if set(map(type, rows)) != {dict} or set(map(len, rows)) != {len(data_types)}:
+        return dict.fromkeys(data_types)
+    arrays = {}
+    for data_type in set(data_types.values()):
+        names = [name for name in data_types if data_types[name] == data_type]
+        # The first name twice: of a single one this would get bare values instead of tuples.
+        values = map(operator.itemgetter(*names, names[0]), rows)
+        width = len(names) + 1
+        try:
+            leaves = list(itertools.chain.from_iterable(values))
+        except KeyError:
+            return dict.fromkeys(data_types)
+        # Plain values of all inputs of a type, the usual case, are converted at once.
+        table = _values(leaves, data_type)
+        if table is not None:
+            columns = np.ascontiguousarray(table.reshape(-1, width).T)
+        else:
+            columns = [_array(leaves[place::width], data_type) for place in range(width)]
+        arrays.update(zip(names, columns[:-1], strict=True))
     return arrays
 
 
@@ -218,46 +339,51 @@ def _shape(value: object) -> list[int]:
 def _array(value: object, data_type: int) -> np.ndarray | None:
     """Nested lists as an array, or None where anything is wrong with them: `_check` says what."""
     shape = _shape(value)
-    if data_type not in _KNOWN or len(shape) > _MAX_RANK:
+    if len(shape) > _MAX_RANK:
         return None
     leaves = [value]
     for size in shape:
-        if not all(type(items) is list and len(items) == size for items in leaves):
+        if set(map(type, leaves)) - {list} or set(map(len, leaves)) - {size}:
             return None
-        leaves = list(itertools.chain.from_iterable(leaves))
-    # A boolean is no number here, though it is one to Python.
-    kinds = set(map(type, leaves))
-    if data_type in _FLOATS and kinds <= {int, float}:
-        try:
-            array = np.array(leaves, np.float64)
-        except OverflowError:
-            array = np.array([_float(leaf) for leaf in leaves], np.float64)
+        leaves = leaves[0] if len(leaves) == 1 else list(itertools.chain.from_iterable(leaves))
+    array = _values(leaves, data_type)
+    return None if array is None else array.reshape(shape)
+
+
+def _values(leaves: list, data_type: int) -> np.ndarray | None:
+    """Values as an array, [n], or None where one does not fit the data type."""
+    if data_type in _FLOATS:
+        array = _numbers(leaves, "d")
         # What is too big for a float is an infinity.
         with np.errstate(over="ignore"):
-            array = array.astype(tensors.numpy_type(data_type))
-    elif data_type in _BOUNDS and kinds <= {int}:
+            return None if array is None else array.astype(tensors.numpy_type(data_type))
+    if data_type in _BOUNDS:
         low, high = _BOUNDS[data_type]
-        if leaves and not low <= min(leaves) <= max(leaves) <= high:
+        array = _numbers(leaves, "q" if high < 2**63 else "Q")
+        if array is None or (leaves and not low <= array.min() <= array.max() <= high):
             return None
-        wide = np.uint64 if high > 2**63 else np.int64
-        array = np.array(leaves, wide).astype(tensors.numpy_type(data_type))
-    elif data_type == tensor_pb2.DT_BOOL and kinds <= {bool}:
-        array = np.array(leaves, bool)
-    elif data_type == tensor_pb2.DT_STRING and kinds <= {str, dict}:
+        return array.astype(tensors.numpy_type(data_type))
+    kinds = set(map(type, leaves))
+    if data_type == tensor_pb2.DT_BOOL and kinds <= {bool}:
+        return np.array(leaves, bool)
+    if data_type == tensor_pb2.DT_STRING and kinds <= {str, dict}:
         try:
-            array = np.fromiter(map(_bytes, leaves), object, len(leaves))
+            return np.fromiter(map(_bytes, leaves), object, len(leaves))
         except Status:
             return None
-    else:
-        return None
-    return array.reshape(shape)
+    return None
 
 
-def _float(number: int | float) -> float:
+def _numbers(leaves: list, kind: str) -> np.ndarray | None:
+    """Numbers as an array, [n], or None where one does not fit NumPy's and struct's code `kind`."""
     try:
-        return float(number)
-    except OverflowError:
-        return float("inf") if number > 0 else float("-inf")
+        # Twice as fast as NumPy's own conversion, and as strict as JSON but for booleans.
+        array = np.frombuffer(struct.pack(f"{len(leaves)}{kind}", *leaves), kind)
+    except struct.error:
+        return None
+    # A boolean is no number here, though it is one to Python.
+    places = np.flatnonzero((array == 0) | (array == 1)).tolist()
+    return None if bool in set(map(type, map(leaves.__getitem__, places))) else array
 
 
 def _bytes(value: str | dict) -> bytes:
@@ -374,10 +500,7 @@ def _check_leaf(value: object, data_type: int) -> None:
         return
     name = tensors.data_type_name(data_type)
     if type(value) is not dict and data_type not in _KNOWN:
-        raise Status(
-            grpc.StatusCode.UNIMPLEMENTED,
-            f"Conversion of JSON Value: {_quote(value)} to type: {name}",
-        )
+        raise invalid_argument(f"Conversion of JSON Value: {_quote(value)} to type: {name}")
     if data_type == tensor_pb2.DT_STRING and type(value) is str:
         _bytes(value)
     elif not _fits(value, data_type):
@@ -454,8 +577,6 @@ def _add_value(value: object, name: str, feature: feature_pb2.Feature) -> None:
         raise invalid_argument(
             f"Feature: {name} has element with unexpected JSON type: {_type_name(value)}"
         )
-    if type(value) is int and not -(2**63) <= value < 2**64:
-        value = _float(value)
     kind = {bool: "int64_list", int: "int64_list", float: "float_list"}.get(
         type(value), "bytes_list"
     )
@@ -597,16 +718,32 @@ def _decimals(array: np.ndarray) -> list[str]:
     """Floats, [n], as TF Serving writes them: with six digits where that is exact, else in full."""
     digits = 9 if array.dtype == np.float32 else 17
     values = array.tolist()
-    # One formatting of all values is several times faster than one of each.
-    texts = ("%.6g " * len(values) % tuple(values)).split()
-    with np.errstate(over="ignore"):
-        read = np.fromiter(map(float, texts), np.float64, len(texts)).astype(array.dtype)
-    for place in np.flatnonzero(read != array).tolist():
-        texts[place] = f"{values[place]:.{digits}g}"
-    texts = [text if "." in text or "e" in text else text + ".0" for text in texts]
+    # One formatting of all values is faster than one of each.
+    texts = (f"%.{digits}g " * len(values) % tuple(values)).split()
+    for place in np.flatnonzero(_may_be_short(array)).tolist():
+        text = f"{values[place]:.6g}"
+        if array.dtype.type(text) == values[place]:
+            texts[place] = text
+    # Only a whole number may have neither point nor exponent.
+    for place in np.flatnonzero(array == np.rint(array)).tolist():
+        if "." not in texts[place] and "e" not in texts[place]:
+            texts[place] += ".0"
     for place in np.flatnonzero(~np.isfinite(array)).tolist():
         texts[place] = _dump(values[place])
     return texts
+
+
+def _may_be_short(array: np.ndarray) -> np.ndarray:
+    """False for numbers that six digits do not give exactly; true for the others and a few more."""
+    limits = np.finfo(array.dtype)
+    with np.errstate(all="ignore"):
+        sizes = np.abs(array, dtype=np.float64)
+        # At least six digits before the point, a seventh where the logarithm is rounded up.
+        scaled = sizes * 10.0 ** (5 - np.floor(np.log10(sizes) - 1e-6))
+        distances = np.abs(scaled - np.rint(scaled))
+    # A number stands for all within half of its last bit, eps / 2 of it at most; 1e-14 for what is
+    # rounded here. NaN gives true: of zero, of what is not finite, of a scale that overflows.
+    return ~(distances > (limits.eps / 2 + 1e-14) * scaled) | (sizes < limits.tiny)
 
 
 def _encode(text: str) -> bytes:
