@@ -1,4 +1,4 @@
-"""What serving costs on top of the model: ours beside a naive server, over gRPC on loopback.
+"""What serving costs on top of the model: ours beside naive servers, over gRPC and REST.
 
     python -m benchmarks.serving [--size=mmoe | --model=exported/demo/1] [--rounds=5]
 
@@ -12,22 +12,30 @@ turns within each round, so that a noisy machine disturbs all of them alike:
 - ours: `python -m pwiser_serving.server`; "content" answers as tensor_content, else as float_val.
 - naive: what one would write first: tf.saved_model.load, the signature called eagerly,
   tf.make_ndarray and tf.make_tensor_proto, the same number of threads.
+- FastAPI: what one would write first for REST: FastAPI and uvicorn, a pydantic model with
+  `instances: list[dict]`, a constant per column, the signature called eagerly, and .tolist().
 
 The caller sends bytes prepared before and reads the answer as bytes, so a call's time is the
-server's work and gRPC itself, both ends, in Python. Microseconds of a call: p50 is the median of
-the rounds' medians; p99 and p99.9 are over all rounds. A ratio is the median of the rounds'
-ratios. Requests a second are counted with --callers processes that each wait for their answer.
+server's work and gRPC or HTTP itself, both ends, in Python. Microseconds of a call: p50 is the
+median of the rounds' medians; p99 and p99.9 are over all rounds. A ratio is the median of the
+rounds' ratios. Requests a second are counted with --callers processes that each wait for their
+answer.
 """
 
 import contextlib
+import functools
+import http.client
 import json
 import os
 import pathlib
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
+from collections.abc import Callable, Iterator
 from concurrent import futures
 
 import grpc
@@ -37,6 +45,9 @@ from absl import app, flags
 FLAGS = flags.FLAGS
 PREDICT = "/tensorflow.serving.PredictionService/Predict"
 EMPTY, MODEL = "/benchmark/Empty", "/benchmark/Model"
+REST = "/v1/models/m:predict"
+# Requests that a server answers at the same time.
+THREADS = 4 * (os.cpu_count() or 1)
 # Calls of one case in one round.
 CALLS = {1: 400, 50: 200, 500: 100}
 WARM_UP_CALLS = 50
@@ -56,7 +67,7 @@ def define_flags():
     flags.DEFINE_integer("callers", 4, "Callers at once, for requests a second.", lower_bound=1)
     flags.DEFINE_float("seconds", 2, "Of load for requests a second, a server and round.")
     flags.DEFINE_string("worker", None, "Used by the benchmark itself: what this process does.")
-    flags.DEFINE_string("address", None, "Used by the benchmark itself: a caller's server.")
+    flags.DEFINE_string("url", None, "Used by the benchmark itself: what a caller calls.")
 
 
 # The processes that are measured.
@@ -70,12 +81,11 @@ def export(folder: pathlib.Path) -> None:
 
     import tensorflow as tf
 
-    from pwiser_tf.export import ServedModel
+    from pwiser_tf.export import ServedModel, _restore_names
     from pwiser_tf.models import MODELS, ModelConfig
     from pwiser_tf.schema import Categorical, Numerical, Schema, Split
     from pwiser_tf.tasks import LossConfig
 
-    # Named as the exported tensors are, so that Examples and raw tensors share their names.
     schema = Schema(
         dataset="generated",
         categorical=tuple(
@@ -100,6 +110,7 @@ def export(folder: pathlib.Path) -> None:
     )
     served = ServedModel(model, schema)
     tf.saved_model.save(served, str(folder), signatures=served.functions)
+    _restore_names(folder, served)
 
 
 def _serve(methods: dict) -> None:
@@ -110,9 +121,7 @@ def _serve(methods: dict) -> None:
             method = methods.get(details.method)
             return method and grpc.unary_unary_rpc_method_handler(method)
 
-    server = grpc.server(
-        futures.ThreadPoolExecutor(4 * (os.cpu_count() or 1)), handlers=[Handler()]
-    )
+    server = grpc.server(futures.ThreadPoolExecutor(THREADS), handlers=[Handler()])
     print(server.add_insecure_port("localhost:0"), flush=True)
     server.start()
     sys.stdin.read()
@@ -175,17 +184,86 @@ def serve_naive(folder: str) -> None:
     _serve({PREDICT: predict})
 
 
-def count_calls(address: str) -> None:
+def serve_fastapi(folder: str) -> None:
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
+    import anyio.to_thread
+    import fastapi
+    import pydantic
+    import tensorflow as tf
+    import uvicorn
+
+    loaded = tf.saved_model.load(folder)
+
+    @contextlib.asynccontextmanager
+    async def limit_threads(api):
+        anyio.to_thread.current_default_thread_limiter().total_tokens = THREADS
+        yield
+
+    class Request(pydantic.BaseModel):
+        signature_name: str = "serving_default"
+        instances: list[dict]
+
+    api = fastapi.FastAPI(lifespan=limit_threads)
+
+    @api.post(REST)
+    def predict(request: Request):
+        signature = loaded.signatures[request.signature_name]
+        inputs = {
+            name: tf.constant([row[name] for row in request.instances], spec.dtype)
+            for name, spec in signature.structured_input_signature[1].items()
+        }
+        outputs = {name: values.numpy().tolist() for name, values in signature(**inputs).items()}
+        rows = zip(*outputs.values(), strict=True)
+        return {"predictions": [dict(zip(outputs, row, strict=True)) for row in rows]}
+
+    # Only where a socket names TCP does asyncio send at once (TCP_NODELAY): 40 ms a call otherwise.
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("localhost", 0))
+        listener.listen()
+        print(listener.getsockname()[1], flush=True)
+        # A connection waits while the others have their turns.
+        config = uvicorn.Config(api, log_level="warning", timeout_keep_alive=600)
+        uvicorn.Server(config).run([listener])
+
+
+def count_calls(url: str) -> None:
     """A caller: reads a request in hexadecimal and seconds, prints how many calls it made."""
-    with grpc.insecure_channel(address) as channel:
+    with connect(url) as call:
         for line in sys.stdin:
             seconds, data = json.loads(line)
-            call, data = channel.unary_unary(PREDICT), bytes.fromhex(data)
+            data = bytes.fromhex(data)
             calls, end = 0, time.perf_counter() + seconds
             while time.perf_counter() < end:
-                call(data, timeout=60)
+                call(data)
                 calls += 1
             print(calls, flush=True)
+
+
+@contextlib.contextmanager
+def connect(url: str) -> Iterator[Callable[[bytes], bytes]]:
+    """A function that sends a request to a URL, grpc:// or http://, and returns the answer."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "grpc":
+        options = [("grpc.max_receive_message_length", -1)]
+        with grpc.insecure_channel(parts.netloc, options) as channel:
+            method = channel.unary_unary(parts.path)
+            yield lambda data: method(data, timeout=60)
+        return
+    connection = http.client.HTTPConnection(parts.netloc, timeout=60)
+
+    def post(data: bytes) -> bytes:
+        connection.request("POST", parts.path, data, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        answer = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"{url}: {response.status} {answer[:200]}")
+        return answer
+
+    with contextlib.closing(connection):
+        yield post
 
 
 # The process that measures.
@@ -204,7 +282,7 @@ class Worker:
             text=True,
         )
 
-    def wait_for_port(self) -> grpc.Channel:
+    def wait_for_port(self) -> None:
         line = self.process.stdout.readline()
         # Our server says more than its port, and the port last.
         port = line.rsplit(":", 1)[-1].strip()
@@ -212,7 +290,6 @@ class Worker:
             self._log.seek(0)
             raise RuntimeError(f"{self.process.args} did not start: {self._log.read()}")
         self.address = f"localhost:{port}"
-        return grpc.insecure_channel(self.address, [("grpc.max_receive_message_length", -1)])
 
     def stop(self) -> None:
         # A signal for our server, the end of stdin for the others.
@@ -273,6 +350,12 @@ def _request(signature_name: str, arrays: dict[str, np.ndarray], *, as_content=T
     return request.SerializeToString()
 
 
+def _rest_request(signature_name: str, arrays: dict[str, np.ndarray]) -> bytes:
+    columns = [array.tolist() for array in arrays.values()]
+    rows = [dict(zip(arrays, row, strict=True)) for row in zip(*columns, strict=True)]
+    return json.dumps({"signature_name": signature_name, "instances": rows}).encode()
+
+
 def _percentiles(rounds: list[list[float]]) -> tuple[float, float, float]:
     everything = np.concatenate(rounds)
     return (
@@ -319,29 +402,50 @@ def measure(folder: pathlib.Path) -> None:
         base = stack.enter_context(tempfile.TemporaryDirectory())
         os.symlink(folder.resolve(), os.path.join(base, "1"))
         ours = ["pwiser_serving.server", "--port=0", "--model_name=m", "--model_base_path", base]
+        with socket.create_server(("localhost", 0)) as listener:
+            rest_port = listener.getsockname()[1]
+        rest = [f"--rest_api_port={rest_port}", f"--rest_api_num_threads={THREADS}"]
         commands = {
             "reference": ["benchmarks.serving", "--worker=reference", f"--model={folder}"],
             "naive": ["benchmarks.serving", "--worker=naive", f"--model={folder}"],
-            "ours": ours,
+            "FastAPI": ["benchmarks.serving", "--worker=fastapi", f"--model={folder}"],
+            "ours": [*ours, *rest],
             "ours, content": [*ours, "--enable_serialization_as_tensor_content"],
         }
         workers = {name: Worker(command) for name, command in commands.items()}
         for worker in workers.values():
             stack.callback(worker.stop)
-        channels = {
-            name: stack.enter_context(worker.wait_for_port()) for name, worker in workers.items()
-        }
+        for worker in workers.values():
+            worker.wait_for_port()
+
+        def url(server: str, path: str = PREDICT) -> str:
+            return f"grpc://{workers[server].address}{path}"
 
         def sends(server: str, data: bytes, path: str = PREDICT):
-            call = channels[server].unary_unary(path)
-            return lambda: call(data, timeout=60)
+            call = stack.enter_context(connect(url(server, path)))
+            return lambda: call(data)
 
-        requests = {
-            batch: _request("predict", _arrays(signatures["predict"], batch)) for batch in CALLS
-        }
+        ids, raw = (
+            {batch: _arrays(signatures[name], batch) for batch in CALLS}
+            for name in ("predict", "predict_raw")
+        )
+        requests = {batch: _request("predict", arrays) for batch, arrays in ids.items()}
         _compare_calls(requests, sends)
         _compare_wires(signatures, sends)
-        _compare_throughput(requests[1], workers, stack)
+        servers = ("ours", "naive")
+        targets = {name: (workers[name], url(name), requests[1]) for name in servers}
+        _compare_throughput("Batch 1", targets)
+        _compare_rest(
+            raw,
+            {
+                "ours, REST": (workers["ours"], f"http://localhost:{rest_port}{REST}"),
+                "FastAPI, REST": (
+                    workers["FastAPI"],
+                    f"http://{workers['FastAPI'].address}{REST}",
+                ),
+                "ours, gRPC": (workers["ours"], url("ours")),
+            },
+        )
 
 
 def _compare_calls(requests: dict[int, bytes], sends) -> None:
@@ -391,38 +495,66 @@ def _compare_wires(signatures, sends) -> None:
     _table(f"Wire formats, batch {batch}: encoding in the client, and the call", _take_turns(cases))
 
 
-def _compare_throughput(data: bytes, workers: dict[str, Worker], stack) -> None:
-    servers = ("ours", "naive")
-    callers = {server: [] for server in servers}
-    for server in servers:
-        for _ in range(FLAGS.callers):
-            caller = Worker(
-                ["benchmarks.serving", "--worker=caller", f"--address={workers[server].address}"]
-            )
-            stack.callback(caller.stop)
-            callers[server].append(caller.process)
-    rates, burdens = {server: [] for server in servers}, {server: [] for server in servers}
-    # The first round finds the callers still starting, and is not counted.
-    for round_ in range(FLAGS.rounds + 1):
-        for server in servers:
-            for process in callers[server]:
+def _compare_rest(
+    raw: dict[int, dict[str, np.ndarray]], servers: dict[str, tuple[Worker, str]]
+) -> None:
+    """Raw features by batch size to servers with their URLs, the first against the others."""
+    for batch, arrays in raw.items():
+        title = f"Batch {batch}, signature predict_raw"
+        grpc_request, rest_request = (
+            encode("predict_raw", arrays) for encode in (_request, _rest_request)
+        )
+        targets = {
+            name: (worker, url, rest_request if url.startswith("http:") else grpc_request)
+            for name, (worker, url) in servers.items()
+        }
+        with contextlib.ExitStack() as stack:
+            cases = {}
+            for name, (_, url, data) in targets.items():
+                call = stack.enter_context(connect(url))
+                cases[name] = functools.partial(call, data), CALLS[batch]
+            results = _take_turns(cases)
+        _table(title, results)
+        first, *others = results
+        for other in others:
+            print(f"\n{other} / {first}: {_ratio(results[other], results[first]):.2f}", end="")
+        print()
+        _compare_throughput(title, targets)
+
+
+def _compare_throughput(title: str, targets: dict[str, tuple[Worker, str, bytes]]) -> None:
+    """Requests a second of servers with URL and request, the first against the others."""
+    with contextlib.ExitStack() as stack:
+        callers = {name: [] for name in targets}
+        for name, (_, url, _) in targets.items():
+            for _ in range(FLAGS.callers):
+                caller = Worker(["benchmarks.serving", "--worker=caller", f"--url={url}"])
+                stack.callback(caller.stop)
+                callers[name].append(caller.process)
+        rates, burdens = {name: [] for name in targets}, {name: [] for name in targets}
+        # The first round finds the callers still starting, and is not counted.
+        for round_ in range(FLAGS.rounds + 1):
+            for name, (worker, _, data) in targets.items():
                 seconds = FLAGS.seconds if round_ else 0.2
-                print(json.dumps([seconds, data.hex()]), file=process.stdin, flush=True)
-            before = _processor_seconds(workers[server].process.pid)
-            calls = sum(int(process.stdout.readline()) for process in callers[server])
-            burden = _processor_seconds(workers[server].process.pid) - before
-            if round_:
-                rates[server].append(calls / FLAGS.seconds)
-                burdens[server].append(burden / calls * 1e6)
-    print(f"\nBatch 1, {FLAGS.callers} callers: requests a second; the server's CPU time of one\n")
-    for server in servers:
-        rate, burden = statistics.median(rates[server]), statistics.median(burdens[server])
-        print(f"{server}: {rate:.0f}; {burden:.0f} us")
-    more, less = (
-        statistics.median(a / b for a, b in zip(values["ours"], values["naive"], strict=True))
-        for values in (rates, burdens)
-    )
-    print(f"ours / naive: {more:.2f}; {less:.2f}")
+                for process in callers[name]:
+                    print(json.dumps([seconds, data.hex()]), file=process.stdin, flush=True)
+                before = _processor_seconds(worker.process.pid)
+                calls = sum(int(process.stdout.readline()) for process in callers[name])
+                burden = _processor_seconds(worker.process.pid) - before
+                if round_:
+                    rates[name].append(calls / FLAGS.seconds)
+                    burdens[name].append(burden / calls * 1e6)
+    print(f"\n{title}, {FLAGS.callers} callers: requests a second; the server's CPU time of one\n")
+    for name in targets:
+        rate, burden = statistics.median(rates[name]), statistics.median(burdens[name])
+        print(f"{name}: {rate:.0f}; {burden:.0f} us")
+    first, *others = targets
+    for other in others:
+        more, less = (
+            statistics.median(a / b for a, b in zip(values[first], values[other], strict=True))
+            for values in (rates, burdens)
+        )
+        print(f"{first} / {other}: {more:.2f}; {less:.2f}")
 
 
 def _processor_seconds(pid: int) -> float:
@@ -453,8 +585,10 @@ def main(_):
         serve_reference(FLAGS.model)
     elif FLAGS.worker == "naive":
         serve_naive(FLAGS.model)
+    elif FLAGS.worker == "fastapi":
+        serve_fastapi(FLAGS.model)
     elif FLAGS.worker == "caller":
-        count_calls(FLAGS.address)
+        count_calls(FLAGS.url)
     elif FLAGS.worker == "export":
         export(pathlib.Path(FLAGS.model))
     elif FLAGS.model:

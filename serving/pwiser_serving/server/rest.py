@@ -374,6 +374,9 @@ class Server:
             # Told by nothing what runs here.
             ident=None,
             max_request_body_size=max_bytes,
+            # A large body in a few reads, and in memory; by default 8 KB each, and in a file.
+            recv_bytes=2**18,
+            inbuf_overflow=2**22,
             connection_limit=_MAX_CONNECTIONS,
             # select() knows no file descriptor above 1023.
             asyncore_use_poll=True,
