@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint format bench clean
 
 # What the program needs, at the versions it was tested with.
-$(VENV)/installed: setup.py serving/setup.py constraints.txt
+$(VENV)/installed: pyproject.toml serving/setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[test]' -e './serving[server,test]'

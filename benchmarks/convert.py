@@ -2,7 +2,7 @@
 
     python -m benchmarks.convert [--rows=600000]
 
-The file is generated (tools.make_sample), 82 columns. Ours is the command line from start to end:
+The file is generated (pwiser sample), 82 columns. Ours is the command line from start to end:
 interpreter, imports, scan, vocabularies, validation split, checks, shards, schema. The baseline is
 what most projects write: csv.reader, one packed Example a row, TFRecordWriter; it makes no
 vocabulary, no split and no check, and its clock starts after its imports. The two take turns; the
@@ -23,7 +23,7 @@ import time
 from absl import flags
 
 from pwiser_tf import command_line
-from tools import aliexpress
+from pwiser_tf.convert import aliexpress
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -104,7 +104,7 @@ def main() -> None:
         # One test row: nearly everything is in the file that both read.
         fraction = 1 / values.rows
         measure(
-            ["tools.make_sample", f"--output_dir={folder}/sample", f"--rows={values.rows + 1}",
+            ["pwiser_tf.synthetic", f"--output_dir={folder}/sample", f"--rows={values.rows + 1}",
              f"--test_fraction={fraction}"]
         )  # fmt: skip
         train = f"{folder}/sample/AliExpress_XX/train.csv"
@@ -114,7 +114,7 @@ def main() -> None:
             output = f"{folder}/ours-{repeat}"
             runs["ours"].append(
                 measure(
-                    ["tools.csv_to_tfrecord", "--format=aliexpress", f"--train={train}",
+                    ["pwiser_tf.convert", "--format=aliexpress", f"--train={train}",
                      f"--output_dir={output}"]
                 )
             )  # fmt: skip

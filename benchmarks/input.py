@@ -26,7 +26,7 @@ from pwiser_tf import data, records
 from pwiser_tf.models import MODELS, ModelConfig
 from pwiser_tf.schema import Categorical, Numerical, Schema, Shard, Split
 from pwiser_tf.tasks import LossConfig
-from pwiser_tf.train import share_cores
+from pwiser_tf.training import share_cores
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("rows", 400_000, "Rows to read.")

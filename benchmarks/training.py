@@ -1,4 +1,4 @@
-"""Examples a second of training MMoE: ours against MTReclib's in PyTorch (benchmarks/mtreclib.py).
+"""Examples a second of training MMoE: ours against MTReclib's in PyTorch (study/mtreclib.py).
 
     python -m benchmarks.training
 
@@ -50,7 +50,7 @@ def _run_tensorflow(embedding_dim: int, pwiser_weight: float, mixed_precision: b
     from pwiser_tf.models import MODELS, ModelConfig
     from pwiser_tf.schema import Categorical, Numerical, Schema, Split
     from pwiser_tf.tasks import LossConfig
-    from pwiser_tf.train import share_cores
+    from pwiser_tf.training import share_cores
 
     share_cores()
     schema = Schema(
@@ -89,7 +89,7 @@ def _run_torch(embedding_dim: int, mixed_precision: bool) -> list[float]:
     """Seconds of each timed step of MTReclib's loop."""
     import torch
 
-    from benchmarks import mtreclib
+    from pwiser_tf.study import mtreclib
 
     torch.manual_seed(0)
     model = mtreclib.MMoE(_SIZES, _NUMBERS, embedding_dim)

@@ -1,14 +1,37 @@
 """pwiser-tf: from exposure logs to served CTR, CVR and CTCVR, trained with the PWiseR loss.
 
-Importing this package does not import TensorFlow: a module that needs it does so itself. It only
-makes sure that TensorFlow's Keras will be the Keras 2 line, which TensorFlow Recommenders needs.
+    pwiser_tf.PWiseRLoss()                    the loss, in any Keras 2 model; pwiser() for tensors
+    pwiser_tf.Schema.load("data/us")          what the converter learnt of a data set
+    pwiser_tf.train(settings, folder)         a run; load_run(folder) its best model
+    pwiser_tf.evaluate(...), auc, gauc, ...   exact metrics
+
+Importing this package imports neither TensorFlow nor anything else that is slow: the names below
+are imported when they are first used. It only makes sure that TensorFlow's Keras will be the Keras
+2 line, which TensorFlow Recommenders needs.
 """
 
+import importlib
 import os
 import sys
 
-# What goes wrong on TensorFlow's C++ side reaches Python as an exception; the rest is chatter.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+__version__ = "0.1.0"
+
+# Public name: its module.
+_PUBLIC = {
+    "DataError": "errors",
+    "MODELS": "models",
+    "PWiseRLoss": "losses",
+    "Schema": "schema",
+    "Settings": "config",
+    "auc": "metrics",
+    "evaluate": "evaluation",
+    "gauc": "metrics",
+    "load_run": "runs",
+    "pwiser": "losses",
+    "summary": "metrics",
+    "train": "training",
+}
+__all__ = sorted(_PUBLIC)
 
 
 def _use_keras_2() -> None:
@@ -29,3 +52,13 @@ def _use_keras_2() -> None:
 
 
 _use_keras_2()
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pwiser_tf.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

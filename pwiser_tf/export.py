@@ -46,7 +46,7 @@ from google.protobuf.message import Message
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
-from pwiser_tf import workdir
+from pwiser_tf import runs
 from pwiser_tf.command_line import run
 from pwiser_tf.layers import RawFeatures
 from pwiser_tf.models import ClickConversionModel
@@ -192,12 +192,12 @@ def export(
     Returns:
       The new version's folder, <export_dir>/<model_name>/<version>.
     """
-    model, _, schema = workdir.load_best(folder)
+    model, _, schema = runs.load_run(folder)
     served = ServedModel(model, schema)
     row = _one_row(schema)
     base = pathlib.Path(export_dir) / model_name
     base.mkdir(parents=True, exist_ok=True)
-    with workdir.locked(base):
+    with runs.locked(base):
         return _write_version(base, model, served, schema, model_name, row)
 
 
@@ -382,7 +382,7 @@ def define_flags() -> None:
 def main() -> None:
     """Exports as the flags say."""
     args = flags.FLAGS
-    with workdir.file_errors():
+    with runs.file_errors():
         print("exported", export(args.workdir, args.export_dir, args.model_name))
 
 

@@ -7,6 +7,9 @@ An import that fails still raises, and prints its traceback.
 
 import os
 
+# What goes wrong on the C++ side reaches Python as an exception; the rest is chatter.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 _stderr = os.dup(2)
 _nowhere = os.open(os.devnull, os.O_WRONLY)
 os.dup2(_nowhere, 2)

@@ -1,18 +1,6 @@
-"""Metrics for people: a text table, and plot sheets as PNG.
-
-All of it shows what `metrics.summary` found. Figures are drawn on `matplotlib.figure.Figure`
-itself, without pyplot: no global state, no window, no backend to choose. The colours are those of
-Okabe and Ito, which colour-blind readers tell apart; line styles and markers say the same again.
-"""
-
-import os
-import pathlib
+"""Metrics for people: text tables of what `metrics.summary` found. `plots` draws them."""
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.axis import Axis
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pwiser_tf import metrics
 
@@ -23,25 +11,6 @@ _MEANING = {
     "ctcvr": "P(click and conversion given exposure)",
     "cvr": "P(conversion given click), on clicked rows",
 }
-_TASK_STYLE = {
-    "ctr": {"color": "#0072B2", "linestyle": "-"},
-    "ctcvr": {"color": "#D55E00", "linestyle": "--"},
-    "cvr": {"color": "#009E73", "linestyle": "-."},
-}
-_GRADES = ("exposure only", "click, no conversion", "conversion")
-_GRADE_STYLE = (
-    {"color": "#7F7F7F", "linestyle": ":"},
-    {"color": "#E69F00", "linestyle": "-"},
-    {"color": "#000000", "linestyle": "--"},
-)
-_FAINT = "#BBBBBB"
-
-# Below so many rows a histogram is noise, and each row is drawn as a tick of its own.
-_FEWEST_FOR_HISTOGRAM = 30
-# Reliability is drawn on logarithmic axes when a rate lies below this, and in so few bins that
-# each should hold this many positives: others say nothing, at great length.
-_SMALL_RATE = 0.05
-_POSITIVES_PER_BIN = 5
 
 
 def table(summaries: dict[str, dict]) -> str:
@@ -86,7 +55,8 @@ def difference_table(grade: np.ndarray, predictions: dict[str, dict[str, np.ndar
 
     Returns:
       A line a task and model, with the 95 percent interval and p-value of the paired DeLong test
-      (`metrics.auc_difference`), which is sharper than two separate intervals.
+      (`metrics.auc_difference`), which is sharper than two separate intervals. What is
+      undefined is shown as "-".
     """
     reference, *others = predictions
     width = max(map(len, others))
@@ -99,101 +69,27 @@ def difference_table(grade: np.ndarray, predictions: dict[str, dict[str, np.ndar
                 np.asarray(predictions[name][task])[measured],
                 np.asarray(predictions[reference][task])[measured],
             )
-            cells = "-" if np.isnan(found[0]) else "{:+.4f} [{:+.4f}, {:+.4f}]  p {:.3f}"
-            lines.append(f"{task.upper():<5}  {name:<{width}}  {cells.format(*found)}")
+            cells = "{:+.4f} [{:+.4f}, {:+.4f}]  p {:.3f}".format(*found)
+            if np.isnan(found[0]):
+                cells = "-"
+            elif np.isnan(found[1]):
+                cells = f"{found[0]:+.4f} [      -,       -]  p     -"
+            lines.append(f"{task.upper():<5}  {name:<{width}}  {cells}")
     return "\n".join(lines)
 
 
-def plot(
-    path: str | os.PathLike,
-    grade: np.ndarray,
-    predictions: dict[str, np.ndarray],
-    summary: dict[str, dict],
-    title: str,
-) -> None:
-    """Draws one model's sheet: ROC, scores by grade, and reliability of each task.
-
-    Args:
-      path: of the PNG; it is written aside and moved into place.
-      grade: integers [n] in {0, 1, 2}.
-      predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1].
-      summary: what `metrics.summary` gave for these.
-      title: of the sheet, such as the model's name and the split.
-
-    Raises:
-      ValueError: as `metrics.summary`.
-      OSError: the file cannot be written.
-    """
-    grade = np.asarray(grade)
-    figure = Figure(figsize=(15, 9.5), dpi=110, layout="constrained")
-    figure.suptitle(
-        f"{title}\n{_plural(summary['ctr']['rows'], 'exposure')}, "
-        f"{_plural(summary['ctr']['positives'], 'click')}, "
-        f"{_plural(summary['ctcvr']['positives'], 'conversion')}",
-        fontsize=14,
-    )
-    panels = figure.subplots(2, 3)
-    _draw_roc(panels[0, 0], grade, predictions, summary)
-    for axes, task in zip(panels[0, 1:], ("ctr", "ctcvr"), strict=True):
-        _draw_scores(axes, grade, np.asarray(predictions[task]), task)
-    for axes, task in zip(panels[1], metrics.TASKS, strict=True):
-        measured, labels = metrics.task_labels(grade, task)
-        probabilities = np.asarray(predictions[task])[measured]
-        bins = int(np.clip(summary[task]["positives"] // _POSITIVES_PER_BIN, 2, 20))
-        curve = metrics.reliability(labels[measured], probabilities, bins)
-        _draw_reliability(axes, curve, task, summary[task])
-    save(figure, path)
-
-
-def plot_comparison(path: str | os.PathLike, summaries: dict[str, dict]) -> None:
-    """Draws the AUC of several models side by side, with 95 percent intervals, a panel a task.
-
-    Args:
-      path: of the PNG; it is written aside and moved into place.
-      summaries: model name to its `metrics.summary`; the first is the one to compare with.
-
-    Raises:
-      OSError: the file cannot be written.
-    """
-    names = list(summaries)
-    figure = Figure(figsize=(15, 1.8 + 0.55 * len(names)), dpi=110, layout="constrained")
-    figure.supxlabel(
-        "Each model with its own 95% interval. On the same rows, differences between models are "
-        "more certain than these intervals suggest.",
-        fontsize=10,
-    )
-    for axes, task in zip(figure.subplots(1, 3, sharey=True), metrics.TASKS, strict=True):
-        reference = summaries[names[0]][task]["auc"] if names else None
-        if reference is not None:
-            axes.axvline(reference, color=_FAINT, linestyle="--", linewidth=1, zorder=0)
-        for position, name in enumerate(names):
-            result = summaries[name][task]
-            _draw_interval(axes, position, result, _TASK_STYLE[task]["color"])
-        axes.set_title(_task_title(task, summaries[names[0]][task] if names else None), fontsize=11)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel("AUC")
-        axes.margins(x=0.12)
-        tidy(axes)
-        axes.grid(axis="y", visible=False)
-    save(figure, path)
-
-
-# --- the table's cells -------------------------------------------------------------------------
-
-
 def _cells(result: dict) -> list[str]:
-    area = _number(result["auc"], ".4f")
+    area = number(result["auc"], ".4f")
     if result["auc_low"] is not None:
         area += f" [{result['auc_low']:.4f}, {result['auc_high']:.4f}]"
     elif result["auc"] is not None:
         area += " [     -,      -]"
     return [
         area,
-        _number(result["gauc"], ".4f"),
-        _number(result["log_loss"], ".6f"),
-        _number(result["pcoc"], ".3f"),
-        _number(result["calibration_error"], ".6f"),
+        number(result["gauc"], ".4f"),
+        number(result["log_loss"], ".6f"),
+        number(result["pcoc"], ".3f"),
+        number(result["calibration_error"], ".6f"),
         f"{result['rows']:,}",
         f"{result['positives']:,}",
     ]
@@ -208,192 +104,11 @@ def _groups(summaries: dict[str, dict], task: str) -> str:
     return ""
 
 
-def _number(value: float | None, spec: str, undefined: str = "-") -> str:
+def number(value: float | None, spec: str, undefined: str = "-") -> str:
+    """A number as a table shows it."""
     return undefined if value is None else format(value, spec)
 
 
-def _plural(count: int, noun: str) -> str:
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: "1 row", "2 rows"."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
-# --- panels ------------------------------------------------------------------------------------
-
-
-def _draw_roc(axes: Axes, grade, predictions, summary) -> None:
-    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, zorder=0)
-    for task in metrics.TASKS:
-        measured, labels = metrics.task_labels(grade, task)
-        scores = np.asarray(predictions[task])[measured]
-        rates = metrics.roc_curve(labels[measured], scores)
-        result = summary[task]
-        label = f"{task.upper()}: AUC {_number(result['auc'], '.4f', 'undefined')}"
-        if result["auc_low"] is not None:
-            label += f" [{result['auc_low']:.4f}, {result['auc_high']:.4f}]"
-        axes.plot(*rates, label=label, linewidth=1.8, **_TASK_STYLE[task])
-    axes.set(
-        title="ROC, with AUC and its 95% interval",
-        xlabel="false positive rate",
-        ylabel="true positive rate",
-        xlim=(-0.01, 1.01),
-        ylim=(-0.01, 1.01),
-    )
-    axes.set_aspect("equal", adjustable="box")
-    axes.legend(loc="lower right", fontsize=9, framealpha=0.9)
-    tidy(axes)
-
-
-def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
-    low, high = _score_range(grade, probabilities)
-    # Held inside as logarithms: 10**low, rounded, could fall outside, and out of the histogram.
-    logarithm = np.log10(np.maximum(probabilities, np.finfo(np.float64).tiny, dtype=np.float64))
-    logarithm = np.clip(logarithm, low, high)
-    by_grade = [logarithm[grade == level] for level in range(3)]
-    few = [level for level in range(3) if len(by_grade[level]) < _FEWEST_FOR_HISTOGRAM]
-    top = 0.0
-    for level, values in enumerate(by_grade):
-        style, label = _GRADE_STYLE[level], f"{_GRADES[level]} ({len(values):,})"
-        if level not in few:
-            # An odd number: where all scores are equal, each grade's bar is centred on them.
-            bins = int(np.clip(np.sqrt(len(values)), 8, 60)) | 1
-            density, edges = np.histogram(values, bins=bins, range=(low, high), density=True)
-            axes.stairs(density, 10**edges, label=label, linewidth=1.8, **style)
-            axes.stairs(density, 10**edges, fill=True, alpha=0.12, color=style["color"])
-            top = max(top, density.max())
-            continue
-        # A lane for each grade, so that ticks do not cover each other.
-        lane = few.index(level) + 1
-        axes.plot(
-            10**values,
-            np.full(len(values), lane * (0.18 if len(few) == 3 else 0.05)),
-            "|",
-            markersize=14,
-            markeredgewidth=1.6,
-            color=style["color"],
-            label=label + (": a tick a row" if len(values) else ""),
-            transform=axes.get_xaxis_transform(),
-        )
-    margin = 0.02 * (high - low)
-    axes.set(
-        title=f"Predicted {task.upper()} by what happened",
-        xlabel=f"predicted {task.upper()} (logarithmic)",
-        xscale="log",
-        xlim=(10 ** (low - margin), 10 ** (high + margin)),
-        ylim=(0, 1.3 * top or 1),
-    )
-    if top:
-        axes.set_ylabel("density per factor of ten")
-    else:
-        axes.set_yticks([])
-    plain_ticks(axes.xaxis, high - low)
-    axes.legend(loc="upper left", fontsize=9, framealpha=0.9, markerscale=0.7)
-    tidy(axes)
-
-
-def _score_range(grade, probabilities) -> tuple[float, float]:
-    """The range of log10 of the scores, nine at most; each grade's lowest thousandth may lie
-    below it, and is drawn at its edge."""
-    lows, highs = [], []
-    for level in range(3):
-        values = probabilities[(grade == level) & (probabilities > 0)]
-        if len(values):
-            lows.append(float(np.log10(np.quantile(values, 0.001))))
-            highs.append(float(np.log10(values.max())))
-    low, high = (max(min(lows), max(highs) - 9), max(highs)) if lows else (-1.0, 0.0)
-    return (low, high) if high - low > 0.1 else (low - 0.3, high + 0.3)
-
-
-def _draw_reliability(axes: Axes, curve: metrics.Reliability, task: str, result: dict) -> None:
-    name, style = task.upper(), _TASK_STYLE[task]
-    axes.set(
-        title=f"Reliability of {name}: PCOC {_number(result['pcoc'], '.3f', 'undefined')}",
-        xlabel=f"predicted {name}, mean of a bin",
-        ylabel=f"observed {name}, with 95% interval",
-    )
-    tidy(axes)
-    if not len(curve.rows):
-        axes.text(0.5, 0.5, "no rows", ha="center", transform=axes.transAxes)
-        return
-    low, high = _reliability_range(curve)
-    if low > 0:
-        axes.set(xscale="log", yscale="log")
-        for axis in (axes.xaxis, axes.yaxis):
-            plain_ticks(axis, np.log10(high / low))
-    axes.set(xlim=(low, high), ylim=(low, high))
-    axes.set_aspect("equal", adjustable="box")
-    axes.plot([low, high], [low, high], color=_FAINT, linewidth=1, zorder=0, label="calibrated")
-    predicted = np.maximum(curve.predicted, low)
-    observed = np.maximum(curve.observed, low)
-    axes.vlines(predicted, np.maximum(curve.low, low), curve.high, color=style["color"], alpha=0.6)
-    none = curve.observed == 0
-    fewest, most = curve.rows.min(), curve.rows.max()
-    rows = _plural(most, "row") if fewest == most else f"{fewest:,} to {most:,} rows"
-    # Markers at the edge are drawn whole; the layout does not need to know of them.
-    whole = {"clip_on": False, "in_layout": False, "linestyle": "", "color": style["color"]}
-    label = f"{_plural(len(curve.rows), 'bin')} of {rows}"
-    axes.plot(predicted[~none], observed[~none], marker="o", markersize=5, label=label, **whole)
-    if none.any():
-        hollow = {"marker": "v", "markersize": 7, "markerfacecolor": "white"}
-        axes.plot(predicted[none], observed[none], label="none observed", **hollow, **whole)
-    axes.legend(loc="upper left", fontsize=9, framealpha=0.9)
-
-
-def _reliability_range(curve: metrics.Reliability) -> tuple[float, float]:
-    """The common range of both axes; it starts at 0 where they are linear, above on log axes."""
-    rates = np.concatenate([curve.predicted, curve.observed])
-    rates = rates[rates > 0]
-    if not len(rates) or rates.min() >= _SMALL_RATE:
-        return 0.0, min(1.0, 1.1 * max(rates.max(initial=0.0), curve.high.max()))
-    return max(rates.min() / 2, 1e-9), min(1.0, 1.5 * max(rates.max(), curve.high.max()))
-
-
-def _draw_interval(axes: Axes, position: int, result: dict, color: str) -> None:
-    """One model's AUC at one height of a comparison."""
-    if result["auc"] is None:
-        axes.text(0.5, position, "undefined", ha="center", va="center", fontsize=9, color="#555555",
-                  transform=axes.get_yaxis_transform())  # fmt: skip
-        return
-    if result["auc_low"] is not None:
-        axes.hlines(position, result["auc_low"], result["auc_high"], color=color, linewidth=2)
-    axes.plot(result["auc"], position, "o", color=color, markersize=7)
-    axes.annotate(
-        f"{result['auc']:.4f}",
-        (result["auc"], position),
-        xytext=(0, 7),
-        textcoords="offset points",
-        ha="center",
-        fontsize=9,
-    )
-
-
-def _task_title(task: str, result: dict | None) -> str:
-    if not result:
-        return task.upper()
-    return f"{task.upper()}: {_plural(result['positives'], 'positive')} in {result['rows']:,} rows"
-
-
-def plain_ticks(axis: Axis, decades: float) -> None:
-    """Ticks of a logarithmic axis as plain numbers, a few of them whatever its length."""
-    axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
-
-
-def tidy(axes: Axes) -> None:
-    """Gives a panel the look of all our panels."""
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EEEEEE", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes the PNG aside and renames it, so that no reader ever sees half of one."""
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    except OSError as error:
-        # A failed write names no file, and the partial one's name tells a user nothing.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)

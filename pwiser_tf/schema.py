@@ -218,9 +218,7 @@ class Schema:
             )
             fingerprint = content["fingerprint"]
         except FileNotFoundError as error:
-            raise DataError(
-                "no such file; tools/csv_to_tfrecord.py writes it", file=error.filename
-            ) from None
+            raise DataError("no such file; pwiser convert writes it", file=error.filename) from None
         except DataError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:

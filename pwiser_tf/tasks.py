@@ -1,9 +1,11 @@
 """Tasks: what a tower learns. A task is a name, the label it learns, its loss and its weight.
 
 Every task here is defined on all exposures; its label is 1 where the row's grade is high enough.
+A new loss is a function in `losses` and an entry in `LOSSES`.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import tensorflow as tf
 import tf_keras as keras
@@ -15,26 +17,17 @@ CONVERSION = 2
 POSITIVE_GRADE = {"ctr": 1, "ctcvr": CONVERSION}
 TASKS = tuple(POSITIVE_GRADE)
 
-LOSSES = ("bce", "pwiser", "ranknet", "combined_pair", "jrc", "listce", "focal")
-# These compare the rows of one group, and need to know it.
-GROUP_LOSSES = ("jrc", "listce")
 SCORE_SPACES = ("probability", "logit")
 
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """How a task is learnt. By the name of its loss:
-
-        bce            binary cross-entropy
-        pwiser         BCE + pwiser_weight * PWiseR
-        ranknet, combined_pair, jrc, listce
-                       BCE + ranking_weight * the term of that name (see pwiser_tf.losses)
-        focal          focal loss in the place of BCE
+    """How a task is learnt.
 
     Attributes:
       weight: the task's share in the sum over tasks.
       conversion_weight: rows with a conversion count so many times in BCE (or focal).
-      loss: one of LOSSES.
+      loss: one of LOSSES, below.
       pwiser_weight: lambda of pwiser; 0 is plain BCE.
       margin_click, margin_nonclick: PWiseR's margins, in the units of score_space.
       score_space: what PWiseR ranks, "probability" or "logit".
@@ -56,9 +49,92 @@ class LossConfig:
     focal_gamma: float = 2.0
 
     def __post_init__(self):
-        for name, names in (("loss", LOSSES), ("score_space", SCORE_SPACES)):
+        for name, names in (("loss", tuple(LOSSES)), ("score_space", SCORE_SPACES)):
             if getattr(self, name) not in names:
                 raise ValueError(f"{name}: found {getattr(self, name)!r}, expected one of {names}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What a loss sees of a batch, all [B].
+
+    Attributes:
+      logits: float32, the task's. positive: float32, 1 where the row has the task's label.
+      grade: int64. group: int64, None where the data has none. energy: float32, of losses that
+      need it.
+    """
+
+    logits: tf.Tensor
+    positive: tf.Tensor
+    grade: tf.Tensor
+    group: tf.Tensor | None
+    energy: tf.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LossEntry:
+    """A loss: what it adds to cross-entropy, or what it puts in its place.
+
+    Attributes:
+      formula: in words, with its options in braces.
+      term: a batch's number, added with the weight that the option `weight` holds.
+      of_rows: each row's number [B], in the place of cross-entropy.
+      weight: the option that holds the weight of the term.
+      options: the options that it reads and others do not; what plain BCE reads all read.
+      needs_groups: it compares the rows of one group, and needs to know it.
+      needs_energy: it needs a second number a row of the task's tower.
+    """
+
+    formula: str
+    term: Callable[[LossConfig, Batch], tf.Tensor] | None = None
+    of_rows: Callable[[LossConfig, Batch], tf.Tensor] | None = None
+    weight: str = "ranking_weight"
+    options: tuple[str, ...] = ("loss_tasks", "ranking_weight")
+    needs_groups: bool = False
+    needs_energy: bool = False
+
+
+def _pwiser(config: LossConfig, batch: Batch) -> tf.Tensor:
+    probability = config.score_space == "probability"
+    scores = tf.sigmoid(batch.logits) if probability else batch.logits
+    return losses.pwiser(scores, batch.grade, config.margin_click, config.margin_nonclick)
+
+
+LOSSES = {
+    "bce": LossEntry("BCE", options=()),
+    "pwiser": LossEntry(
+        "BCE + {pwiser_weight:g} x PWiseR",
+        term=_pwiser,
+        weight="pwiser_weight",
+        options=("loss_tasks", "pwiser_weight", "margin_click", "margin_nonclick", "score_space"),
+    ),
+    "ranknet": LossEntry(
+        "BCE + {ranking_weight:g} x ranknet",
+        term=lambda _, batch: losses.pairwise_logistic(batch.logits, batch.grade),
+    ),
+    "combined_pair": LossEntry(
+        "BCE + {ranking_weight:g} x combined_pair",
+        term=lambda _, batch: losses.combined_pair(batch.logits, batch.positive),
+    ),
+    "jrc": LossEntry(
+        "BCE + {ranking_weight:g} x jrc",
+        term=lambda _, batch: losses.jrc(batch.logits, batch.energy, batch.positive, batch.group),
+        needs_groups=True,
+        needs_energy=True,
+    ),
+    "listce": LossEntry(
+        "BCE + {ranking_weight:g} x listce",
+        term=lambda _, batch: losses.listce(batch.logits, batch.positive, batch.group),
+        needs_groups=True,
+    ),
+    "focal": LossEntry(
+        "focal, gamma {focal_gamma:g}",
+        of_rows=lambda config, batch: losses.focal(
+            batch.logits, batch.positive, config.focal_gamma
+        ),
+        options=("loss_tasks", "focal_gamma"),
+    ),
+}
 
 
 class TaskLoss(keras.losses.Loss):
@@ -70,7 +146,7 @@ class TaskLoss(keras.losses.Loss):
     is nothing left to average.
 
     Raises:
-      ValueError: when called, a loss of GROUP_LOSSES without groups.
+      ValueError: when called, a loss that needs groups without them.
     """
 
     def __init__(self, task: str, config: LossConfig):
@@ -79,10 +155,12 @@ class TaskLoss(keras.losses.Loss):
         self._config = config
 
     def call(self, labels: dict[str, tf.Tensor], predictions: dict[str, tf.Tensor]) -> tf.Tensor:
-        config, grade, logits = self._config, labels["grade"], predictions["logits"]
+        config, entry = self._config, LOSSES[self._config.loss]
+        grade, logits = labels["grade"], predictions["logits"]
         positive = tf.cast(grade >= self._positive_grade, logits.dtype)
-        if config.loss == "focal":
-            of_rows = losses.focal(logits, positive, config.focal_gamma)
+        batch = Batch(logits, positive, grade, labels.get("group"), predictions.get("energy"))
+        if entry.of_rows:
+            of_rows = entry.of_rows(config, batch)
         else:
             of_rows = tf.nn.sigmoid_cross_entropy_with_logits(positive, logits)
         if config.conversion_weight != 1:
@@ -91,25 +169,12 @@ class TaskLoss(keras.losses.Loss):
             loss = tf.reduce_sum(weights * of_rows) / tf.reduce_sum(weights)
         else:
             loss = tf.reduce_mean(of_rows)
-        term_weight = config.pwiser_weight if config.loss == "pwiser" else config.ranking_weight
-        if config.loss in ("bce", "focal") or not term_weight:
+        term_weight = getattr(config, entry.weight)
+        if entry.term is None or not term_weight:
             return loss
-        return loss + term_weight * self._term(positive, labels, predictions)
-
-    def _term(self, positive, labels, predictions) -> tf.Tensor:
-        config, logits = self._config, predictions["logits"]
-        if config.loss in GROUP_LOSSES and "group" not in labels:
+        if entry.needs_groups and batch.group is None:
             raise ValueError(
                 f"loss {config.loss!r} compares the rows of one group: expected 'group' among the "
                 f"labels, found {sorted(labels)}"
             )
-        if config.loss == "ranknet":
-            return losses.pairwise_logistic(logits, labels["grade"])
-        if config.loss == "combined_pair":
-            return losses.combined_pair(logits, positive)
-        if config.loss == "jrc":
-            return losses.jrc(logits, predictions["energy"], positive, labels["group"])
-        if config.loss == "listce":
-            return losses.listce(logits, positive, labels["group"])
-        scores = tf.sigmoid(logits) if config.score_space == "probability" else logits
-        return losses.pwiser(scores, labels["grade"], config.margin_click, config.margin_nonclick)
+        return loss + term_weight * entry.term(config, batch)

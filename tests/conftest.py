@@ -64,7 +64,7 @@ def dataset(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def settings(dataset):
     """Settings of a small, fast run on it."""
-    from pwiser_tf.workdir import Settings
+    from pwiser_tf.config import Settings
 
     return Settings(
         data_dir=str(dataset),
@@ -102,7 +102,7 @@ def settings(dataset):
 @pytest.fixture(scope="session")
 def trained(settings, tmp_path_factory) -> pathlib.Path:
     """The workdir of a finished run with those settings."""
-    from pwiser_tf.train import train
+    from pwiser_tf.training import train
 
     folder = tmp_path_factory.mktemp("run") / "workdir"
     train(settings, folder)

@@ -1,4 +1,4 @@
-"""What can be wrong in benchmarks/agreement.py without PyTorch, which only the benchmark needs."""
+"""What can be wrong in study/agreement.py without PyTorch, which only the benchmark needs."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ from absl import flags
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
-from benchmarks import agreement
-from benchmarks.agreement import OURS, Epoch
-from pwiser_tf import data
+from pwiser_tf import data, runs
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Schema
+from pwiser_tf.study import agreement
+from pwiser_tf.study.agreement import OURS, Epoch
 
 
 def test_welch_by_arithmetic():
@@ -125,7 +125,8 @@ def test_aucs_are_those_of_each_task(dataset):
 
 def test_our_predictor_reads_what_the_model_serves(settings):
     schema = Schema.load(settings.data_dir)
-    model = dataclasses.replace(settings, model="mmoe", loss="bce").build_model(schema)
+    mmoe = dataclasses.replace(settings, model="mmoe", loss="bce")
+    model = runs.build_model(mmoe, schema)
     features, _ = next(iter(data.batches(settings.data_dir, schema, "test", 300)))
     # Else the second tower, which starts at a lower rate, might be below the first in every row.
     model._heads["conversion"]._columns[0].bias.assign_add([1.0])

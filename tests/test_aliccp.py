@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from pwiser_tf import records
+from pwiser_tf.convert import aliccp, csv_reader
 from pwiser_tf.errors import DataError
-from tests.test_csv_to_tfrecord import convert, digest, write_csv
-from tools import aliccp, csv_reader
-from tools.make_sample import make_sample
+from pwiser_tf.synthetic.command import make_sample
+from tests.test_convert import convert, digest, write_csv
 
 # One shard keeps the rows' order; by hand, every row is wanted.
 WHOLE = ["--format=aliccp", "--shards=1", "--validation_fraction=0"]

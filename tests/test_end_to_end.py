@@ -65,7 +65,7 @@ def chain(log):
     """The folder in which the chain has run up to the export."""
     folder = log.parent
     _run(
-        *("tools.csv_to_tfrecord", "--format=columns", f"--train={log}"),
+        *("pwiser_tf.convert", "--format=columns", f"--train={log}"),
         *(f"--output_dir={folder / 'data'}", "--categorical=city,shop id"),
         *("--numerical=price (€)", "--click=clicked", "--conversion=bought", "--group=session"),
     )
@@ -163,10 +163,10 @@ def test_scorer_gives_what_the_keras_model_gives(chain, address, log):
     """For raw features, ids and Examples: one model, trained, exported, served and asked."""
     import pwiser_serving
 
-    from pwiser_tf import workdir
+    from pwiser_tf import runs
 
     raw = _raw(log)
-    model, _, schema = workdir.load_best(chain / "run")
+    model, _, schema = runs.load_run(chain / "run")
     texts = np.array([value.decode() for value in raw["city"]], object)
     ids = [schema.categorical[0].ids(texts), schema.categorical[1].ids(raw["shop id"])]
     numerical = schema.numerical[0].apply(raw["price (€)"])[:, None]
@@ -192,8 +192,9 @@ def test_an_unknown_model_is_told(address):
 
 def test_the_configs_parse_and_name_flags_that_exist():
     for path in sorted(pathlib.Path("configs").glob("*.flags")):
+        folders = ["--data_dir=/no", "--workdir=/no"]
         result = subprocess.run(
-            [sys.executable, "-m", "pwiser_tf.train", f"--flagfile={path}", "--data_dir=/no"],
+            [sys.executable, "-m", "pwiser_tf.train", f"--flagfile={path}", *folders],
             capture_output=True,
             text=True,
             check=False,

@@ -6,8 +6,8 @@ import sys
 import numpy as np
 import tensorflow as tf
 
-from pwiser_tf import data, metrics, workdir
-from pwiser_tf.evaluate import predict
+from pwiser_tf import data, metrics, runs
+from pwiser_tf.evaluation import predict
 from pwiser_tf.schema import Schema
 
 
@@ -21,7 +21,7 @@ def _evaluate(*arguments):
 
 
 def test_predictions_are_the_models_own_in_the_files_order(trained, dataset):
-    model, _, _ = workdir.load_best(trained)
+    model, _, _ = runs.load_run(trained)
     found, grade, group = predict(model, dataset, Schema.load(dataset), "test")
     batches = list(data.batches(dataset, Schema.load(dataset), "test", 300))
     ((features, expected_grade),) = batches
@@ -50,7 +50,7 @@ def test_split_and_metrics_file_are_extended_not_replaced(trained, tmp_path):
 
 
 def test_metrics_are_those_of_the_metrics_module(trained, dataset):
-    model, _, _ = workdir.load_best(trained)
+    model, _, _ = runs.load_run(trained)
     predictions, grade, _ = predict(model, dataset, Schema.load(dataset), "test")
     test = json.loads((trained / "metrics.json").read_text())["test"]
     assert test["ctr"]["auc"] == metrics.auc(grade >= 1, predictions["ctr"])

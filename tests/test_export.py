@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import config_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
-from pwiser_tf import export, records, workdir
+from pwiser_tf import export, records, runs
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import MODELS
 from pwiser_tf.schema import MISSING_INTEGER, Categorical, Schema
@@ -98,7 +98,7 @@ def in_a_session(exported, trained, tmp_path_factory):
 
 @pytest.mark.parametrize("signature", ["serving_default", "predict_raw", "predict"])
 def test_a_session_gives_what_the_keras_model_gives(signature, in_a_session, trained):
-    model, _, schema = workdir.load_best(trained)
+    model, _, schema = runs.load_run(trained)
     features = {name: tf.constant(value) for name, value in _features(schema).items()}
     expected = model(features)
     answers = in_a_session[0][signature]
@@ -109,7 +109,7 @@ def test_a_session_gives_what_the_keras_model_gives(signature, in_a_session, tra
 
 
 def test_the_embeddings_are_stored_once_and_the_rest_is_constant(in_a_session, exported, trained):
-    model, _, _ = workdir.load_best(trained)
+    model, _, _ = runs.load_run(trained)
     file = str(exported / "variables" / "variables")
     stored = [
         tf.train.load_variable(file, name)
@@ -342,7 +342,7 @@ def test_python_gives_what_a_session_gives(signature, in_a_session, exported, tr
 def test_a_killed_export_is_cleared_away_and_two_at_a_time_are_refused(trained, tmp_path):
     base = tmp_path / "m"
     (base / "partial-7" / "variables").mkdir(parents=True)
-    with workdir.locked(base), pytest.raises(DataError, match="another process is at work"):
+    with runs.locked(base), pytest.raises(DataError, match="another process is at work"):
         export.export(trained, tmp_path, "m")
     export.export(trained, tmp_path, "m")
     assert [path.name for path in base.iterdir()] == ["1"]
@@ -384,9 +384,9 @@ def test_every_architecture_is_exported(name, head, settings, dataset, tmp_path)
     schema = Schema.load(dataset)
     run = tmp_path / "run"
     run.mkdir()
-    workdir.begin(run, settings, schema)
-    model = settings.build_model(schema)
-    workdir.best_checkpoint(run, model).save(checkpoint_number=1)
+    runs.begin(run, settings, schema)
+    model = runs.build_model(settings, schema)
+    runs.best_checkpoint(run, model).save(checkpoint_number=1)
     version = export.export(run, tmp_path / "models", name)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(version))

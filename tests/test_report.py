@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from pwiser_tf import metrics, report
+from pwiser_tf import metrics, plots, report
 
 
 def sample(rows=3000, click_rate=0.1, conversion_rate=0.3, seed=0):
@@ -26,7 +26,7 @@ def sample(rows=3000, click_rate=0.1, conversion_rate=0.3, seed=0):
 def drawn(monkeypatch):
     """The figures that plots would have saved, in order."""
     figures = []
-    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     return figures
 
 
@@ -35,7 +35,8 @@ def legend(axes):
 
 
 def draw(drawn, grade, predictions):
-    report.plot("unused", grade, predictions, metrics.summary(grade, predictions), "a title")
+    summary = metrics.summary(grade, predictions)
+    plots.plot_evaluation("unused", grade, predictions, summary, "a title")
     return drawn[-1].axes
 
 
@@ -212,7 +213,7 @@ def assert_a_sheet_is_written(path, grade, scores):
     summary = metrics.summary(grade, predictions)
     with np.errstate(all="raise", under="ignore"), warnings.catch_warnings():
         warnings.simplefilter("error")
-        report.plot(path, grade, predictions, summary, "odd")
+        plots.plot_evaluation(path, grade, predictions, summary, "odd")
     height, width, _ = imread(path).shape
     assert (width, height) == (1650, 1045)
 
@@ -246,7 +247,7 @@ def test_comparison_draws_each_model_with_its_interval(drawn):
         "PWiseR": {task: result(auc=0.74, auc_low=None) for task in metrics.TASKS},
         "none": {task: result(auc=None, auc_low=None) for task in metrics.TASKS},
     }
-    report.plot_comparison("unused", summaries)
+    plots.plot_comparison("unused", summaries)
     panels = drawn[0].axes
     assert [axes.get_title().split(":")[0] for axes in panels] == ["CTR", "CTCVR", "CVR"]
     assert [label.get_text() for label in panels[0].get_yticklabels()] == list(summaries)
@@ -266,7 +267,7 @@ def test_comparison_draws_each_model_with_its_interval(drawn):
 def test_plots_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     summaries = {"BCE": {task: result() for task in metrics.TASKS}}
     path = tmp_path / "comparison.png"
-    report.plot_comparison(path, summaries)
+    plots.plot_comparison(path, summaries)
     before = path.read_bytes()
     assert imread(path).std() > 0.01
 
@@ -274,9 +275,9 @@ def test_plots_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(report.Figure, "savefig", disk_full)
+    monkeypatch.setattr(plots.Figure, "savefig", disk_full)
     with pytest.raises(OSError, match="No space left"):
-        report.plot_comparison(path, summaries)
+        plots.plot_comparison(path, summaries)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 
@@ -284,7 +285,7 @@ def test_plots_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
     summaries = {"BCE": {task: result() for task in metrics.TASKS}}
     with pytest.raises(FileNotFoundError, match="absent"):
-        report.plot_comparison(tmp_path / "absent" / "comparison.png", summaries)
+        plots.plot_comparison(tmp_path / "absent" / "comparison.png", summaries)
 
 
 def test_plots_leave_matplotlib_and_tensorflow_alone(tmp_path):
@@ -294,10 +295,10 @@ import sys, matplotlib
 names = sorted(set(matplotlib.rcParams) - {{"backend"}})
 before = [matplotlib.rcParams[name] for name in names]
 import numpy as np
-from pwiser_tf import metrics, report
+from pwiser_tf import metrics, plots, report
 grade = np.arange(60) % 3
 predictions = dict.fromkeys(metrics.TASKS, np.linspace(0.1, 0.9, 60))
-report.plot({str(tmp_path / "x.png")!r}, grade, predictions,
+plots.plot_evaluation({str(tmp_path / "x.png")!r}, grade, predictions,
             metrics.summary(grade, predictions), "x")
 print([name for name in ("matplotlib.pyplot", "tensorflow") if name in sys.modules])
 assert [matplotlib.rcParams[name] for name in names] == before
@@ -307,10 +308,10 @@ assert [matplotlib.rcParams[name] for name in names] == before
 
 
 def test_difference_table_has_the_paired_test_of_each_task_against_the_first():
-    grade = np.array([0, 0, 0, 1, 1, 2, 2, 0, 1, 2])
+    grade = np.array([0, 0, 0, 1, 1, 2, 2, 0, 1, 2] * 2)
     random = np.random.default_rng(0)
     predictions = {
-        name: {task: random.random(10) for task in ("ctr", "ctcvr", "cvr")} for name in ("a", "b")
+        name: {task: random.random(20) for task in ("ctr", "ctcvr", "cvr")} for name in ("a", "b")
     }
     lines = report.difference_table(grade, predictions).split("\n")
     assert len(lines) == 1 + 3
@@ -332,7 +333,7 @@ def test_a_full_disk_names_the_sheet_and_leaves_nothing(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(report.Figure, "savefig", fill)
+    monkeypatch.setattr(plots.Figure, "savefig", fill)
     with pytest.raises(OSError, match=r"No space left on device: '.*sheet\.png'"):
-        report.save(report.Figure(), tmp_path / "sheet.png")
+        plots.save(plots.Figure(), tmp_path / "sheet.png")
     assert list(tmp_path.iterdir()) == []

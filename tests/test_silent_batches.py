@@ -7,11 +7,11 @@ import pytest
 import tensorflow as tf
 import tf_keras as keras
 
-from benchmarks import silent_batches as study
-from benchmarks.silent_batches import Memory, Rows, Trainer, Variant
 from pwiser_tf import data, metrics
 from pwiser_tf.models import MODELS
 from pwiser_tf.schema import Schema
+from pwiser_tf.study import silent_batches as study
+from pwiser_tf.study.silent_batches import Memory, Rows, Trainer, Variant
 from pwiser_tf.tasks import TASKS, LossConfig
 from tests import oracles
 from tests.conftest import write_dataset
@@ -189,7 +189,7 @@ def test_silent_batches_are_counted(schema, train):
 
 
 def _command(folder, output, *more):
-    command = [sys.executable, "-m", "benchmarks.silent_batches", f"--data={folder}"]
+    command = [sys.executable, "-m", "pwiser_tf.study.silent_batches", f"--data={folder}"]
     command += [f"--output_dir={output}", "--epochs=1", "--seeds=2", *more]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 

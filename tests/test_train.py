@@ -10,16 +10,16 @@ import time
 import pytest
 import tensorflow as tf
 
-from pwiser_tf import workdir
+from pwiser_tf import runs
 from pwiser_tf.errors import DataError
-from pwiser_tf.train import Progress, _monitored, train
+from pwiser_tf.training import Progress, _monitored, train
 from tests.conftest import write_dataset
 
 
 def _command(settings, folder, *more):
     """The command line that gives these settings."""
     arguments = [sys.executable, "-m", "pwiser_tf.train", f"--workdir={folder}"]
-    for name, value in dataclasses.asdict(settings).items():
+    for name, value in settings.read().items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         arguments.append(f"--{name}={text}")
     return [*arguments, *more]
@@ -49,7 +49,7 @@ def test_a_run_leaves_what_the_design_says(trained, settings):
     best = metrics["epochs"][metrics["best_epoch"] - 1]
     assert metrics["validation"] == best["validation"]
     assert metrics["test"]["ctr"]["rows"] == 300
-    assert workdir.load(trained)[0] == settings
+    assert runs.load(trained)[0].read() == settings.read()
 
 
 def test_it_learns(trained):
@@ -182,7 +182,7 @@ def test_a_finished_run_is_not_trained_again(trained, settings, capsys):
 
 
 def test_two_processes_do_not_share_a_folder(trained, settings):
-    with workdir.locked(trained), pytest.raises(DataError, match="another process is at work"):
+    with runs.locked(trained), pytest.raises(DataError, match="another process is at work"):
         train(settings, trained)
 
 

@@ -14,9 +14,10 @@ import pytest
 from absl import flags
 from optuna.trial import TrialState
 
-from pwiser_tf import report, train, tune, tune_report, workdir
+from pwiser_tf import config, plots, runs, training
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Schema
+from pwiser_tf.study import tune, tune_report
 from pwiser_tf.tasks import LOSSES, TASKS
 from tests.conftest import write_dataset
 
@@ -40,7 +41,7 @@ def base(settings, untested):
 
 def _command(base, folder, *more):
     arguments = [sys.executable, "-m", "pwiser_tf.tune", f"--workdir={folder}"]
-    for name, value in dataclasses.asdict(base).items():
+    for name, value in base.read().items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         arguments.append(f"--{name}={text}")
     return [*arguments, f"--trials={TRIALS}", "--model_name=shop", *more]
@@ -117,19 +118,20 @@ def test_the_best_runs_alone_are_kept(studied, base):
 def test_the_flagfile_trains_the_winner_again(name, loss, studied, base, tmp_path):
     folder, _ = studied
     values = flags.FlagValues()
-    train.define_flags(values)
+    config.define_flags(values)
+    config.define_run_flags(values)
     values(["train", f"--flagfile={folder / name}"])
-    settings = train.settings_from(values)
+    settings = config.settings_from(values)
     search = _search(folder, base, loss)
-    assert settings == search.settings(search.best())
+    assert settings.read() == search.settings(search.best()).read()
     assert settings.loss == loss
     # What was not searched is the base's.
-    same = set(dataclasses.asdict(base)) - set(tune.DEFAULTS[loss]) - {"loss"}
+    same = set(base.read()) & set(settings.read()) - set(tune.DEFAULTS[loss]) - {"loss"}
     assert all(getattr(settings, field) == getattr(base, field) for field in same)
     assert values["model_name"].value == "shop"
     assert values["workdir"].value == str(folder / f"run-{loss}")
     # And it gives the very value again.
-    assert train.fit(settings, tmp_path / "run")[2].best_value == search.best().value
+    assert training.fit(settings, tmp_path / "run")[2].best_value == search.best().value
 
 
 def test_the_flagfiles_header_says_where_it_comes_from(studied, base):
@@ -150,7 +152,7 @@ def test_the_last_words_are_honest(studied, base):
     assert "AUC less that of bce [95% interval], paired DeLong test" in output
     assert "its figures are too good" in output
     assert f"those of CTCVR rest on {conversions} conversions" in output
-    assert "benchmarks.paper_table" in output
+    assert "pwiser study" in output
     assert "best trial's last epoch was its best" in output
 
 
@@ -243,7 +245,7 @@ def test_a_file_that_is_no_study_is_refused(base, tmp_path):
 
 
 def test_two_processes_do_not_share_a_study(base, tmp_path):
-    with workdir.locked(tmp_path), pytest.raises(DataError, match="another process is at work"):
+    with runs.locked(tmp_path), pytest.raises(DataError, match="another process is at work"):
         tune.tune(base, tmp_path, TRIALS)
 
 
@@ -266,7 +268,7 @@ def curves(monkeypatch):
                 if value is None:
                     raise KeyboardInterrupt
                 if math.isnan(value):
-                    raise train.Diverged("training diverged")
+                    raise training.Diverged("training diverged")
                 best = max(best, value)
                 validation = {task: {"auc": value} for task in TASKS}
                 on_epoch(None, {"epoch": epoch, "monitored": value, "validation": validation})
@@ -495,7 +497,7 @@ def test_the_csv_has_a_row_a_trial(tmp_path):
 
 def _panels(studies, tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(report, "save", lambda figure, path: figures.append(figure))
+    monkeypatch.setattr(plots, "save", lambda figure, path: figures.append(figure))
     tune_report.plot_studies(tmp_path / "tune.png", studies)
     return [axes for axes in figures[0].axes if axes.get_title()]
 

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from pwiser_tf import workdir
+from pwiser_tf import runs
 from pwiser_tf.errors import DataError
-from pwiser_tf.evaluate import Evaluation
+from pwiser_tf.evaluation import Evaluation
 from pwiser_tf.schema import Schema
 
 
@@ -30,7 +30,7 @@ def _cut(pattern, size):
 
 def _edit(**values):
     def change(folder):
-        path = folder / workdir.FLAGS_FILE
+        path = folder / runs.FLAGS_FILE
         path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
     return change
@@ -60,32 +60,32 @@ DAMAGE = {
 def test_damage_is_named(name, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    workdir.load_best(folder)
+    runs.load_run(folder)
     damage, message = DAMAGE[name]
     damage(folder)
     with pytest.raises(DataError, match=message):
-        workdir.load_best(folder)
+        runs.load_run(folder)
 
 
 @pytest.mark.parametrize("content", ["", "[1]", "\udcff"])
 def test_metrics_that_are_no_json_object_are_refused_before_anything_is_written(content, tmp_path):
-    path = tmp_path / workdir.METRICS_FILE
+    path = tmp_path / runs.METRICS_FILE
     path.write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(DataError, match=r"metrics\.json: not"):
         Evaluation("run", "test", None, None, {}).write(tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == [workdir.METRICS_FILE]
+    assert [file.name for file in tmp_path.iterdir()] == [runs.METRICS_FILE]
 
 
 def test_checkpoints_without_their_flags_are_not_taken_for_another_run(trained, settings, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    (tmp_path / "run" / workdir.FLAGS_FILE).unlink()
+    (tmp_path / "run" / runs.FLAGS_FILE).unlink()
     other = dataclasses.replace(settings, seed=5)
     with pytest.raises(DataError, match=r"flags\.json: no such file, but there are checkpoints"):
-        workdir.begin(tmp_path / "run", other, Schema.load(trained))
+        runs.begin(tmp_path / "run", other, Schema.load(trained))
 
 
 def test_a_lock_is_let_go(tmp_path):
-    with workdir.locked(tmp_path), pytest.raises(DataError), workdir.locked(tmp_path):
+    with runs.locked(tmp_path), pytest.raises(DataError), runs.locked(tmp_path):
         pass
-    with workdir.locked(tmp_path):
+    with runs.locked(tmp_path):
         pass

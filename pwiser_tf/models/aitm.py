@@ -32,6 +32,7 @@ class AITM(ClickConversionModel):
 
     conversion_heads = ("direct",)
     auxiliary_weight = 0.6
+    options = ("auxiliary_weight",)
 
     def __init__(self, schema, config, losses=None):
         super().__init__(schema, config, losses)

@@ -17,7 +17,7 @@ import tf_keras as keras
 
 from pwiser_tf.layers import MLP, Encoder, Head
 from pwiser_tf.schema import Schema
-from pwiser_tf.tasks import LossConfig, TaskLoss
+from pwiser_tf.tasks import LOSSES, LossConfig, TaskLoss
 
 CLICK, CONVERSION = TOWERS = ("click", "conversion")
 CONVERSION_HEADS = ("direct", "product")
@@ -64,6 +64,7 @@ class ClickConversionModel(tfrs.Model):
       conversion_heads: the heads that its paper leaves open; the first is the default.
       auxiliary_weight: None, or the weight in its paper of a term of its own, `auxiliary_loss`.
       towers: the towers that `tower_inputs` feeds.
+      options: the fields of ModelConfig that it reads and some others do not.
 
     Args:
       schema: the data set's; config: the sizes.
@@ -76,6 +77,7 @@ class ClickConversionModel(tfrs.Model):
     conversion_heads: tuple[str, ...] = CONVERSION_HEADS
     auxiliary_weight: float | None = None
     towers: tuple[str, ...] = TOWERS
+    options: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -99,7 +101,9 @@ class ClickConversionModel(tfrs.Model):
         self._task_losses = dict(losses or {})
         self._rates = _base_rates(schema, config.conversion_head)
         self._energies = {
-            TOWER_OF_TASK[task] for task, loss in self._task_losses.items() if loss.loss == "jrc"
+            TOWER_OF_TASK[task]
+            for task, loss in self._task_losses.items()
+            if LOSSES[loss.loss].needs_energy
         }
         self._towers = {tower: self._mlp(config.tower_units) for tower in self.towers}
         self._heads = {tower: self._head(tower) for tower in self.towers}

@@ -40,6 +40,7 @@ class ESCM2IPS(ESMM):
     """ESMM and the risk of CVR by inverse propensity scores."""
 
     auxiliary_weight = 0.5
+    options = ("auxiliary_weight",)
 
     def auxiliary_loss(self, logits, grade) -> tf.Tensor:
         error, inverse = self._error_and_inverse_propensity(logits, grade)

@@ -28,6 +28,7 @@ class MetaHeac(ClickConversionModel):
     """
 
     towers = ()
+    options = ("experts", "critics")
 
     def __init__(self, schema, config, losses=None):
         super().__init__(schema, config, losses)

@@ -9,6 +9,8 @@ from pwiser_tf.models.base import TOWERS, ClickConversionModel
 class MMoE(ClickConversionModel):
     """Each tower sees its own softmax mixture of all experts; gates read the encoded features."""
 
+    options = ("experts",)
+
     def __init__(self, schema, config, losses=None):
         super().__init__(schema, config, losses)
         self._shared_encoder = self._encoder()

@@ -9,6 +9,8 @@ from pwiser_tf.models.base import TOWERS, ClickConversionModel
 class OMoE(ClickConversionModel):
     """Both towers see the same softmax mixture of all experts (Jacobs et al., 1991)."""
 
+    options = ("experts",)
+
     def __init__(self, schema, config, losses=None):
         super().__init__(schema, config, losses)
         self._shared_encoder = self._encoder()

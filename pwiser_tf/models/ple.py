@@ -25,6 +25,8 @@ class PLE(ClickConversionModel):
     and 4, and its two levels of one layer each, are the defaults.
     """
 
+    options = ("experts",)
+
     def __init__(self, schema, config, losses=None):
         super().__init__(schema, config, losses)
         half = half_of(config.experts)

@@ -23,6 +23,8 @@ class STEM(ClickConversionModel):
     linear like those of our other mixtures. One level, as in their experiments.
     """
 
+    options = ("experts",)
+
     def __init__(self, schema, config, losses=None):
         super().__init__(schema, config, losses)
         half = half_of(config.experts)

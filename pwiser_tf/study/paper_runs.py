@@ -28,13 +28,13 @@ import numpy as np
 import tf_keras as keras
 from tqdm import tqdm
 
-from pwiser_tf import workdir
+from pwiser_tf import runs
+from pwiser_tf.config import Settings
 from pwiser_tf.errors import DataError
-from pwiser_tf.evaluate import predict
+from pwiser_tf.evaluation import predict
 from pwiser_tf.metrics import summary
 from pwiser_tf.schema import Schema
-from pwiser_tf.train import fit, share_cores
-from pwiser_tf.workdir import Settings
+from pwiser_tf.training import fit, share_cores
 
 _RESULT, _EPOCHS, _PREDICTIONS = "result.json", "test_epochs.json", "predictions.npz"
 _GRADE = "test_grade.npy"
@@ -69,7 +69,7 @@ def read_result(run: Run, schema: Schema) -> dict | None:
     path = run.folder / _RESULT
     if not path.exists():
         return None
-    content = workdir.read_json(path)
+    content = runs.read_json(path)
     found, wanted = content.get("identity", {}), _identity(run.settings, schema)
     for name in (name for name in wanted if found.get(name) != wanted[name]):
         raise DataError(
@@ -117,16 +117,16 @@ def train_run(run: Run) -> None:
     schema = Schema.load(settings.data_dir)
 
     def on_epoch(model, entry):
-        known = workdir.read_json(path) if path.exists() else {}
+        known = runs.read_json(path) if path.exists() else {}
         predictions, grade, group = predict(model, settings.data_dir, schema, "test")
         known[str(entry["epoch"])] = summary(grade, predictions, group)
-        workdir.write_json(path, known)
+        runs.write_json(path, known)
 
     model, _, progress = fit(settings, run.folder, on_epoch=on_epoch)
     predictions, grade, group = predict(model, settings.data_dir, schema, "test")
     _save_whole(run.folder / _PREDICTIONS, lambda file: np.savez(file, **predictions))
     _keep_grade(run, grade)
-    by_epoch = workdir.read_json(path)
+    by_epoch = runs.read_json(path)
     result = {
         "identity": _identity(settings, schema),
         "best_epoch": progress.best_epoch + 1,
@@ -141,7 +141,7 @@ def train_run(run: Run) -> None:
             for entry in progress.history
         ],
     }
-    workdir.write_json(run.folder / _RESULT, result)
+    runs.write_json(run.folder / _RESULT, result)
     shutil.rmtree(run.folder / _STATES, ignore_errors=True)
 
 
@@ -169,7 +169,7 @@ def _save_whole(path: pathlib.Path, write) -> None:
         aside.unlink(missing_ok=True)
 
 
-def train_all(runs: list[Run], parallel: int) -> None:
+def train_all(unfinished: list[Run], parallel: int) -> None:
     """Trains the runs, each in the order of the list, in so many processes; prints a line a run.
 
     Each process keeps to its share of the cores. It trains many runs in turn, since starting
@@ -180,8 +180,8 @@ def train_all(runs: list[Run], parallel: int) -> None:
       DataError: what was wrong with a run, by its name. Others are not begun then.
     """
     cores = sorted(os.sched_getaffinity(0))
-    parallel = min(parallel, len(runs))
-    waiting, done, began = list(runs), 0, time.monotonic()
+    parallel = min(parallel, len(unfinished))
+    waiting, done, began = list(unfinished), 0, time.monotonic()
     workers = [
         _Worker(cores[number::parallel] or [cores[number % len(cores)]])
         for number in range(parallel)
@@ -195,8 +195,10 @@ def train_all(runs: list[Run], parallel: int) -> None:
             for worker in [worker for worker in busy if worker.connection in ready]:
                 run, shown = worker.run, worker.result()
                 done += 1
-                left = (time.monotonic() - began) / done * (len(runs) - done)
-                print(f"{done}/{len(runs)} {run.name}: {shown}; {_time(left)} left", flush=True)
+                left = (time.monotonic() - began) / done * (len(unfinished) - done)
+                print(
+                    f"{done}/{len(unfinished)} {run.name}: {shown}; {_time(left)} left", flush=True
+                )
                 if waiting:
                     worker.give(waiting.pop(0))
                 else:
@@ -295,9 +297,9 @@ def _work(connection, cores: list[int]) -> None:
             for descriptor in (1, 2):
                 os.dup2(log.fileno(), descriptor)
         try:
-            with workdir.file_errors():
+            with runs.file_errors():
                 train_run(run)
-            answer = "done", _in_words(workdir.read_json(run.folder / _RESULT))
+            answer = "done", _in_words(runs.read_json(run.folder / _RESULT))
         except (DataError, OSError) as error:
             answer = "mistake", str(error)
         except Exception:

@@ -12,8 +12,8 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.csv
 
-from tools import aliccp, aliexpress
-from tools.truth import Rows, Shape
+from pwiser_tf.convert import aliccp, aliexpress
+from pwiser_tf.synthetic.truth import Rows, Shape
 
 _COUNTRY = "XX"
 _ITEM_FIELDS = (*aliccp.ITEM_FIELDS, *aliccp.CROSS_FIELDS, *aliccp.CONTEXT_FIELDS)

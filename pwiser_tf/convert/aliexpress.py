@@ -10,11 +10,11 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from pwiser_tf.convert import archives, learn
+from pwiser_tf.convert.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
+from pwiser_tf.convert.source import CsvPart, JoinedPart, Source, group_key, integer, paths, select
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Categorical, Numerical
-from tools import archives, learn
-from tools.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from tools.source import CsvPart, JoinedPart, Source, group_key, integer, paths, select
 
 CATEGORICAL = tuple(f"categorical_{i}" for i in range(1, 17))
 NUMERICAL = tuple(f"numerical_{i}" for i in range(1, 64))

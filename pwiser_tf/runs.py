@@ -10,133 +10,39 @@ report-SPLIT.png   plots of an evaluation
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
-import math
 import os
 import pathlib
-import typing
 from collections.abc import Iterator
 
 import tensorflow as tf
 import tf_keras as keras
 
+from pwiser_tf.config import Settings, settings_of
 from pwiser_tf.errors import DataError
-from pwiser_tf.models import MODELS, ClickConversionModel, ModelConfig
-from pwiser_tf.models.base import CONVERSION_HEADS
+from pwiser_tf.models import MODELS, ClickConversionModel
 from pwiser_tf.schema import Schema
-from pwiser_tf.tasks import GROUP_LOSSES, LOSSES, SCORE_SPACES, TASKS, LossConfig
 
 FLAGS_FILE = "flags.json"
 METRICS_FILE = "metrics.json"
 _CHECKPOINTS = "checkpoints"
-# What keeps its place in a shuffled epoch: nothing, or the rows of a group beside each other.
-SHUFFLES = ("rows", "groups")
 
 
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """The flags of pwiser_tf.train that define a run; `--help` there explains each."""
-
-    data_dir: str
-    model: str
-    conversion_head: str
-    embedding_dim: int
-    bottom_units: tuple[int, ...]
-    tower_units: tuple[int, ...]
-    experts: int
-    critics: int
-    dropout: float
-    weight_decay: float
-    mixed_precision: bool
-    batch_size: int
-    epochs: int
-    patience: int
-    learning_rate: float
-    ctr_weight: float
-    ctcvr_weight: float
-    auxiliary_weight: float
-    loss: str
-    loss_tasks: tuple[str, ...]
-    conversion_weight: float
-    pwiser_weight: float
-    margin_click: float
-    margin_nonclick: float
-    score_space: str
-    ranking_weight: float
-    focal_gamma: float
-    shuffle: str
-    seed: int
-
-    def __post_init__(self):
-        """DataError for what no run can have: NaN passes a flag's bounds, flags.json was edited."""
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), typing.get_origin(field.type) or field.type
-            if type(value) is not kind and (kind, type(value)) != (float, int):
-                raise DataError(f"--{field.name}={value}: expected type {kind.__name__}")
-            if kind is float and not math.isfinite(value):
-                raise DataError(f"--{field.name}={value}: expected a finite number")
-        for name, names in (
-            ("model", MODELS),
-            ("conversion_head", CONVERSION_HEADS),
-            ("loss", LOSSES),
-            ("score_space", SCORE_SPACES),
-            ("shuffle", SHUFFLES),
-        ):
-            if getattr(self, name) not in names:
-                raise DataError(f"--{name}={getattr(self, name)}: expected one of {list(names)}")
-        architecture = MODELS[self.model]
-        if self.conversion_head not in architecture.conversion_heads:
-            raise DataError(
-                f"--conversion_head={self.conversion_head}: --model={self.model} is defined with "
-                f"{' or '.join(architecture.conversion_heads)} alone"
-            )
-        if self.auxiliary_weight and architecture.auxiliary_weight is None:
-            raise DataError(
-                f"--auxiliary_weight={self.auxiliary_weight}: --model={self.model} has no term of "
-                "its own beside the tasks' losses"
-            )
-        if self.loss in GROUP_LOSSES and self.shuffle != "groups":
-            raise DataError(
-                f"--shuffle={self.shuffle}: --loss={self.loss} compares the rows of a group, which "
-                "only --shuffle=groups keeps together"
-            )
-
-    def losses(self) -> dict[str, LossConfig]:
-        """How each task is learnt, by its name."""
-        return {
-            task: LossConfig(
-                weight={"ctr": self.ctr_weight, "ctcvr": self.ctcvr_weight}[task],
-                conversion_weight=self.conversion_weight,
-                loss=self.loss if task in self.loss_tasks else "bce",
-                pwiser_weight=self.pwiser_weight,
-                margin_click=self.margin_click,
-                margin_nonclick=self.margin_nonclick,
-                score_space=self.score_space,
-                ranking_weight=self.ranking_weight,
-                focal_gamma=self.focal_gamma,
-            )
-            for task in TASKS
-        }
-
-    def build_model(self, schema: Schema) -> ClickConversionModel:
-        """A model with all variables made, initialised from the seed."""
-        config = ModelConfig(
-            **{field.name: getattr(self, field.name) for field in dataclasses.fields(ModelConfig)}
-        )
-        keras.utils.set_random_seed(self.seed)
-        try:
-            model = MODELS[self.model](schema, config, self.losses())
-        except ValueError as error:
-            raise DataError(f"--model={self.model}: {error}") from None
-        features = {}
-        if schema.categorical:
-            features["categorical"] = tf.zeros([1, len(schema.categorical)], tf.int64)
-        if schema.numerical:
-            features["numerical"] = tf.zeros([1, len(schema.numerical)])
-        model(features)
-        return model
+def build_model(settings: Settings, schema: Schema) -> ClickConversionModel:
+    """A model with all variables made, initialised from the seed."""
+    keras.utils.set_random_seed(settings.seed)
+    try:
+        model = MODELS[settings.model](schema, settings.model_config(), settings.losses())
+    except ValueError as error:
+        raise DataError(f"--model={settings.model}: {error}") from None
+    features = {}
+    if schema.categorical:
+        features["categorical"] = tf.zeros([1, len(schema.categorical)], tf.int64)
+    if schema.numerical:
+        features["numerical"] = tf.zeros([1, len(schema.numerical)])
+    model(features)
+    return model
 
 
 def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> None:
@@ -155,14 +61,15 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
                 file=path,
             )
         schema.save(workdir)
-        write_json(path, dataclasses.asdict(settings))
+        write_json(path, settings.read())
         return
     old_settings, old_schema = load(workdir)
-    old, new = dataclasses.asdict(old_settings), dataclasses.asdict(settings)
-    for name in (name for name in new if name != "data_dir" and new[name] != old[name]):
+    # What is not read is no part of a run.
+    old, new = old_settings.read(), settings.read()
+    for name in (name for name in new if name != "data_dir" and new[name] != old.get(name)):
         raise DataError(
-            f"the run in this folder has --{name}={old[name]}, not {new[name]}: give its own flags "
-            "to go on with it, or another --workdir",
+            f"the run in this folder has --{name}={old.get(name)}, not {new[name]}: give its own "
+            "flags to go on with it, or another --workdir",
             file=path,
         )
     if old_schema.fingerprint != schema.fingerprint:
@@ -178,10 +85,8 @@ def load(workdir: str | os.PathLike) -> tuple[Settings, Schema]:
     path = pathlib.Path(workdir) / FLAGS_FILE
     if not path.exists():
         raise DataError("no such file; --workdir must be a run of pwiser_tf.train", file=path)
-    content = read_json(path)
-    lists = {name: tuple(value) for name, value in content.items() if isinstance(value, list)}
     try:
-        settings = Settings(**{**content, **lists})
+        settings = settings_of(read_json(path))
     except (ValueError, TypeError) as error:
         raise DataError(f"not written by pwiser_tf.train ({error})", file=path) from None
     return settings, Schema.load(workdir)
@@ -248,10 +153,10 @@ def _sound_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
         ) from None
 
 
-def load_best(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Settings, Schema]:
+def load_run(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Settings, Schema]:
     """The model of a run with the weights of its best epoch."""
     settings, schema = load(workdir)
-    model = settings.build_model(schema)
+    model = build_model(settings, schema)
     restore_best(best_checkpoint(workdir, model))
     return model, settings, schema
 

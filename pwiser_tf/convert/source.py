@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from pwiser_tf.convert.csv_reader import CsvFile, Database
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Categorical, Numerical
-from tools.csv_reader import CsvFile, Database
 
 # Up to here an integer read as DOUBLE is exact.
 _EXACT = 2**53

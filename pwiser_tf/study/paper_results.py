@@ -5,10 +5,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from benchmarks import paired
-from benchmarks.paper_runs import Run, read_grade, read_predictions
 from pwiser_tf import metrics
 from pwiser_tf.schema import Schema
+from pwiser_tf.study import paired
+from pwiser_tf.study.paper_runs import Run, read_grade, read_predictions
 
 # MTReclib's README: test AUC of CTR and of CTCVR (which it calls CVR), the mean of 5 runs, each
 # stopped early on the test split itself.

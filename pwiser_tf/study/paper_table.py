@@ -1,6 +1,6 @@
 """The paper's table: models x losses x seeds on any data, as paired differences with error bars.
 
-    python -m benchmarks.paper_table --data=demo/data --settings=configs/sample.flags \\
+    pwiser study --data=demo/data --settings=configs/sample.flags \\
         --models=single_task,mmoe --losses=bce,bce:conversion_weight=4,pwiser --seeds=5 \\
         --output_dir=demo/table
 
@@ -28,16 +28,14 @@ import typing
 
 from absl import flags
 
-from benchmarks import paper_report, paper_results
-from benchmarks.paper_runs import Run, read_result, train_all
-from pwiser_tf import data, workdir
+from pwiser_tf import config, data, runs
 from pwiser_tf.command_line import run
+from pwiser_tf.config import Settings
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import SPLITS, Schema
-from pwiser_tf.tasks import GROUP_LOSSES
-from pwiser_tf.train import define_flags as define_train_flags
-from pwiser_tf.train import settings_from
-from pwiser_tf.workdir import Settings
+from pwiser_tf.study import paper_report, paper_results
+from pwiser_tf.study.paper_runs import Run, read_result, train_all
+from pwiser_tf.tasks import LOSSES
 
 # What the table itself sets for each run.
 _OURS = ("data_dir", "model", "loss", "seed")
@@ -92,12 +90,13 @@ def settings_of(base: str | None, data_dir: str, model: str, loss: str, more: li
     # The run's own folder is not a setting.
     arguments += [f"--data_dir={data_dir}", "--workdir=-", *more]
     values = flags.FlagValues()
-    define_train_flags(values)
+    config.define_flags(values)
+    config.define_run_flags(values)
     try:
         values(["train", *arguments])
     except flags.Error as error:
         raise DataError(f"model {model} with loss {loss}: {error}") from None
-    return settings_from(values)
+    return config.settings_from(values)
 
 
 def _data_folders(entries: list[str]) -> dict[str, pathlib.Path]:
@@ -171,17 +170,17 @@ def main() -> None:
         for split in SPLITS:
             data.check(folder, schemas[name], split)
     output = pathlib.Path(args.output_dir).resolve()
-    runs = _plan(args, folders, models, losses, output / "runs")
+    planned = _plan(args, folders, models, losses, output / "runs")
     output.mkdir(parents=True, exist_ok=True)
-    with workdir.locked(output):
-        unfinished = [run for run in runs if read_result(run, schemas[run.data]) is None]
-        print(f"{len(runs)} runs, {len(runs) - len(unfinished)} of them finished", flush=True)
+    with runs.locked(output):
+        unfinished = [run for run in planned if read_result(run, schemas[run.data]) is None]
+        print(f"{len(planned)} runs, {len(planned) - len(unfinished)} of them finished", flush=True)
         if unfinished:
             train_all(unfinished, args.parallel or len(os.sched_getaffinity(0)))
         finished = [
-            paper_results.Finished(run, read_result(run, schemas[run.data])) for run in runs
+            paper_results.Finished(run, read_result(run, schemas[run.data])) for run in planned
         ]
-        command = "python -m benchmarks.paper_table " + shlex.join(sys.argv[1:])
+        command = "pwiser study " + shlex.join(sys.argv[1:])
         found = paper_results.results(finished, schemas, command, args.published)
         paper_report.write(found, output)
     print((output / "table.md").read_text(encoding="utf-8"))
@@ -191,7 +190,7 @@ def main() -> None:
 def _plan(args, folders, models, losses, runs_folder: pathlib.Path) -> list[Run]:
     """All runs, in the order in which they are trained: what a first seed says is seen first."""
     more = []
-    if any(split_entry(loss, "losses")[0] in GROUP_LOSSES for loss in losses):
+    if any(LOSSES[split_entry(loss, "losses")[0]].needs_groups for loss in losses):
         # A pair of runs has the same batches only if both have the batches that one of them needs.
         more.append("--shuffle=groups")
     planned = {

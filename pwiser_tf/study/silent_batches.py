@@ -13,10 +13,10 @@ paired differences to plain BCE at the same batch size and learning rate:
 The data of the study in docs/when-pwiser-helps.md are generated, with 2 percent clicks of which 3
 percent convert, and with 0 or 60 percent of the clicks accidental:
 
-    python -m tools.make_sample --output_dir=csv --rows=2400000 --seed=2 --ctr=0.02 --cvr=0.03 \\
+    pwiser sample --output_dir=csv --rows=2400000 --seed=2 --ctr=0.02 --cvr=0.03 \\
         --accidental_clicks=0.6
-    python -m tools.csv_to_tfrecord --format=aliexpress --input=csv --output_dir=data --shards=16
-    python -m benchmarks.silent_batches --data=data --output_dir=results --seeds=3
+    pwiser convert --format=aliexpress --input=csv --output_dir=data --shards=16
+    python -m pwiser_tf.study.silent_batches --data=data --output_dir=results --seeds=3
 
 Runs with one seed share their initialisation, the order of the rows and, at one batch size, the
 dropout masks. The epoch is chosen on validation (by the mean of CTR and CTCVR AUC, as pwiser_tf.
@@ -53,15 +53,15 @@ import tf_keras as keras
 from absl import flags
 from matplotlib.figure import Figure
 
-from benchmarks import paired
 from pwiser_tf import command_line, data, losses, metrics
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import MODELS, ClickConversionModel, ModelConfig
 from pwiser_tf.models.base import TOWER_OF_TASK
+from pwiser_tf.runs import read_json, write_json
 from pwiser_tf.schema import Schema
+from pwiser_tf.study import paired
 from pwiser_tf.tasks import CONVERSION, POSITIVE_GRADE, TASKS, LossConfig
-from pwiser_tf.train import share_cores
-from pwiser_tf.workdir import read_json, write_json
+from pwiser_tf.training import share_cores
 
 MODEL = "shared_bottom"
 CONFIG = ModelConfig(

@@ -7,9 +7,9 @@ import pyarrow
 import pyarrow.compute
 
 from pwiser_tf import records
+from pwiser_tf.convert import learn
+from pwiser_tf.convert.source import Part, Source
 from pwiser_tf.schema import MISSING_INTEGER, MISSING_STRING, SPLITS, Categorical, Numerical
-from tools import learn
-from tools.source import Part, Source
 
 _TRAIN = SPLITS.index("train")
 

@@ -3,10 +3,10 @@
 import dataclasses
 import random
 
+from pwiser_tf.convert.csv_reader import Database
+from pwiser_tf.convert.source import Part, Source
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import SPLITS
-from tools.csv_reader import Database
-from tools.source import Part, Source
 
 RULES = ("auto", "time", "group", "random")
 # Arithmetic modulo this prime stays within BIGINT.

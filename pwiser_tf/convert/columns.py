@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
+from pwiser_tf.convert import learn
+from pwiser_tf.convert.csv_reader import LABEL, NUMBER, TEXT, CsvFile, Database, Kind
+from pwiser_tf.convert.source import CsvPart, Source, group_key, paths
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Numerical
-from tools import learn
-from tools.csv_reader import LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from tools.source import CsvPart, Source, group_key, paths
 
 DEFAULT_MINIMUM_COUNT = 2
 

@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 
 from pwiser_tf import metrics
-from tools import aliccp, aliexpress
-from tools.layouts import LAYOUTS
-from tools.make_sample import make_sample
-from tools.truth import Truth
+from pwiser_tf.convert import aliccp, aliexpress
+from pwiser_tf.synthetic.command import make_sample
+from pwiser_tf.synthetic.layouts import LAYOUTS
+from pwiser_tf.synthetic.truth import Truth
 
 NAMES = ["search_id", *aliexpress.CATEGORICAL, *aliexpress.NUMERICAL, "click", "conversion"]
 SHAPE = LAYOUTS["processed"].shape
@@ -246,7 +246,7 @@ def test_aliccp_can_be_learnt(tmp_path):
 
 def command(*arguments):
     return subprocess.run(
-        [sys.executable, "-m", "tools.make_sample", *arguments],
+        [sys.executable, "-m", "pwiser_tf.synthetic", *arguments],
         cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
 

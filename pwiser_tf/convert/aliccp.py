@@ -32,11 +32,11 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from pwiser_tf.convert import archives, learn
+from pwiser_tf.convert.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
+from pwiser_tf.convert.source import CsvPart, JoinedPart, Source, group_key, integer, paths, select
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Numerical
-from tools import archives, learn
-from tools.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from tools.source import CsvPart, JoinedPart, Source, group_key, integer, paths, select
 
 USER_FIELDS = ("101", "121", "122", "124", "125", "126", "127", "128", "129")
 ITEM_FIELDS = ("205", "206", "207", "210", "216")

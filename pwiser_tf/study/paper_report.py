@@ -9,8 +9,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.paper_results import MEASURES, Measure
-from pwiser_tf import metrics, workdir
+from pwiser_tf import metrics, runs
+from pwiser_tf.study.paper_results import MEASURES, Measure
 
 _EXPLANATION = """\
 Every loss was trained with the same seeds as {baseline}: one seed is one initialisation and one \
@@ -36,7 +36,7 @@ P(conversion given click), on clicked rows. PCOC is predictions over labels: 1 i
 
 def write(found: dict, folder: pathlib.Path) -> None:
     """Writes what `paper_results.results` gave: results.json, table.md, plots of differences."""
-    workdir.write_json(folder / "results.json", found)
+    runs.write_json(folder / "results.json", found)
     if found["comparisons"]:
         plot_differences(found, ("auc",), folder / "differences.png")
         plot_differences(found, ("log_loss", "pcoc"), folder / "calibration.png")

@@ -2,8 +2,8 @@
 
 import math
 
+from pwiser_tf.convert.csv_reader import Database
 from pwiser_tf.schema import Categorical
-from tools.csv_reader import Database
 
 
 def bounds(database: Database, rows: str, columns: int) -> list[tuple[int | None, int | None]]:

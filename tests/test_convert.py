@@ -15,10 +15,11 @@ import pytest
 from absl import flags
 
 from pwiser_tf import records
+from pwiser_tf.convert import aliexpress, learn
+from pwiser_tf.convert import command as csv_to_tfrecord
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import MISSING_INTEGER, Schema
-from tools import aliexpress, csv_to_tfrecord, learn
-from tools.make_sample import make_sample
+from pwiser_tf.synthetic.command import make_sample
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEADER = ["user", "junk", "price", "click", "item", "buy", "day", "search"]
@@ -944,7 +945,7 @@ def test_report_and_warnings(files, capsys):
 
 def command(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "tools.csv_to_tfrecord", *map(str, arguments)],
+        [sys.executable, "-m", "pwiser_tf.convert", *map(str, arguments)],
         cwd=ROOT, capture_output=True, text=True, timeout=60, **options,
     )  # fmt: skip
 
@@ -968,7 +969,7 @@ def test_command_ends_with_0_or_with_one_line_and_2(files):
 
 def test_tensorflow_is_not_imported(files):
     code = (
-        "import sys; from tools import csv_to_tfrecord as c, columns;"
+        "import sys; from pwiser_tf.convert import command as c, columns;"
         f"c.convert(lambda d, s: columns.open_files(d, [{str(files / 'train.csv')!r}], [], [], "
         "categorical=['user'], numerical=['price'], click='click', conversion='buy'), "
         f"{str(files / 'out')!r}, validation_fraction=0, test_fraction=0);"
@@ -982,7 +983,7 @@ def test_tensorflow_is_not_imported(files):
 def test_an_interrupted_run_leaves_nothing(tmp_path, number):
     path = write_csv(tmp_path / "train.csv", big_rows(1) * 400_000)
     process = subprocess.Popen(
-        [sys.executable, "-m", "tools.csv_to_tfrecord", *columns(tmp_path, test=False),
+        [sys.executable, "-m", "pwiser_tf.convert", *columns(tmp_path, test=False),
          f"--output_dir={tmp_path / 'out'}"],
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         # A job in the background inherits that SIGINT is ignored.

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
-from pwiser_tf import report
+from pwiser_tf import plots
 from pwiser_tf.tasks import TASKS
 
 _STYLES = ({"color": "#7F7F7F", "marker": "s"}, {"color": "#0072B2", "marker": "o"})
@@ -104,7 +104,7 @@ def plot_studies(path: str | os.PathLike, studies: dict[str, optuna.Study]) -> N
         axes.set_axis_off()
     for axes in (course, *panels[1 : len(settings) : _COLUMNS]):
         axes.set_ylabel(_VALUE)
-    report.save(figure, path)
+    plots.save(figure, path)
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
@@ -152,7 +152,7 @@ def _draw_course(axes: Axes, studies: dict[str, optuna.Study], lowest: float | N
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.35 * (high - low))
     axes.legend(loc="upper left", fontsize=9, framealpha=0.9)
-    report.tidy(axes)
+    plots.tidy(axes)
 
 
 def _draw_importance(axes: Axes, studies: dict[str, optuna.Study]) -> None:
@@ -179,7 +179,7 @@ def _draw_importance(axes: Axes, studies: dict[str, optuna.Study]) -> None:
     axes.set_yticks(range(len(names)), names, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlabel("share of the importance")
-    report.tidy(axes)
+    plots.tidy(axes)
     axes.grid(axis="y", visible=False)
 
 
@@ -198,13 +198,13 @@ def _draw_setting(
             axes.set_xlim(-0.5, len(distribution.choices) - 0.5)
         elif distribution.log:
             axes.set(xscale="log", xlim=(distribution.low / 1.2, distribution.high * 1.2))
-            report.plain_ticks(axes.xaxis, math.log10(distribution.high / distribution.low))
+            plots.plain_ticks(axes.xaxis, math.log10(distribution.high / distribution.low))
         else:
             margin = 0.05 * (distribution.high - distribution.low)
             axes.set_xlim(distribution.low - margin, distribution.high + margin)
         _draw_points(axes, places, trials, lowest, style)
     axes.set(title=name, xlabel=f"{name}, over what was searched")
-    report.tidy(axes)
+    plots.tidy(axes)
 
 
 def _draw_points(axes: Axes, places: list, trials: list, lowest: float | None, style: dict) -> None:

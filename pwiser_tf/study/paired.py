@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
+from pwiser_tf import metrics
+
 LEVEL = 0.95
 
 
@@ -94,26 +96,15 @@ def over_rows(a: Sequence[Placements], b: Sequence[Placements]) -> Estimate:
     The placements are averaged over seeds row by row, before their variance is taken, so that
     what the seeds' models have in common (the same rows, much the same ranking) is in it. The
     interval covers the mean difference of these very models on other test rows. With one seed it
-    is `pwiser_tf.metrics.auc_difference`. Source: DeLong, DeLong and Clarke-Pearson (Biometrics
-    44, 1988).
+    is `pwiser_tf.metrics.auc_difference`.
 
     Args:
       a, b: one Placements a seed, of the same rows throughout.
     """
     by_positive = _mean_difference([p.of_positives for p in a], [p.of_positives for p in b])
     by_negative = _mean_difference([p.of_negatives for p in a], [p.of_negatives for p in b])
-    mean = float(by_positive.mean())
-    if min(len(by_positive), len(by_negative)) < 2:
-        return Estimate(mean, None, None, None)
-    error = math.sqrt(
-        by_positive.var(ddof=1) / len(by_positive) + by_negative.var(ddof=1) / len(by_negative)
-    )
-    if error == 0:
-        # The same order of all rows is no difference at all; else the variance says nothing.
-        same = not by_positive.any() and not by_negative.any()
-        return Estimate(0.0, 0.0, 0.0, 1.0) if same else Estimate(mean, None, None, None)
-    reach = float(stats.norm.ppf((1 + LEVEL) / 2)) * error
-    return Estimate(mean, mean - reach, mean + reach, math.erfc(abs(mean) / error / math.sqrt(2)))
+    found = metrics.difference_of_placements(by_positive, by_negative, LEVEL)
+    return Estimate(*(None if math.isnan(value) else value for value in found))
 
 
 def _mean_difference(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Test AUC of MMoE over seeds: ours against MTReclib's in PyTorch (benchmarks/mtreclib.py).
+"""Test AUC of MMoE over seeds: ours against MTReclib's in PyTorch (mtreclib.py).
 
-    python -m benchmarks.agreement
-    python -m benchmarks.agreement --data=data/us --embedding_dim=128 --bottom_units=512,256 \\
+    python -m pwiser_tf.study.agreement
+    python -m pwiser_tf.study.agreement --data=data/us --embedding_dim=128 --bottom_units=512,256 \\
         --tower_units=128,64 --experts=8 --epochs=2
 
 Both read the same converted data set (without --data a generated one) in batches of the same size
@@ -55,13 +55,13 @@ import tf_keras as keras
 from absl import flags
 from scipy import stats
 
-from pwiser_tf import command_line, data, metrics, train, workdir
+from pwiser_tf import command_line, config, data, metrics, runs, training
+from pwiser_tf.config import Settings
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.models.base import TOWERS, log_odds
 from pwiser_tf.schema import SPLITS, Schema
 from pwiser_tf.tasks import POSITIVE_GRADE, TASKS
-from pwiser_tf.workdir import Settings
 
 OURS = "pwiser-tf"
 THEIRS = "MTReclib's"
@@ -121,25 +121,26 @@ def settings_of(values: flags.FlagValues, folder: str) -> Settings:
     # No run stops early; --workdir is one that train asks for and settings do not hold.
     arguments += [f"--patience={values.epochs}", f"--data_dir={folder}", "--workdir=unused"]
     of_train = flags.FlagValues()
-    train.define_flags(of_train)
+    config.define_flags(of_train)
+    config.define_run_flags(of_train)
     try:
         of_train(["train", "--model=mmoe", "--conversion_head=direct", "--loss=bce", *arguments])
     except flags.Error as error:
         raise DataError(str(error)) from None
-    return train.settings_from(of_train)
+    return config.settings_from(of_train)
 
 
 def generate(folder: pathlib.Path, rows: int) -> str:
     """Generates and converts a data set of about `rows` training rows; returns its folder."""
-    from tools import aliexpress
-    from tools.csv_to_tfrecord import convert
-    from tools.make_sample import make_sample
+    from pwiser_tf.convert import aliexpress
+    from pwiser_tf.convert.command import convert
+    from pwiser_tf.synthetic.command import make_sample
 
     # A quarter as many rows to validate on, and half as many to test.
     (folder / "csv").mkdir()
     made = make_sample(folder / "csv", rows=7 * rows // 4, test_fraction=2 / 7)
     print(
-        "generated data (tools.make_sample); its planted probabilities have a test AUC of "
+        "generated data (pwiser sample); its planted probabilities have a test AUC of "
         f"CTR {made['ctr_auc']:.4f}, CTCVR {made['ctcvr_auc']:.4f}"
     )
     output = str(folder / "data")
@@ -223,7 +224,7 @@ def train_ours(settings: Settings, folder: pathlib.Path) -> tuple[list[Epoch], k
 
     # What train says of its progress is not what this benchmark prints.
     with contextlib.redirect_stdout(sys.stderr):
-        model, _, _ = train.fit(settings, folder, checkpoint_seconds=math.inf, on_epoch=on_epoch)
+        model, _, _ = training.fit(settings, folder, checkpoint_seconds=math.inf, on_epoch=on_epoch)
     return epochs, model
 
 
@@ -236,7 +237,7 @@ class Theirs:
     def __init__(self, name: str, settings: Settings, schema: Schema):
         import torch
 
-        from benchmarks import mtreclib
+        from pwiser_tf.study import mtreclib
 
         torch.manual_seed(settings.seed)
         self.model = mtreclib.MMoE(
@@ -278,7 +279,7 @@ class Theirs:
         """Trains on a batch."""
         import torch
 
-        from benchmarks import mtreclib
+        from pwiser_tf.study import mtreclib
 
         self._steps += 1
         if self._as_ours:
@@ -346,7 +347,7 @@ def _tensors(features) -> tuple:
 
 
 def _batches(settings: Settings, schema: Schema, epoch: int) -> tf.data.Dataset:
-    """The batches of an epoch as train.fit reads them: those of one size."""
+    """The batches of an epoch as training.fit reads them: those of one size."""
     return data.batches(
         settings.data_dir,
         schema,
@@ -476,11 +477,11 @@ def main() -> None:
         import torch
     except ImportError:
         raise DataError("this benchmark needs PyTorch: pip install -e '.[bench]'") from None
-    train.share_cores()
+    training.share_cores()
     # Threads that wait for each other spin: on cores that others use too, all of them were seen to
     # take six times as long as half of them.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
-    with workdir.file_errors(), tempfile.TemporaryDirectory() as scratch:
+    with runs.file_errors(), tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
         settings = settings_of(values, values.data or str(scratch / "data"))
         if not values.data:

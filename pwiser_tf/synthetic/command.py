@@ -1,0 +1,120 @@
+"""Generated exposure logs with a planted truth (truth.py), in the layouts of real data.
+
+    pwiser sample --output_dir=sample --rows=200000 --accidental_clicks=0.3
+
+The AUC of the planted probabilities, printed at the end, is what no model can exceed but by luck.
+"""
+
+import pathlib
+
+import numpy as np
+from absl import flags
+
+from pwiser_tf import metrics
+from pwiser_tf.convert import output
+from pwiser_tf.errors import DataError
+from pwiser_tf.synthetic.layouts import LAYOUTS, Writer
+from pwiser_tf.synthetic.truth import Truth
+
+CHUNK_SEARCHES = 5000
+
+
+def make_sample(
+    folder: pathlib.Path,
+    *,
+    rows: int,
+    seed: int = 0,
+    accidental_clicks: float = 0.3,
+    ctr: float = 0.04,
+    cvr: float = 0.07,
+    test_fraction: float = 0.2,
+    layout: str = "processed",
+) -> dict[str, float]:
+    """Writes a sample into a folder; train holds the first searches, test the last.
+
+    Args:
+      rows: of train and test together.
+      ctr, cvr, accidental_clicks: as `Truth.draw`.
+      layout: one of LAYOUTS.
+
+    Returns:
+      The counts "rows", "clicks", "accidental" (clicks) and "conversions", and the AUC of the
+      planted probabilities on the test rows: "ctr_auc", "ctcvr_auc", "cvr_auc" (over clicks).
+    """
+    truth = Truth.draw(seed, ctr, cvr, accidental_clicks, LAYOUTS[layout].shape)
+    counts = {"rows": 0, "clicks": 0, "accidental": 0, "conversions": 0}
+    held_back: list[tuple[np.ndarray, ...]] = []
+    left = {"train": rows - round(test_fraction * rows), "test": round(test_fraction * rows)}
+    number = 0
+    for split, wanted in left.items():
+        with Writer(folder, split, LAYOUTS[layout]) as writer:
+            while wanted:
+                first = 1 + number * CHUNK_SEARCHES
+                number += 1
+                rng = np.random.default_rng([seed, number])
+                chunk = truth.sample(rng, np.arange(first, first + CHUNK_SEARCHES))
+                chunk = chunk.head(min(wanted, len(chunk.search)))
+                writer.write(chunk)
+                wanted -= len(chunk.search)
+                counts["rows"] += len(chunk.search)
+                counts["clicks"] += int(chunk.click.sum())
+                counts["accidental"] += int(chunk.accidental.sum())
+                counts["conversions"] += int(chunk.conversion.sum())
+                if split == "test":
+                    held_back.append((chunk.click, chunk.conversion, *truth.probabilities(chunk)))
+    if not held_back:
+        return counts
+    click, conversion, p_click, p_both = map(np.concatenate, zip(*held_back, strict=True))
+    return counts | {
+        "ctr_auc": metrics.auc(click, p_click),
+        "ctcvr_auc": metrics.auc(conversion, p_both),
+        "cvr_auc": metrics.auc(conversion[click], (p_both / p_click)[click]),
+    }
+
+
+def define_flags() -> None:
+    """Defines the flags of this command line."""
+    flags.DEFINE_string("output_dir", None, "The folder to make.")
+    flags.DEFINE_integer("rows", 200_000, "Exposures, of train and test together.", lower_bound=1)
+    flags.DEFINE_integer("seed", 0, "Of the truth and of the rows.", lower_bound=0)
+    flags.DEFINE_float("accidental_clicks", 0.3, "The share of clicks that are accidental.")
+    flags.DEFINE_float("ctr", 0.04, "Clicks per exposure.")
+    flags.DEFINE_float("cvr", 0.07, "Conversions per click.")
+    flags.DEFINE_float("test_fraction", 0.2, "The share of rows in test, the last searches.")
+    flags.DEFINE_enum("layout", "processed", list(LAYOUTS), "AliExpress's, or Ali-CCP's.")
+
+
+def main() -> None:
+    """Generates as the flags say and prints the rates and the ceiling of the AUC."""
+    values = flags.FLAGS
+    if not values.output_dir:
+        raise DataError("--output_dir is needed; --help shows all flags")
+    for name in ("accidental_clicks", "test_fraction"):
+        if not 0 <= values[name].value < 1:
+            raise DataError(f"--{name}: found {values[name].value}, expected at least 0, below 1")
+    for name in ("ctr", "cvr"):
+        if not 0 < values[name].value < 1:
+            raise DataError(f"--{name}: found {values[name].value}, expected between 0 and 1")
+    if values.cvr >= 1 - values.accidental_clicks:
+        raise DataError("--cvr must be below 1 - --accidental_clicks: accidents never convert")
+    with output.whole_folder(values.output_dir, overwrite=False) as folder:
+        made = make_sample(
+            folder,
+            rows=values.rows,
+            seed=values.seed,
+            accidental_clicks=values.accidental_clicks,
+            ctr=values.ctr,
+            cvr=values.cvr,
+            test_fraction=values.test_fraction,
+            layout=values.layout,
+        )
+    rows, clicks, conversions = made["rows"], made["clicks"], made["conversions"]
+    print(
+        f"{rows:,} rows, {clicks:,} clicks ({made['accidental']:,} of them accidental), "
+        f"{conversions:,} conversions"
+    )
+    print(f"CTR {100 * clicks / rows:.3f} %, CVR {100 * conversions / max(clicks, 1):.3f} %")
+    for name in ("ctr", "ctcvr", "cvr"):
+        if (auc := made.get(f"{name}_auc")) is not None:
+            print(f"{name} AUC of the planted probabilities on test: {auc:.4f}")
+    print("wrote", values.output_dir)
