@@ -22,6 +22,12 @@ TASKS = ("ctr", "ctcvr", "cvr")
 # log_loss moves probabilities this far away from 0 and 1, so that one row costs at most 34.5.
 _LOG_LOSS_MARGIN = 1e-15
 
+# Below this many rows of a class, the spread of an AUC cannot be estimated.
+_FEWEST_ROWS = 5
+
+# `_mean_variance` counts the largest variance that is possible as if so many rows had shown it.
+_PRIOR_ROWS = 4
+
 
 def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     """Area under the ROC curve: P(a positive scores above a negative), ties counting one half.
@@ -45,12 +51,21 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 def auc_interval(
     labels: np.ndarray, scores: np.ndarray, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """AUC with DeLong's confidence interval, in O(n log n).
+    """AUC with a confidence interval that covers also where positives are few, in O(n log n).
 
     The variance is that of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988), computed from
-    ranks as in Sun and Xu (IEEE Signal Processing Letters 21, 2014). The interval is symmetric in
-    log(AUC / (1 - AUC)), not in AUC: it cannot leave (0, 1), and it covers better when the AUC is
-    high and conversions are few (Pepe, "The Statistical Evaluation of Medical Tests", 2003, 5.2).
+    ranks as in Sun and Xu (IEEE Signal Processing Letters 21, 2014). Few rows, or many ties, make
+    it too small by chance, and 0 where the classes are separated. So it is drawn towards
+    AUC * (1 - AUC), the largest variance of one row's placement, with the weight of 4 rows
+    (`_mean_variance`). The interval is Wilson's (JASA 22, 1927) of a share observed on as many
+    rows as give this variance, the effective sample size of Korn and Graubard (Survey Methodology
+    24, 1998): it cannot leave [0, 1], and it ends at 1 exactly when the AUC is 1.
+
+    In simulations (normal and tied scores, true AUC from 0.5 to 1, 5 to 1,000 positives among 5
+    to 100,000 negatives) 93 percent or more of the 95 percent intervals hold the true AUC. With
+    few positives it is nearer to 99, and the interval is wide; with hundreds it is nearly
+    DeLong's. It covers less where rare positives, absent from most samples, score far below all
+    others.
 
     Rows are taken as independent. Rows of one search are not quite, so that the interval is
     somewhat too narrow where groups are large.
@@ -62,8 +77,7 @@ def auc_interval(
 
     Returns:
       (auc, low, high). The auc is NaN when one class is absent; low and high are NaN with fewer
-      than 2 rows of a class, and when the classes are perfectly separated: there the variance is
-      estimated as 0, and says nothing.
+      than 5 rows of a class, and when all scores are equal.
 
     Raises:
       ValueError: as `auc`, and level not between 0 and 1.
@@ -73,12 +87,16 @@ def auc_interval(
     if not len(positives) or not len(negatives):
         return math.nan, math.nan, math.nan
     # The variance needs no order of rows, and sorted values are the fastest to place.
-    area, of_positives, of_negatives = _placements(np.sort(positives), np.sort(negatives))
-    if min(len(positives), len(negatives)) < 2 or not 0 < area < 1:
+    positives, negatives = np.sort(positives), np.sort(negatives)
+    area, of_positives, of_negatives = _placements(positives, negatives)
+    constant = min(positives[0], negatives[0]) == max(positives[-1], negatives[-1])
+    if constant or min(len(positives), len(negatives)) < _FEWEST_ROWS:
         return area, math.nan, math.nan
-    error = math.sqrt(_mean_variance(of_positives) + _mean_variance(of_negatives))
-    center, reach = math.log(area / (1 - area)), z * error / (area * (1 - area))
-    return area, _sigmoid(center - reach), _sigmoid(center + reach)
+    # Where the classes are separated, both variances are multiples of it: any number will do.
+    largest = area * (1 - area) or 1.0
+    variance = _mean_variance(of_positives, largest) + _mean_variance(of_negatives, largest)
+    low, high = _wilson(area, largest / variance, z)
+    return area, float(low), float(high)
 
 
 def auc_difference(
@@ -87,8 +105,8 @@ def auc_difference(
     """How much higher the AUC of a is than that of b, on the same rows: DeLong's paired test.
 
     Two models err on the same rows, so their difference is far more certain than their two
-    intervals suggest. Source: DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988). It tells
-    two sets of scores apart, not two ways of training: for those, repeat with several seeds.
+    intervals suggest. It tells two sets of scores apart, not two ways of training: for those,
+    repeat with several seeds. `difference_of_placements` is the test itself, and its source.
 
     Args:
       labels: [n] in {0, 1}.
@@ -98,30 +116,58 @@ def auc_difference(
     Returns:
       (difference, low, high, p_value): auc(a) - auc(b), its interval (symmetric), and the
       two-sided p-value of no difference. NaN where undefined: one class absent (all four), fewer
-      than 2 rows of a class or an estimated variance of 0 (the last three). Scores that order the
-      rows alike give exactly (0, 0, 0, 1).
+      than 5 rows of a class (the last three). Scores that order the rows alike give exactly
+      (0, 0, 0, 1).
 
     Raises:
       ValueError: as `auc`, and level not between 0 and 1.
     """
-    z = _z(level)
     positives_a, negatives_a = _by_class(*_checked(labels, scores_a))
     positives_b, negatives_b = _by_class(*_checked(labels, scores_b))
     if not len(positives_a) or not len(negatives_a):
         return math.nan, math.nan, math.nan, math.nan
-    area_a, of_positives_a, of_negatives_a = _placements(positives_a, negatives_a)
-    area_b, of_positives_b, of_negatives_b = _placements(positives_b, negatives_b)
-    difference = area_a - area_b
-    if min(len(positives_a), len(negatives_a)) < 2:
+    _, of_positives_a, of_negatives_a = _placements(positives_a, negatives_a)
+    _, of_positives_b, of_negatives_b = _placements(positives_b, negatives_b)
+    return difference_of_placements(
+        of_positives_a - of_positives_b, of_negatives_a - of_negatives_b, level
+    )
+
+
+def difference_of_placements(
+    by_positive: np.ndarray, by_negative: np.ndarray, level: float = 0.95
+) -> tuple[float, float, float, float]:
+    """DeLong's paired test of a difference of AUCs, from its parts row by row.
+
+    Source: DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988): the variance of the
+    differences holds the covariance of the two models. With few positives that variance is too
+    small by chance: with 5 positives their test finds a difference (p < 0.05) in up to 30 percent
+    of the samples where there is none. So the variance is drawn, with the weight of 4 rows
+    (`_mean_variance`), towards the absolute difference: the mean square of the rows' differences
+    where each is either 0 or a whole 1 for the better model. In simulations of equal AUCs
+    p < 0.05 then comes in about 5 percent of the samples or less; with 5 to 10 positives it is
+    rare, and only large differences are found.
+
+    Args:
+      by_positive: [positives], at least 1: the placement of each positive (the share of negatives
+        that it scores above) by model a, less that by model b; each in [-1, 1].
+      by_negative: [negatives], at least 1: likewise of the share of positives that score above
+        each negative.
+      level: the probability that the interval covers the true difference.
+
+    Returns:
+      (difference, low, high, p_value), as `auc_difference`.
+
+    Raises:
+      ValueError: level not between 0 and 1.
+    """
+    z = _z(level)
+    difference = float(by_positive.mean())
+    if min(len(by_positive), len(by_negative)) < _FEWEST_ROWS:
         return difference, math.nan, math.nan, math.nan
-    # Paired: the difference is taken row by row, and its variance holds the covariance.
-    by_positive = of_positives_a - of_positives_b
-    by_negative = of_negatives_a - of_negatives_b
-    if not by_positive.any() and not by_negative.any():
-        return 0.0, 0.0, 0.0, 1.0
-    error = math.sqrt(_mean_variance(by_positive) + _mean_variance(by_negative))
+    largest = abs(difference)
+    error = math.sqrt(_mean_variance(by_positive, largest) + _mean_variance(by_negative, largest))
     if error == 0:
-        return difference, math.nan, math.nan, math.nan
+        return 0.0, 0.0, 0.0, 1.0
     p_value = math.erfc(abs(difference) / error / math.sqrt(2))
     return difference, difference - z * error, difference + z * error, p_value
 
@@ -270,11 +316,7 @@ def reliability(
     predicted = np.bincount(bin_of_row, weights=probabilities, minlength=len(starts)) / rows
     hits = np.bincount(bin_of_row[positive], minlength=len(starts))
     observed = hits / rows
-    center = (hits + z**2 / 2) / (rows + z**2)
-    reach = z * np.sqrt(hits * (1 - observed) + z**2 / 4) / (rows + z**2)
-    low = np.where(hits == 0, 0.0, center - reach)
-    high = np.where(hits == rows, 1.0, center + reach)
-    return Reliability(rows, predicted, observed, low, high)
+    return Reliability(rows, predicted, observed, *_wilson(observed, rows, z))
 
 
 def expected_calibration_error(
@@ -487,9 +529,24 @@ def _placements(positives, negatives) -> tuple[float, np.ndarray, np.ndarray]:
     )
 
 
-def _mean_variance(values) -> float:
-    """The estimated variance of the mean of the values."""
-    return float(np.var(values, ddof=1) / len(values))
+def _mean_variance(values, largest: float) -> float:
+    """The estimated variance of the mean of the values, whose own variance is at most `largest`.
+
+    The posterior mean of their variance, where `largest` is prior to it with the weight of
+    _PRIOR_ROWS rows (Gelman et al., "Bayesian Data Analysis", 2013, 2.6: a scaled inverse
+    chi-square prior).
+    """
+    count = len(values)
+    variance = (count * np.var(values) + _PRIOR_ROWS * largest) / (count + _PRIOR_ROWS - 3)
+    return float(variance / count)
+
+
+def _wilson(share, rows, z: float) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's interval of a share observed on so many rows: (low, high), each [k] or a number."""
+    center = (share * rows + z**2 / 2) / (rows + z**2)
+    reach = z * np.sqrt(share * (1 - share) * rows + z**2 / 4) / (rows + z**2)
+    # The ends are exact, without a rounding error.
+    return np.where(share == 0, 0.0, center - reach), np.where(share == 1, 1.0, center + reach)
 
 
 def _distinct(values) -> int:
@@ -503,8 +560,3 @@ def _z(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, found {level}")
     return statistics.NormalDist().inv_cdf((1 + level) / 2)
-
-
-def _sigmoid(value: float) -> float:
-    """The logistic function, without overflow."""
-    return (1 + math.tanh(value / 2)) / 2

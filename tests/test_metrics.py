@@ -98,24 +98,46 @@ def test_what_cannot_be_meant_is_refused(labels, scores, message):
 # --- intervals ---------------------------------------------------------------------------------
 
 
-def logit(probability):
-    return math.log(probability / (1 - probability))
-
-
 @pytest.mark.parametrize("levels", [None, 5])
-def test_auc_interval_is_delong_on_the_logit_scale(levels):
+def test_auc_interval_is_delong_in_wilsons_formula(levels):
     for seed in range(5):
-        labels, scores = random_case(seed, levels=levels)
+        labels, scores = random_case(seed, rows=600, levels=levels)
         area, low, high = metrics.auc_interval(labels, scores)
         assert area == metrics.auc(labels, scores)
-        error = math.sqrt(oracles.delong_covariance(labels, scores, scores))
-        reach = 1.959964 * error / (area * (1 - area))
-        assert logit(high) - logit(area) == pytest.approx(reach, rel=1e-6)
-        assert logit(area) - logit(low) == pytest.approx(reach, rel=1e-6)
+        variance = oracles.delong_covariance(labels, scores, scores)
+        for end in (low, high):
+            # Wilson: the AUC is 1.96 errors from each end, by the error that holds at this end.
+            error = math.sqrt(variance * end * (1 - end) / (area * (1 - area)))
+            # The prior's 4 rows among hundreds widen the interval a little.
+            assert 1 < abs(end - area) / (1.959964 * error) < 1.05
+
+
+def test_auc_interval_by_hand():
+    # Each of 5 positives beats 3 of 5 negatives, and is beaten by 2: the AUC is .6. A negative is
+    # beaten by all or none of the positives, which is a variance of .24, the largest there is.
+    # Shares of the largest variance: (5 * 0 + 4) / (6 * 5) and (5 * 1 + 4) / (6 * 5), in all 13/30.
+    labels, scores = np.repeat([0, 1, 0], [3, 5, 2]), np.repeat([0.1, 0.5, 0.9], [3, 5, 2])
+    area, low, high = metrics.auc_interval(labels, scores)
+    assert area == 0.6
+    # Wilson's interval of a share .6 of 30/13 rows, on paper: .6 is z errors from either end.
+    for end in (low, high):
+        assert (area - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) * 13 / 30, rel=1e-6)
+    assert low < area < high
+
+
+def test_auc_interval_of_separated_classes_ends_at_one():
+    # 4/30 and 4/30 of the largest variance: 3.75 rows. Wilson: z^2 / (n + z^2) from the end.
+    labels = np.repeat([1, 0], 5)
+    reach = 3.841459 / (3.75 + 3.841459)
+    found = metrics.auc_interval(labels, np.arange(10)[::-1])
+    assert found == pytest.approx((1, 1 - reach, 1), rel=1e-6)
+    assert found[2] == 1.0
+    assert metrics.auc_interval(labels, np.arange(10)) == pytest.approx((0, 0, reach), rel=1e-6)
+    assert metrics.auc_interval(labels, np.arange(10))[1] == 0.0
 
 
 def test_auc_interval_has_the_width_of_a_bootstrap():
-    labels, scores = random_case(3, rows=600, rate=0.1)
+    labels, scores = random_case(3, rows=2000, rate=0.1)
     generator = np.random.default_rng(0)
     drawn = [generator.integers(len(labels), size=len(labels)) for _ in range(1000)]
     areas = [metrics.auc(labels[rows], scores[rows]) for rows in drawn]
@@ -124,28 +146,82 @@ def test_auc_interval_has_the_width_of_a_bootstrap():
     assert high == pytest.approx(np.quantile(areas, 0.975), abs=0.01)
 
 
-def test_auc_interval_covers_the_truth_as_often_as_it_says():
-    # Positives exceed negatives by one standard deviation: AUC = Phi(1 / sqrt(2)).
-    truth = 0.5 * math.erfc(-0.5)
+def normal(generator, positives, negatives, shift):
+    """Scores of deviation 1, those of the positives `shift` higher: AUC = Phi(shift / sqrt 2)."""
+    scores = generator.normal(size=positives + negatives)
+    scores[:positives] += shift
+    return scores
+
+
+def five_levels(generator, positives, negatives, shift):
+    """`normal`, cut into five levels at fixed places."""
+    return np.digitize(normal(generator, positives, negatives, shift), [-0.8, -0.2, 0.3, 0.9])
+
+
+def two_levels(generator, positives, negatives, shift):
+    """`normal`, cut in two."""
+    return normal(generator, positives, negatives, shift) > 0.8
+
+
+def true_auc(draw, shift):
+    """P(a positive scores above a negative), ties one half, from a large sample or the formula."""
+    if draw is normal:
+        return 0.5 * math.erfc(-shift / 2)
+    large = draw(np.random.default_rng(9), 1_000_000, 1_000_000, shift)
+    return metrics.auc(np.repeat([1, 0], 1_000_000), large)
+
+
+@pytest.mark.parametrize("draw", [normal, five_levels, two_levels])
+@pytest.mark.parametrize("shift", [0, 0.7, 1.8, 3.3])
+def test_auc_interval_covers_the_truth_as_often_as_it_says(draw, shift):
+    truth = true_auc(draw, shift)
     generator = np.random.default_rng(1)
-    labels = np.repeat([1, 0], [15, 150])
+    for positives, negatives in [(5, 5), (5, 300), (10, 300), (20, 20), (100, 300)]:
+        labels = np.repeat([1, 0], [positives, negatives])
+        covered = tried = 0
+        for _ in range(500):
+            scores = draw(generator, positives, negatives, shift)
+            _, low, high = metrics.auc_interval(labels, scores)
+            tried += not math.isnan(low)  # Scores that are all in one level have no interval.
+            covered += low <= truth <= high
+        assert tried > 400
+        assert covered / tried >= 0.92, (positives, negatives)
+
+
+def test_auc_interval_of_five_positives_among_many_covers():
+    generator = np.random.default_rng(2)
+    labels = np.repeat([1, 0], [5, 100_000])
+    covered = 0
+    for _ in range(100):
+        _, low, high = metrics.auc_interval(labels, normal(generator, 5, 100_000, 3.3))
+        covered += low <= true_auc(normal, 3.3) <= high
+    assert covered >= 92
+
+
+def test_auc_interval_is_not_needlessly_wide_with_many_rows():
+    truth = true_auc(normal, 1)
+    generator = np.random.default_rng(1)
+    labels = np.repeat([1, 0], [200, 1000])
     covered = 0
     for _ in range(1000):
-        _, low, high = metrics.auc_interval(labels, generator.normal(size=165) + labels)
-        covered += low < truth < high
+        _, low, high = metrics.auc_interval(labels, normal(generator, 200, 1000, 1))
+        covered += low <= truth <= high
     assert 0.93 < covered / 1000 < 0.97
 
 
 def test_auc_interval_widens_with_its_level_and_stays_inside_zero_and_one():
-    labels = np.repeat([1, 0], [3, 40])
-    scores = np.concatenate([[0.99, 0.98, 0.4], np.linspace(0, 0.5, 40)])
+    labels = np.repeat([1, 0], [5, 40])
+    scores = np.concatenate([[0.99, 0.98, 0.97, 0.96, 0.4], np.linspace(0, 0.5, 40)])
     area, low, high = metrics.auc_interval(labels, scores)
     _, lower, higher = metrics.auc_interval(labels, scores, level=0.99)
     assert 0 < lower < low < area < high < higher < 1
+    # Turned round, so is the interval.
+    turned = metrics.auc_interval(labels, -scores)
+    assert turned == pytest.approx((1 - area, 1 - high, 1 - low), abs=1e-12)
 
 
 @pytest.mark.filterwarnings("error")
-def test_auc_interval_is_nan_where_the_variance_is_not_defined():
+def test_auc_interval_is_nan_where_the_rows_do_not_define_it():
     def case(labels, scores):
         return np.array(metrics.auc_interval(labels, scores))
 
@@ -153,12 +229,22 @@ def test_auc_interval_is_nan_where_the_variance_is_not_defined():
     np.testing.assert_array_equal(case([], []), [math.nan] * 3)
     one_positive = case([1, 0, 0, 0], [0.5, 0.1, 0.5, 0.9])
     np.testing.assert_array_equal(one_positive, [0.5, math.nan, math.nan])
-    separated = case([1, 1, 0, 0], [0.9, 0.8, 0.2, 0.1])
-    np.testing.assert_array_equal(separated, [1.0, math.nan, math.nan])
+    # 4 rows of a class are too few, 5 are enough.
+    for label in (0, 1):
+        few = np.repeat([label, 1 - label], [4, 50])
+        area, *interval = case(few, np.arange(54))
+        np.testing.assert_array_equal([area, *interval], [1.0 - label, math.nan, math.nan])
+        enough = np.repeat([label, 1 - label], [5, 50])
+        assert not np.isnan(case(enough, np.arange(55))).any()
 
 
-def test_auc_interval_of_constant_scores_is_the_point_one_half():
-    assert metrics.auc_interval([1, 1, 0, 0], [0.2] * 4) == (0.5, 0.5, 0.5)
+def test_constant_scores_have_no_interval():
+    labels = [1, 0] * 20
+    for value in (0.2, 0, math.inf):
+        found = metrics.auc_interval(labels, [value] * 40)
+        np.testing.assert_array_equal(found, [0.5, math.nan, math.nan])
+    # One row in another place is enough to define it.
+    assert not np.isnan(metrics.auc_interval(labels, [0.3] + [0.2] * 39)).any()
 
 
 @pytest.mark.parametrize("level", [0, 1, 95])
@@ -169,7 +255,7 @@ def test_a_level_outside_zero_and_one_is_refused(level):
 
 def test_auc_difference_is_paired_delong():
     for seed in range(5):
-        labels, a = random_case(seed, levels=20)
+        labels, a = random_case(seed, rows=600, levels=20)
         b = a + np.random.default_rng(seed).normal(scale=0.2, size=len(a))
         variance = (
             oracles.delong_covariance(labels, a, a)
@@ -177,16 +263,70 @@ def test_auc_difference_is_paired_delong():
             - 2 * oracles.delong_covariance(labels, a, b)
         )
         difference, low, high, p_value = metrics.auc_difference(labels, a, b)
-        assert difference == metrics.auc(labels, a) - metrics.auc(labels, b)
-        reach = 1.959964 * math.sqrt(variance)
-        assert (low, high) == pytest.approx((difference - reach, difference + reach), rel=1e-6)
+        expected = metrics.auc(labels, a) - metrics.auc(labels, b)
+        assert difference == pytest.approx(expected, abs=1e-14)
+        # The prior's 4 rows among hundreds add a few percent to the variance.
+        error = (high - low) / (2 * 1.959964)
+        assert error**2 == pytest.approx(variance, rel=0.05)
+        assert (low + high) / 2 == pytest.approx(difference)
         # 5 percent is where the interval touches 0.
         assert (p_value < 0.05) == (low > 0 or high < 0)
-        z = abs(difference) / math.sqrt(variance)
-        assert p_value == pytest.approx(math.erfc(z / math.sqrt(2)), rel=1e-9)
+        assert p_value == pytest.approx(math.erfc(abs(difference) / error / math.sqrt(2)), rel=1e-6)
         # Turned round, it is the same with the other sign.
         turned = metrics.auc_difference(labels, b, a)
         assert turned == pytest.approx((-difference, -high, -low, p_value), abs=1e-12)
+
+
+def test_auc_difference_by_hand():
+    # One model separates, the other is exactly wrong: every row differs by 1, without a spread.
+    # The prior alone remains, 4 / (6 * 5) for each class of 5 rows.
+    labels = np.repeat([1, 0], 5)
+    difference, low, high, p_value = metrics.auc_difference(
+        labels, np.arange(10)[::-1], np.arange(10)
+    )
+    error = math.sqrt(8 / 30)
+    assert difference == 1.0
+    reach = 1.959964 * error
+    assert (low, high) == pytest.approx((1 - reach, 1 + reach), rel=1e-6)
+    assert p_value == pytest.approx(math.erfc(1 / error / math.sqrt(2)))
+
+
+@pytest.mark.parametrize("positives", [5, 8, 20])
+def test_auc_difference_is_seldom_significant_without_a_difference(positives):
+    labels = np.repeat([1, 0], [positives, 300])
+    generator = np.random.default_rng(positives)
+    rows = positives + 300
+
+    def hits_and_misses(hit, false_alarm):
+        return generator.random(rows) < np.where(labels == 1, hit, false_alarm)
+
+    # Pairs of equal AUC: independent noise; much the same scores; ROC curves that cross (the AUC
+    # of two levels is .5 + (hit - false alarm) / 2), where few positives often all agree.
+    def independent():
+        return labels + generator.normal(size=rows), labels + generator.normal(size=rows)
+
+    def alike():
+        common = labels + generator.normal(size=rows)
+        return [common + 0.3 * generator.normal(size=rows) for _ in range(2)]
+
+    def crossing():
+        return hits_and_misses(0.95, 0.2), hits_and_misses(0.8, 0.05)
+
+    for draw in (independent, alike, crossing):
+        p_values = [metrics.auc_difference(labels, *draw())[3] for _ in range(1000)]
+        assert np.mean(np.array(p_values) < 0.05) < 0.07, draw.__name__
+
+
+def test_auc_difference_is_found_where_there_is_one():
+    generator = np.random.default_rng(0)
+    labels = np.repeat([1, 0], [50, 1000])
+    common = generator.normal(size=1050)
+    weak, strong = common + 0.7 * labels, common + 1.5 * labels
+    difference, low, _, p_value = metrics.auc_difference(labels, strong, weak)
+    assert low > 0.1
+    assert p_value < 1e-6
+    # 0.69 and 0.86 in truth.
+    assert difference == pytest.approx(0.165, abs=0.05)
 
 
 def test_auc_difference_without_any_difference():
@@ -194,14 +334,16 @@ def test_auc_difference_without_any_difference():
     assert metrics.auc_difference(labels, scores, 2 * scores + 1) == (0.0, 0.0, 0.0, 1.0)
 
 
+@pytest.mark.filterwarnings("error")
 def test_auc_difference_is_nan_where_it_is_not_defined():
     nothing = metrics.auc_difference([0, 0], [0.1, 0.2], [0.2, 0.1])
     np.testing.assert_array_equal(nothing, [math.nan] * 4)
     one_positive = metrics.auc_difference([1, 0, 0], [0.9, 0.1, 0.2], [0.15, 0.1, 0.2])
     np.testing.assert_array_equal(one_positive, [0.5, math.nan, math.nan, math.nan])
-    # One separates, the other is exactly wrong: no variance to be seen, no p-value either.
-    opposite = metrics.auc_difference([1, 1, 0, 0], [4, 3, 2, 1], [1, 2, 3, 4])
-    np.testing.assert_array_equal(opposite, [1.0, math.nan, math.nan, math.nan])
+    for label in (0, 1):
+        few = np.repeat([label, 1 - label], [4, 50])
+        found = metrics.auc_difference(few, np.arange(54), -np.arange(54))
+        np.testing.assert_array_equal(found, [1.0 - 2 * label, math.nan, math.nan, math.nan])
 
 
 # --- gauc --------------------------------------------------------------------------------------
