@@ -35,7 +35,7 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bench: $(VENV)/installed-bench
-	for name in convert input loss metrics training agreement serving batching soak; do \
+	for name in convert input loss metrics training serving batching soak; do \
 		echo "== benchmarks.$$name"; $(BIN)/python -m benchmarks.$$name || exit 1; \
 	done
 

@@ -27,6 +27,12 @@ def run(main: Callable[[], None]) -> None:
             _fail(f"unexpected argument {positional[1]!r}; flags start with --")
         return positional
 
+    # --help shows the flags of the main module; ours lie in the modules that use them.
+    for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
+        if module.startswith("pwiser_tf"):
+            for flag in defined:
+                flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
     def guarded(_):
         # What our commands have to say they print; TensorFlow's own chatter would bury it.
         absl.logging.set_verbosity(absl.logging.ERROR)

@@ -328,6 +328,19 @@ def test_difference_table_has_the_paired_test_of_each_task_against_the_first():
         assert cells == [f"{difference:+.4f}", f"[{low:+.4f},", f"{high:+.4f}]", "p", f"{p:.3f}"]
 
 
+def test_a_difference_of_few_rows_has_no_interval():
+    scores = {"a": [0.1, 0.2, 0.3, 0.4], "b": [0.1, 0.4, 0.3, 0.2]}
+    predictions = {
+        name: dict.fromkeys(metrics.TASKS, np.array(values)) for name, values in scores.items()
+    }
+    for grade, shown in (
+        ([0, 1, 2, 2], "-1.0000 [      -,       -]  p     -"),
+        ([0, 1, 1, 1], "-"),
+    ):
+        line = report.difference_table(np.array(grade), predictions).split("\n")[-1]
+        assert line.split(maxsplit=2) == ["CVR", "b", shown]
+
+
 def test_a_full_disk_names_the_sheet_and_leaves_nothing(tmp_path, monkeypatch):
     def fill(figure, path, **_):
         path.write_bytes(b"half")

@@ -1,0 +1,81 @@
+"""config: what follows from the options' one definition."""
+
+import dataclasses
+
+import pytest
+from absl import flags
+
+from pwiser_tf import config, runs
+from pwiser_tf.config import OPTIONS, Settings
+from pwiser_tf.errors import DataError
+from pwiser_tf.models import MODELS
+from pwiser_tf.tasks import LOSSES
+
+
+def _settings(*arguments, given=None):
+    values = flags.FlagValues()
+    config.define_flags(values)
+    values(["train", "--data_dir=/d", *arguments])
+    return config.settings_from(values, arguments if given is None else given)
+
+
+def test_every_option_is_a_flag_and_the_flags_give_the_settings():
+    values = flags.FlagValues()
+    config.define_flags(values)
+    assert set(OPTIONS) <= set(values)
+    found = _settings("--model=ple", "--experts=4", "--bottom_units=8,4", "--loss_tasks=ctcvr")
+    assert (found.model, found.experts, found.bottom_units) == ("ple", 4, (8, 4))
+    assert found.loss_tasks == ("ctcvr",)
+    # What is left open follows from the model and the loss.
+    assert _settings("--model=esmm").conversion_head == "product"
+    assert _settings("--model=aitm").auxiliary_weight == 0.6
+    assert _settings("--loss=jrc").shuffle == "groups"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--model=shared_bottom", "--experts=2"], "--experts is read with --model=omoe|mmoe|ple"),
+        (["--loss=bce", "--focal_gamma=1"], "--focal_gamma is read with --loss=focal alone"),
+        (["--loss=bce", "--loss_tasks=ctr"], "--loss_tasks is read with --loss=pwiser|ranknet"),
+        (["--model=mmoe", "--critics=2"], "--critics is read with --model=metaheac alone"),
+        (["--loss=ranknet", "--margin_click=0.2"], "--margin_click is read with --loss=pwiser"),
+    ],
+)
+def test_an_option_that_is_not_read_is_refused_where_it_is_given(arguments, told):
+    with pytest.raises(DataError) as caught:
+        _settings(*arguments)
+    assert str(caught.value).startswith(told)
+    # A flagfile may serve several models and losses.
+    _settings(*arguments, given=())
+
+
+def test_what_is_not_read_is_no_part_of_a_run(settings):
+    bce = dataclasses.replace(settings, loss="bce")
+    assert bce.read() == dataclasses.replace(bce, pwiser_weight=9.0, focal_gamma=1.0).read()
+    assert bce.read() != dataclasses.replace(bce, learning_rate=0.5).read()
+    assert not {"pwiser_weight", "focal_gamma", "experts", "critics"} & set(bce.read())
+    for model, entry in MODELS.items():
+        for loss in LOSSES:
+            unread = config.unread_options(model, loss)
+            assert not set(unread) & {*entry.options, *LOSSES[loss].options}
+
+
+def test_a_run_of_before_an_option_was_there_still_loads(settings, dataset, tmp_path):
+    content = dataclasses.asdict(settings)
+    for name in ("mixed_precision", "critics", "score_space", "auxiliary_weight"):
+        del content[name]
+    runs.write_json(tmp_path / "flags.json", content)
+    for path in ("schema.json", "vocabularies"):
+        (tmp_path / path).symlink_to(dataset / path)
+    found, _ = runs.load(tmp_path)
+    assert (found.mixed_precision, found.critics, found.score_space) == (False, 5, "probability")
+    assert found.read() == settings.read()
+
+
+def test_options_have_help_and_good_defaults():
+    for name, field in OPTIONS.items():
+        assert field.metadata["help"].endswith("."), name
+    defaults = config.settings_of({"data_dir": "/d"})
+    assert isinstance(defaults, Settings)
+    assert defaults.model == "mmoe"

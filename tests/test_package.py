@@ -1,0 +1,84 @@
+"""The package as a stranger finds it: one wheel, one command, names that are there when used."""
+
+import importlib.metadata
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+import pwiser_tf
+from pwiser_tf.__main__ import COMMANDS
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _python(*arguments, cwd=None):
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=cwd)
+
+
+def test_importing_the_package_imports_nothing_slow():
+    program = (
+        "import sys, pwiser_tf; print(sorted({'tensorflow', 'numpy', 'matplotlib'} & set("
+        "sys.modules)), callable(pwiser_tf.auc), 'tensorflow' in sys.modules)"
+    )
+    done = _python("-c", program)
+    assert (done.stdout, done.returncode) == ("[] True False\n", 0), done.stderr
+
+
+def test_the_public_names_are_there():
+    assert set(pwiser_tf.__all__) <= set(dir(pwiser_tf))
+    for name in pwiser_tf.__all__:
+        assert getattr(pwiser_tf, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = pwiser_tf.nothing
+    assert pwiser_tf.__version__ == importlib.metadata.version("pwiser-tf")
+
+
+def test_training_imports_no_plots_and_nothing_of_serving():
+    program = (
+        "import sys, pwiser_tf.train; print(sorted({name.split('.')[0] for name in sys.modules} & "
+        "{'matplotlib', 'tensorflow_serving', 'optuna'}))"
+    )
+    done = _python("-c", program)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_shows_its_own_help(command, tmp_path):
+    done = _python("-m", "pwiser_tf", command, "--help", cwd=tmp_path)
+    flag = {"serve": "--model_base_path", "score": "--input", "sample": "--rows"}.get(command)
+    flag = flag or {"convert": "--format", "study": "--seeds"}.get(command, "  --workdir: ")
+    assert done.returncode in (0, 1)
+    assert flag in done.stdout
+
+
+def test_the_command_without_a_subcommand_and_with_a_wrong_one():
+    done = _python("-m", "pwiser_tf")
+    assert done.returncode == 0
+    assert all(f"  {name} " in done.stdout for name in COMMANDS)
+    done = _python("-m", "pwiser_tf", "trian")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: found command 'trian', expected one of convert, sample,")
+    assert _python("-m", "pwiser_tf", "--version").stdout.startswith("pwiser-tf 0.")
+
+
+def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path):
+    # A copy, as building leaves folders behind.
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "pwiser_tf", source / "pwiser_tf")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    done = _python("-m", "pip", "wheel", "--no-deps", f"--wheel-dir={tmp_path}", str(source))
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = {name for name in content.namelist() if ".dist-info/" not in name}
+    ours = {
+        str(path.relative_to(ROOT))
+        for path in (ROOT / "pwiser_tf").rglob("*")
+        if path.suffix == ".py" or path.name == "py.typed"
+    }
+    assert names == ours
