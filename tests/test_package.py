@@ -1,10 +1,13 @@
 """The package as a stranger finds it: one wheel, one command, names that are there when used."""
 
+import ast
 import importlib.metadata
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 import zipfile
 
 import pytest
@@ -53,6 +56,30 @@ def test_each_command_shows_its_own_help(command, tmp_path):
     flag = flag or {"convert": "--format", "study": "--seeds"}.get(command, "  --workdir: ")
     assert done.returncode in (0, 1)
     assert flag in done.stdout
+
+
+def test_every_import_is_declared():
+    """A package that lies in the environment by chance hides a missing line."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    used = ("plots", "tune", "study", "bench")
+    listed = project["dependencies"] + [line for extra in used for line in extras[extra]]
+    declared = {re.match(r"[\w-]+", line)[0].replace("-", "_").lower() for line in listed}
+    declared |= {"google", "sklearn"} if "scikit_learn" in declared else {"google"}
+    imported = set()
+    for path in (ROOT / "pwiser_tf").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.split(".")[0])
+    names = {"absl": "absl_py", "tensorflow_serving": "tensorflow_serving_api"}
+    missing = {
+        name
+        for name in imported - set(sys.stdlib_module_names) - {"pwiser_tf"}
+        if names.get(name, name).lower() not in declared
+    }
+    assert not missing
 
 
 def test_the_command_without_a_subcommand_and_with_a_wrong_one():
