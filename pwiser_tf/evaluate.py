@@ -46,15 +46,16 @@ def main() -> None:
             if name in evaluations:
                 raise DataError(f"two runs are called {name}; their folders need different names")
             evaluations[name] = _evaluate_run(folder, name, args.split, args.data_dir)
+        first, *others = evaluations.values()
+        # Before anything is written.
+        if any(not np.array_equal(first.grade, other.grade) for other in others):
+            raise DataError("the runs have different data: nothing is compared, nothing written")
         for (name, evaluation), folder in zip(evaluations.items(), args.workdir, strict=True):
             output = pathlib.Path(args.output_dir or folder)
             evaluation.write(output / name if len(evaluations) > 1 else output)
         summaries = {name: evaluation.summary for name, evaluation in evaluations.items()}
         print(report.table(summaries))
-        if len(evaluations) > 1:
-            first, *others = evaluations.values()
-            if any(not np.array_equal(first.grade, other.grade) for other in others):
-                raise DataError("the runs have different data: nothing is compared")
+        if others:
             predictions = {name: evaluation.predictions for name, evaluation in evaluations.items()}
             print()
             print(report.difference_table(first.grade, predictions))

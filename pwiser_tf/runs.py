@@ -27,6 +27,7 @@ from pwiser_tf.schema import Schema
 FLAGS_FILE = "flags.json"
 METRICS_FILE = "metrics.json"
 _CHECKPOINTS = "checkpoints"
+_EXTENDABLE = ("epochs", "patience")
 
 
 def build_model(settings: Settings, schema: Schema) -> ClickConversionModel:
@@ -49,7 +50,8 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
     """Makes the folder, which exists, ready for a run; or checks that its run is the one asked for.
 
     Raises:
-      DataError: the folder holds a run with other flags or data.
+      DataError: the folder holds a run with other flags or data. (More epochs or patience are
+        allowed, and become the run's.)
     """
     workdir = pathlib.Path(workdir)
     path = workdir / FLAGS_FILE
@@ -64,9 +66,12 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
         write_json(path, settings.read())
         return
     old_settings, old_schema = load(workdir)
-    # What is not read is no part of a run.
+    # What is not read is no part of a run; and more epochs or patience extend one.
     old, new = old_settings.read(), settings.read()
+    extended = {name: new[name] for name in _EXTENDABLE if new[name] > old[name]}
     for name in (name for name in new if name != "data_dir" and new[name] != old.get(name)):
+        if name in extended:
+            continue
         raise DataError(
             f"the run in this folder has --{name}={old.get(name)}, not {new[name]}: give its own "
             "flags to go on with it, or another --workdir",
@@ -78,6 +83,8 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
             "--data_dir to go on with it, or another --workdir",
             file=path,
         )
+    if extended:
+        write_json(path, old | extended)
 
 
 def load(workdir: str | os.PathLike) -> tuple[Settings, Schema]:

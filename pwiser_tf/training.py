@@ -47,7 +47,8 @@ def share_cores() -> None:
 
 
 class Diverged(DataError):
-    """The model predicts NaN. pwiser_tf.tune goes on with other settings; others stop here."""
+    """The loss or a prediction is not finite, and no epoch was finished before. pwiser_tf.tune goes
+    on with other settings; others stop here."""
 
 
 class Progress(tf.train.experimental.PythonState):
@@ -101,6 +102,13 @@ class Housekeeping(keras.callbacks.Callback):
         self.model.stop_training = True
 
     def on_train_batch_end(self, batch, logs=None):
+        if not all(math.isfinite(value) for value in logs.values()):
+            # Before anything of it is saved.
+            raise Diverged(
+                f"training diverged: the loss is not finite at step {self._progress.step + 1} of "
+                f"epoch {self._progress.epoch + 1}; lower --learning_rate, and begin in another "
+                "--workdir"
+            )
         self._progress.step += 1
         self._progress.losses = {name: float(value) for name, value in logs.items()}
         step = int(self.model.optimizer.iterations)
@@ -134,10 +142,12 @@ def train(
       DataError: data that is missing, damaged or of another schema; a folder of another run, or
       in which another process is at work; a damaged checkpoint; a model that predicts NaN.
     """
-    data.check(settings.data_dir, Schema.load(settings.data_dir), "test")
+    schema = Schema.load(settings.data_dir)
+    if "test" in schema.splits:
+        data.check(settings.data_dir, schema, "test")
     with _begun(settings, folder) as schema:
         model, progress = _fit(settings, schema, folder, checkpoint_seconds, on_epoch)
-        return _judge(model, settings, schema, folder, progress)
+        return _evaluate_best(model, settings, schema, folder, progress)
 
 
 def fit(
@@ -146,7 +156,7 @@ def fit(
     checkpoint_seconds: float = 60,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[ClickConversionModel, Schema, Progress]:
-    """`train` without its judgement: it never opens the test split, nor writes metrics.json.
+    """Trains only: it never opens the test split, nor writes metrics.json.
 
     Args:
       on_epoch: called with the model and the epoch's entry in the history ({"epoch", "monitored",
@@ -213,8 +223,8 @@ def _fit(
             skip_rows=progress.step * batch_size,
             drop_remainder=True,
         )
-        if progress.step < rows // batch_size:
-            try:
+        try:
+            if progress.step < rows // batch_size:
                 model.fit(
                     batches,
                     initial_epoch=progress.epoch,
@@ -223,9 +233,18 @@ def _fit(
                     callbacks=[housekeeping],
                     verbose=1 if sys.stdout.isatty() else 2,
                 )
-            except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-                data.explain(error, settings.data_dir, schema, "train")
-        _finish_epoch(model, settings, schema, progress, best, writer)
+            _finish_epoch(model, settings, schema, progress, best, writer)
+        except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+            data.explain(error, settings.data_dir, schema, "train")
+        except Diverged as error:
+            if progress.best_epoch is None:
+                raise
+            print(
+                f"warning: {error}; of the finished epochs the best, {progress.best_epoch + 1}, is "
+                "the result",
+                file=sys.stderr,
+            )
+            break
         if on_epoch:
             on_epoch(model, progress.history[-1])
         manager.save()
@@ -233,14 +252,17 @@ def _fit(
     return model, progress
 
 
-def _judge(model, settings, schema, folder, progress) -> dict:
-    """Evaluates the best epoch on validation and, this once, test; returns what it wrote."""
+def _evaluate_best(model, settings, schema, folder, progress) -> dict:
+    """Evaluates the best epoch on validation and, this once, test, if there is one; returns what
+    it wrote."""
     epochs = {"best_epoch": progress.best_epoch + 1, "epochs": progress.history}
     runs.write_json(folder / runs.METRICS_FILE, epochs)
-    for split in ("validation", "test"):
+    # A last training, on all that there is, has no test split.
+    splits = [split for split in ("validation", "test") if split in schema.splits]
+    for split in splits:
         evaluation = evaluate(model, settings.data_dir, schema, split, folder.resolve().name)
         evaluation.write(folder)
-    print(f"test split, epoch {progress.best_epoch + 1} of {progress.epoch}")
+    print(f"{splits[-1]} split, epoch {progress.best_epoch + 1} of {progress.epoch}")
     print(report.table({evaluation.name: evaluation.summary}))
     print(f"metrics and plots in {folder}", flush=True)
     return runs.read_json(folder / runs.METRICS_FILE)
@@ -295,7 +317,10 @@ def _monitored(validation: dict) -> float:
 
 
 def _waited_enough(progress: Progress, patience: int) -> bool:
-    return progress.best_epoch is not None and progress.epoch - progress.best_epoch > patience
+    """Whether so many epochs, at least 1, have passed since the best one, as Keras counts them."""
+    return progress.best_epoch is not None and progress.epoch - progress.best_epoch > max(
+        1, patience
+    )
 
 
 def _describe(settings: Settings, schema: Schema) -> None:

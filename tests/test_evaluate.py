@@ -114,6 +114,23 @@ def test_several_runs_are_compared_with_the_first(trained, tmp_path):
     }
 
 
+def test_runs_with_different_rows_are_not_compared_and_nothing_is_written(
+    trained, dataset, tmp_path
+):
+    other, data = tmp_path / "other", tmp_path / "data"
+    shutil.copytree(trained, other)
+    shutil.copytree(dataset, data)
+    # The same schema, and the rows of validation as those of test.
+    for shard in dataset.glob("validation-*"):
+        shutil.copy(shard, data / shard.name.replace("validation", "test"))
+    settings = json.loads((other / "flags.json").read_text())
+    (other / "flags.json").write_text(json.dumps(settings | {"data_dir": str(data)}))
+    result = _evaluate(f"--workdir={trained},{other}", f"--output_dir={tmp_path / 'out'}")
+    assert result.returncode == 2
+    assert "the runs have different data: nothing is compared" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_several_runs_need_names_and_a_place(trained, tmp_path):
     for arguments, message in (
         ([f"--workdir={trained},{trained}"], "several runs need an --output_dir"),

@@ -6,7 +6,7 @@ import tensorflow as tf
 import tf_keras as keras
 
 from pwiser_tf.models import MODELS, ModelConfig
-from pwiser_tf.models.base import CONVERSION_HEADS, TOWERS, _log1mexp
+from pwiser_tf.models.base import CONVERSION_HEADS, TOWERS, _logit_of_product
 from pwiser_tf.schema import Split
 from pwiser_tf.tasks import LOSSES, LossConfig
 from tests.conftest import SCHEMA
@@ -242,13 +242,19 @@ def test_product_heads_task_logit_is_that_of_the_product():
         np.testing.assert_allclose(tf.sigmoid(prediction["logits"]), outputs[task], rtol=1e-5)
 
 
-def test_log1mexp_agrees_with_float64_and_has_finite_gradients():
-    x = tf.Variable([-1e-6, -0.1, -0.69, -0.7, -5.0, -80.0, -1e4])
+def test_the_logit_of_a_product_keeps_its_digits_and_gradients():
+    a = tf.Variable([-90.0, -5.0, 0.0, 3.0, 20.0, 20.0, 60.0])
+    b = tf.Variable([-90.0, 5.0, 0.0, -20.0, 20.0, -20.0, 2.0])
     with tf.GradientTape() as tape:
-        y = _log1mexp(x)
-    exact = np.log(-np.expm1(x.numpy().astype(np.float64)))
-    np.testing.assert_allclose(y, exact, rtol=2e-6, atol=1e-30)
-    assert np.isfinite(tape.gradient(y, x)).all()
+        y = _logit_of_product(a, b)
+    # In float64 from 1 / p - 1 and 1 / q - 1: odds of pq are 1 / (e^-a + e^-b + e^-(a + b)).
+    x, z = -a.numpy().astype(np.float64), -b.numpy().astype(np.float64)
+    exact = -np.logaddexp(np.logaddexp(x, z), x + z)
+    np.testing.assert_allclose(y, exact, rtol=1e-6)
+    # d/da of that is (e^-a + e^-(a + b)) / (e^-a + e^-b + e^-(a + b)), and so for b.
+    for gradient, own in zip(tape.gradient(y, [a, b]), (x, z), strict=True):
+        wanted = np.exp(np.logaddexp(own, x + z) + exact)
+        np.testing.assert_allclose(gradient, wanted, rtol=1e-4, atol=1e-30)
 
 
 def _gradients(model):

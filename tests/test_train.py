@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from pwiser_tf import runs
 from pwiser_tf.errors import DataError
+from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.training import Progress, _monitored, train
 from tests.conftest import write_dataset
 
@@ -187,8 +188,64 @@ def test_two_processes_do_not_share_a_folder(trained, settings):
 
 
 def test_divergence_is_told(settings, tmp_path):
-    with pytest.raises(DataError, match="diverged: after epoch 1 the model predicts NaN"):
+    told = "diverged: the loss is not finite at step 2 of epoch 1; lower --learning_rate"
+    with pytest.raises(DataError, match=told):
         train(dataclasses.replace(settings, learning_rate=1e30), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/*.index"))
+
+
+def test_a_run_that_diverges_later_ends_with_its_best_epoch(
+    settings, tmp_path, monkeypatch, capsys
+):
+    """From some step of the second epoch on, the loss is NaN."""
+    whole = train(dataclasses.replace(settings, epochs=1), tmp_path / "one")
+    compute = ClickConversionModel.compute_loss
+
+    def poisoned(self, inputs, training=False):
+        broken = tf.cast(self.optimizer.iterations >= steps + 3, tf.float32)
+        return compute(self, inputs, training) / (1.0 - broken)
+
+    steps = 1000 // settings.batch_size
+    monkeypatch.setattr(ClickConversionModel, "compute_loss", poisoned)
+    found = train(dataclasses.replace(settings, epochs=5), tmp_path / "run")
+    error = capsys.readouterr().err
+    assert "the loss is not finite at step 4 of epoch 2" in error
+    assert "of the finished epochs the best, 1, is the result" in error
+    assert len(found["epochs"]) == found["best_epoch"] == 1
+    assert found["test"] == whole["test"]
+
+
+def test_training_needs_no_test_split(settings, tmp_path, capsys):
+    write_dataset(tmp_path / "data", {"train": 200, "validation": 100})
+    found = train(
+        dataclasses.replace(settings, epochs=1, data_dir=str(tmp_path / "data")), tmp_path / "run"
+    )
+    assert found["validation"]["ctr"]["rows"] == 100
+    assert "test" not in found
+    assert "validation split, epoch 1 of 1" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "report-test.png").exists()
+
+
+def test_more_epochs_and_patience_extend_a_run(settings, tmp_path, capsys):
+    short = dataclasses.replace(settings, epochs=1, patience=1)
+    long = dataclasses.replace(settings, epochs=3, patience=4)
+    train(short, tmp_path / "run")
+    extended = train(long, tmp_path / "run")
+    assert "going on at epoch 2, step 0" in capsys.readouterr().out
+    assert extended == train(long, tmp_path / "whole")
+    assert runs.load(tmp_path / "run")[0].read() == long.read()
+    # A run cannot be cut short.
+    with pytest.raises(DataError, match="the run in this folder has --epochs=3, not 1"):
+        train(short, tmp_path / "run")
+
+
+def test_patience_0_is_patience_1_as_in_keras(settings, tmp_path):
+    histories = [
+        train(dataclasses.replace(settings, epochs=4, patience=patience), tmp_path / str(patience))
+        for patience in (0, 1)
+    ]
+    assert histories[0] == histories[1]
+    assert len(histories[0]["epochs"]) > 1
 
 
 def test_a_damaged_state_is_refused(trained, settings, tmp_path):

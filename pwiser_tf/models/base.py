@@ -178,9 +178,7 @@ class ClickConversionModel(tfrs.Model):
         """What each task's loss is computed on: {task: {"logits": [B], "energy": [B]}}."""
         click, conversion = (logits[tower][:, 0] for tower in TOWERS)
         if self._config.conversion_head == "product":
-            # The logit of sigmoid(click) * sigmoid(conversion), without leaving log space.
-            log_product = tf.math.log_sigmoid(click) + tf.math.log_sigmoid(conversion)
-            conversion = log_product - _log1mexp(log_product)
+            conversion = _logit_of_product(click, conversion)
         predictions = {"ctr": {"logits": click}, "ctcvr": {"logits": conversion}}
         for task, tower in TOWER_OF_TASK.items():
             if tower in self._energies:
@@ -217,11 +215,11 @@ def log_odds(rate: tuple[int, int]) -> float:
     return math.log((positives + 0.5) / (rows - positives + 0.5))
 
 
-def _log1mexp(x: tf.Tensor) -> tf.Tensor:
-    """log(1 - exp(x)) for x < 0, accurate at both ends (Maechler 2012)."""
-    x = tf.minimum(x, -1e-7)
-    near_zero = x > -0.6931472
-    # Each branch is kept finite where the other is used, or its gradient would be NaN.
-    upper = tf.math.log(-tf.math.expm1(tf.where(near_zero, x, -1.0)))
-    lower = tf.math.log1p(-tf.exp(tf.where(near_zero, -1.0, x)))
-    return tf.where(near_zero, upper, lower)
+def _logit_of_product(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
+    """The logit of sigmoid(a) * sigmoid(b), without leaving log space.
+
+    1 - pq = (1 - p) + p (1 - q): a sum, which keeps its digits and gradients where pq is nearly 1.
+    """
+    log_p, log_q = tf.math.log_sigmoid(a), tf.math.log_sigmoid(b)
+    log_rest = tf.reduce_logsumexp([tf.math.log_sigmoid(-a), log_p + tf.math.log_sigmoid(-b)], 0)
+    return log_p + log_q - log_rest
