@@ -293,3 +293,35 @@ def settings_from(values: flags.FlagValues, given: Sequence[str] = ()) -> Settin
                 f"--loss={settings.loss}"
             )
     return settings
+
+
+def reference() -> str:
+    """The page docs/reference/flags.md: every option of a run."""
+    lines = [
+        "# Options of a run",
+        "",
+        "Flags of `pwiser train`, and of `pwiser tune`. Made by `python -m pwiser_tf.config`.",
+        "",
+        "| flag | default | meaning | read with |",
+        "|---|---|---|---|",
+    ]
+    users: dict[str, list[str]] = {}
+    for registry in (MODELS, LOSSES):
+        for key, entry in registry.items():
+            for name in entry.options:
+                users.setdefault(name, []).append(key)
+    for name, field in OPTIONS.items():
+        meta = field.metadata
+        default = meta["flag_default"]
+        shown = ",".join(map(str, default)) if isinstance(default, tuple) else default
+        shown = "" if default is None else f"`{shown}`"
+        text = meta["help"]
+        if meta["choices"]:
+            text += f" One of {', '.join(f'`{choice}`' for choice in meta['choices'])}."
+        text = text.replace("|", "\\|")
+        lines.append(f"| `--{name}` | {shown} | {text} | {', '.join(users.get(name, ['all']))} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

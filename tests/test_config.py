@@ -1,6 +1,7 @@
 """config: what follows from the options' one definition."""
 
 import dataclasses
+import pathlib
 
 import pytest
 from absl import flags
@@ -71,6 +72,13 @@ def test_a_run_of_before_an_option_was_there_still_loads(settings, dataset, tmp_
     found, _ = runs.load(tmp_path)
     assert (found.mixed_precision, found.critics, found.score_space) == (False, 5, "probability")
     assert found.read() == settings.read()
+
+
+def test_the_reference_page_is_that_of_the_options():
+    page = pathlib.Path(__file__).parent.parent / "docs" / "reference" / "flags.md"
+    assert page.read_text(encoding="utf-8") == config.reference(), (
+        "run: python -m pwiser_tf.config > docs/reference/flags.md"
+    )
 
 
 def test_options_have_help_and_good_defaults():
