@@ -1,10 +1,11 @@
-# `make demo` and `make test` make their own virtual environment and install what they need.
+# `make quickstart`, `make demo` and `make test` make their own virtual environment and install what
+# they need.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format bench clean
+.PHONY: quickstart demo test lint format bench clean
 
 # What the program needs, at the versions it was tested with.
 $(VENV)/installed: pyproject.toml serving/setup.py constraints.txt
@@ -17,6 +18,10 @@ $(VENV)/installed: pyproject.toml serving/setup.py constraints.txt
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
+
+# Generated data to served scores, in less than a minute after the installation.
+quickstart: $(VENV)/installed
+	PATH="$(abspath $(BIN)):$$PATH" bash tools/quickstart.sh quickstart
 
 # Generated data, three losses, a table, an export, a server, scored candidates.
 demo: $(VENV)/installed
@@ -40,4 +45,4 @@ bench: $(VENV)/installed-bench
 	done
 
 clean:
-	rm -rf $(VENV) demo build *.egg-info serving/*.egg-info
+	rm -rf $(VENV) demo quickstart build *.egg-info serving/*.egg-info

@@ -30,7 +30,7 @@ from pwiser_tf.schema import Schema
 from pwiser_tf.tasks import LOSSES, TASKS
 
 _LOG_EVERY_STEPS = 100
-# From about this strength on PWiseR was seen to harm: docs/when-pwiser-helps.md.
+# From about this strength on PWiseR was seen to harm: docs/explain/when-pwiser-helps.md.
 _HARMFUL_STRENGTH = 1.0
 
 

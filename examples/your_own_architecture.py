@@ -1,0 +1,56 @@
+"""A new architecture: a cross network (DCN v2) that feeds both towers.
+
+    python examples/your_own_architecture.py own/data cross     # data set, folder for the run
+
+An architecture says how the inputs of the two towers are made; towers, heads, losses, training,
+evaluation and export are those of all models. To add it to the package, put the class into a file
+of pwiser_tf/models/ and its name into MODELS (docs/guides/extend.md).
+"""
+
+import pwiser_tf.quiet
+
+# isort: split
+
+import pathlib
+import sys
+
+import tensorflow_recommenders as tfrs
+
+import pwiser_tf
+from pwiser_tf.models import MODELS, ClickConversionModel
+from pwiser_tf.models.base import TOWERS
+
+
+class CrossNetwork(ClickConversionModel):
+    """Deep & Cross Network v2 (Wang et al., WWW 2021), one cross layer, then a shared bottom."""
+
+    def __init__(self, schema, config, losses=None):
+        super().__init__(schema, config, losses)
+        self._shared_encoder = self._encoder()
+        self._cross = tfrs.layers.dcn.Cross()
+        self._bottom = self._mlp(config.bottom_units)
+
+    def tower_inputs(self, features, training):
+        encoded = self._shared_encoder(features)  # [batch, width]
+        shared = self._bottom(self._cross(encoded), training)  # [batch, units]
+        return dict.fromkeys(TOWERS, shared)
+
+
+# Before pwiser_tf.config is imported, which reads the names of the models.
+MODELS["cross"] = CrossNetwork
+
+
+def main() -> None:
+    from pwiser_tf.config import settings_of
+    from pwiser_tf.export import export
+
+    data, folder = sys.argv[1], pathlib.Path(sys.argv[2])
+    options = {"embedding_dim": 8, "bottom_units": (32,), "tower_units": (16,)}
+    options |= {"batch_size": 512, "epochs": 2}
+    settings = settings_of({"data_dir": data, "model": "cross", **options})
+    pwiser_tf.train(settings, folder / "run")
+    print("exported", export(folder / "run", folder / "models", "cross"))
+
+
+if __name__ == "__main__":
+    main()
