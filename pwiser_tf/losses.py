@@ -232,8 +232,8 @@ def strength(weight: float, margin_click: float, margin_nonclick: float, cvr: fl
     / M ("pairs" normalization, both terms present). BCE, the mean over n rows, pushes it by
     1 / (n CTR) = CVR / M where the prediction is the base rate. The ratio of the two is the
     strength. On generated data up to about .4 did no harm, and 1.6 cost AUC and calibration
-    unless the model was undertrained (docs/explain/when-pwiser-helps.md). For a head that learns CTCVR,
-    BCE's push is 1 / M: pass a cvr of 1.
+    unless the model was undertrained (docs/explain/when-pwiser-helps.md). For a head that learns
+    CTCVR, BCE's push is 1 / M: pass a cvr of 1.
 
     Args:
       weight: what PWiseR is multiplied by in the loss.

@@ -10,8 +10,8 @@ paired differences to plain BCE at the same batch size and learning rate:
   upper rows of the pairwise term, and nothing else;
 - memory: the scores of the last conversions, held constant, as further upper rows.
 
-The data of the study in docs/explain/when-pwiser-helps.md are generated, with 2 percent clicks of which 3
-percent convert, and with 0 or 60 percent of the clicks accidental:
+The data of the study in docs/explain/when-pwiser-helps.md are generated, with 2 percent clicks of
+which 3 percent convert, and with 0 or 60 percent of the clicks accidental:
 
     pwiser sample --output_dir=csv --rows=2400000 --seed=2 --ctr=0.02 --cvr=0.03 \\
         --accidental_clicks=0.6
