@@ -43,7 +43,6 @@ from pwiser_tf.errors import DataError
 from pwiser_tf.export import ServedModel
 from pwiser_tf.models import MODELS, ModelConfig
 from pwiser_tf.schema import Categorical, Numerical, Schema, Split
-from pwiser_tf.tasks import LossConfig
 
 # Batching that gives less than this many times the rows a second is not worth its wait.
 PAYS = 1.1
@@ -211,9 +210,9 @@ def _demo_model(folder: pathlib.Path) -> None:
         group=None,
         splits={"train": Split(1, 0, 0, 0, ())},
     )
-    sizes = ModelConfig(embedding_dim=16, bottom_units=(128, 64), tower_units=(32,))
-    tasks = {"ctr": LossConfig(), "ctcvr": LossConfig()}
-    served = ServedModel(MODELS["shared_bottom"](schema, sizes, tasks), schema)
+    units = {"bottom_units": (128, 64), "tower_units": (32,)}
+    sizes = ModelConfig(name="shared_bottom", embedding_dim=16, **units)
+    served = ServedModel(MODELS["shared_bottom"](schema, sizes), schema)
     tf.saved_model.save(served, str(folder), signatures=served.functions)
 
 

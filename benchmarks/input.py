@@ -96,8 +96,7 @@ def _rows_per_second(dataset: tf.data.Dataset) -> float:
 
 def _rows_trained_per_second(folder: pathlib.Path, schema: Schema) -> float:
     """Of MMoE on one batch in memory, so that input costs nothing."""
-    loss = LossConfig(loss="pwiser")
-    model = MODELS["mmoe"](schema, ModelConfig(embedding_dim=16), {"ctr": loss, "ctcvr": loss})
+    model = MODELS["mmoe"](schema, ModelConfig(embedding_dim=16), LossConfig())
     model.compile(optimizer=keras.optimizers.legacy.Adam(1e-3))
     batches = _ours(folder, schema).take(1).cache().repeat()
     model.fit(batches, steps_per_epoch=3, verbose=0)

@@ -84,7 +84,6 @@ def export(folder: pathlib.Path) -> None:
     from pwiser_tf.export import ServedModel, _restore_names
     from pwiser_tf.models import MODELS, ModelConfig
     from pwiser_tf.schema import Categorical, Numerical, Schema, Split
-    from pwiser_tf.tasks import LossConfig
 
     schema = Schema(
         dataset="generated",
@@ -100,10 +99,7 @@ def export(folder: pathlib.Path) -> None:
         splits={"train": Split(1000, 50, 5, 0, ())},
     )
     architecture, sizes = SIZES[FLAGS.size]
-    loss = LossConfig(loss="bce")
-    model = MODELS[architecture](
-        schema, ModelConfig(embedding_dim=16, **sizes), {"ctr": loss, "ctcvr": loss}
-    )
+    model = MODELS[architecture](schema, ModelConfig(name=architecture, embedding_dim=16, **sizes))
     model(
         {"categorical": np.zeros((1, 16), np.int64), "numerical": np.zeros((1, 63), np.float32)},
         training=False,

@@ -63,9 +63,9 @@ def _run_tensorflow(embedding_dim: int, pwiser_weight: float, mixed_precision: b
         group=None,
         splits={"train": Split(1000, 50, 5, 0, ())},
     )
-    loss = LossConfig(loss="pwiser", pwiser_weight=pwiser_weight)
+    loss = LossConfig(pwiser_weight=pwiser_weight)
     config = ModelConfig(embedding_dim=embedding_dim, mixed_precision=mixed_precision)
-    model = MODELS["mmoe"](schema, config, {"ctr": loss, "ctcvr": loss})
+    model = MODELS["mmoe"](schema, config, loss)
     model.compile(optimizer=keras.optimizers.legacy.Adam(1e-3))
     ids, numbers, grades = _batches()
     dataset = tf.data.Dataset.from_tensor_slices(

@@ -15,7 +15,6 @@ import subprocess
 import sys
 
 import pwiser_tf
-from pwiser_tf.config import settings_of
 from pwiser_tf.export import export
 
 
@@ -32,8 +31,8 @@ def main() -> None:
     # Options that are not named have their defaults; docs/reference/flags.md lists them all.
     options = {"model": "shared_bottom", "embedding_dim": 16, "bottom_units": (64, 32)}
     options |= {"tower_units": (16,), "batch_size": 512, "epochs": 3}
-    settings = settings_of({"data_dir": str((folder / "data").resolve()), **options})
-    metrics = pwiser_tf.train(settings, folder / "run")
+    config = pwiser_tf.Config.of(data_dir=str(folder / "data"), **options)
+    metrics = pwiser_tf.train(config, folder / "run")
     print(f"test AUC: CTR {metrics['test']['ctr']['auc']:.4f}")
 
     version = export(folder / "run", folder / "models", "log")

@@ -17,6 +17,7 @@ import sys
 import tensorflow_recommenders as tfrs
 
 import pwiser_tf
+from pwiser_tf.export import export
 from pwiser_tf.models import MODELS, ClickConversionModel
 from pwiser_tf.models.base import TOWERS
 
@@ -24,8 +25,8 @@ from pwiser_tf.models.base import TOWERS
 class CrossNetwork(ClickConversionModel):
     """Deep & Cross Network v2 (Wang et al., WWW 2021), one cross layer, then a shared bottom."""
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         self._shared_encoder = self._encoder()
         self._cross = tfrs.layers.dcn.Cross()
         self._bottom = self._mlp(config.bottom_units)
@@ -36,19 +37,15 @@ class CrossNetwork(ClickConversionModel):
         return dict.fromkeys(TOWERS, shared)
 
 
-# Before pwiser_tf.config is imported, which reads the names of the models.
 MODELS["cross"] = CrossNetwork
 
 
 def main() -> None:
-    from pwiser_tf.config import settings_of
-    from pwiser_tf.export import export
-
     data, folder = sys.argv[1], pathlib.Path(sys.argv[2])
     options = {"embedding_dim": 8, "bottom_units": (32,), "tower_units": (16,)}
     options |= {"batch_size": 512, "epochs": 2}
-    settings = settings_of({"data_dir": data, "model": "cross", **options})
-    pwiser_tf.train(settings, folder / "run")
+    config = pwiser_tf.Config.of(data_dir=data, model="cross", **options)
+    pwiser_tf.train(config, folder / "run")
     print("exported", export(folder / "run", folder / "models", "cross"))
 
 

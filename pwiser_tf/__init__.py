@@ -2,7 +2,7 @@
 
     pwiser_tf.PWiseRLoss()                    the loss, in any Keras 2 model; pwiser() for tensors
     pwiser_tf.Schema.load("data/us")          what the converter learnt of a data set
-    pwiser_tf.train(settings, folder)         a run; load_run(folder) its best model
+    pwiser_tf.train(config, folder)           a run; load_run(folder) its best model
     pwiser_tf.evaluate(...), auc, gauc, ...   exact metrics
 
 Importing this package imports neither TensorFlow nor anything else that is slow: the names below
@@ -22,7 +22,7 @@ _PUBLIC = {
     "MODELS": "models",
     "PWiseRLoss": "losses",
     "Schema": "schema",
-    "Settings": "config",
+    "Config": "config",
     "auc": "metrics",
     "evaluate": "evaluation",
     "gauc": "metrics",

@@ -65,8 +65,8 @@ def main() -> None:
 
 def _evaluate_run(folder: pathlib.Path, name: str, split: str, data_dir: str | None) -> Evaluation:
     """Evaluates the best epoch of a run; on its own data set, or on another of its schema."""
-    model, settings, schema = runs.load_run(folder)
-    data_dir = data_dir or settings.data_dir
+    model, config, schema = runs.load_run(folder)
+    data_dir = data_dir or config.data_dir
     found = Schema.load(data_dir)
     if found.fingerprint != schema.fingerprint:
         raise DataError(

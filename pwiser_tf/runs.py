@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import tensorflow as tf
 import tf_keras as keras
 
-from pwiser_tf.config import Settings, settings_of
+from pwiser_tf.config import VERSION, Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import MODELS, ClickConversionModel
 from pwiser_tf.schema import Schema
@@ -30,13 +30,10 @@ _CHECKPOINTS = "checkpoints"
 _EXTENDABLE = ("epochs", "patience")
 
 
-def build_model(settings: Settings, schema: Schema) -> ClickConversionModel:
+def build_model(config: Config, schema: Schema) -> ClickConversionModel:
     """A model with all variables made, initialised from the seed."""
-    keras.utils.set_random_seed(settings.seed)
-    try:
-        model = MODELS[settings.model](schema, settings.model_config(), settings.losses())
-    except ValueError as error:
-        raise DataError(f"--model={settings.model}: {error}") from None
+    keras.utils.set_random_seed(config.training.seed)
+    model = MODELS[config.model.name](schema, config.model, config.loss)
     features = {}
     if schema.categorical:
         features["categorical"] = tf.zeros([1, len(schema.categorical)], tf.int64)
@@ -46,7 +43,7 @@ def build_model(settings: Settings, schema: Schema) -> ClickConversionModel:
     return model
 
 
-def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> None:
+def begin(workdir: str | os.PathLike, config: Config, schema: Schema) -> None:
     """Makes the folder, which exists, ready for a run; or checks that its run is the one asked for.
 
     Raises:
@@ -63,11 +60,11 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
                 file=path,
             )
         schema.save(workdir)
-        write_json(path, settings.read())
+        write_json(path, {"version": VERSION, **config.read()})
         return
-    old_settings, old_schema = load(workdir)
+    old_config, old_schema = load(workdir)
     # What is not read is no part of a run; and more epochs or patience extend one.
-    old, new = old_settings.read(), settings.read()
+    old, new = old_config.read(), config.read()
     extended = {name: new[name] for name in _EXTENDABLE if new[name] > old[name]}
     for name in (name for name in new if name != "data_dir" and new[name] != old.get(name)):
         if name in extended:
@@ -79,24 +76,24 @@ def begin(workdir: str | os.PathLike, settings: Settings, schema: Schema) -> Non
         )
     if old_schema.fingerprint != schema.fingerprint:
         raise DataError(
-            f"the run in this folder has another data set than {settings.data_dir}: give its own "
+            f"the run in this folder has another data set than {config.data_dir}: give its own "
             "--data_dir to go on with it, or another --workdir",
             file=path,
         )
     if extended:
-        write_json(path, old | extended)
+        write_json(path, {"version": VERSION, **old, **extended})
 
 
-def load(workdir: str | os.PathLike) -> tuple[Settings, Schema]:
-    """The settings and schema of a run; DataError where the folder holds none."""
+def load(workdir: str | os.PathLike) -> tuple[Config, Schema]:
+    """The config and schema of a run; DataError where the folder holds none."""
     path = pathlib.Path(workdir) / FLAGS_FILE
     if not path.exists():
         raise DataError("no such file; --workdir must be a run of pwiser_tf.train", file=path)
     try:
-        settings = settings_of(read_json(path))
-    except (ValueError, TypeError) as error:
+        config = Config.from_json(read_json(path))
+    except DataError as error:
         raise DataError(f"not written by pwiser_tf.train ({error})", file=path) from None
-    return settings, Schema.load(workdir)
+    return config, Schema.load(workdir)
 
 
 def state_checkpoint(workdir: str | os.PathLike, state: tf.train.Checkpoint):
@@ -143,7 +140,8 @@ def _sound_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
             file=manager.directory,
         )
     try:
-        # Read whole: an optimiser's tensor would else be looked at, and missed, in mid-training.
+        # Every tensor is read now: otherwise a damaged one of the optimizer would show up only
+        # in the middle of training.
         reader = tf.train.load_checkpoint(path)
         for name in reader.get_variable_to_shape_map():
             reader.get_tensor(name)
@@ -160,12 +158,12 @@ def _sound_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
         ) from None
 
 
-def load_run(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Settings, Schema]:
+def load_run(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Config, Schema]:
     """The model of a run with the weights of its best epoch."""
-    settings, schema = load(workdir)
-    model = build_model(settings, schema)
+    config, schema = load(workdir)
+    model = build_model(config, schema)
     restore_best(best_checkpoint(workdir, model))
-    return model, settings, schema
+    return model, config, schema
 
 
 @contextlib.contextmanager

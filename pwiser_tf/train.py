@@ -10,7 +10,6 @@ import pwiser_tf.quiet  # noqa: F401
 
 # isort: split
 
-import pathlib
 import sys
 
 from absl import flags
@@ -29,16 +28,15 @@ def define_flags() -> None:
 def main() -> None:
     """Trains, evaluates and exports as the flags say."""
     args = flags.FLAGS
-    folder = pathlib.Path(args.workdir)
-    settings = config.settings_from(args, given=sys.argv[1:])
+    chosen = config.config_from_flags(args, given=sys.argv[1:])
     share_cores()
     with runs.file_errors():
-        train(settings, folder, args.checkpoint_seconds)
+        train(chosen, args.workdir, args.checkpoint_seconds)
         if args.export_dir:
             # Imported late: training needs none of what serving does.
             from pwiser_tf.export import export
 
-            print("exported", export(folder, args.export_dir, args.model_name))
+            print("exported", export(args.workdir, args.export_dir, args.model_name))
 
 
 if __name__ == "__main__":

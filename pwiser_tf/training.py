@@ -19,8 +19,8 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from pwiser_tf import data, report, runs
-from pwiser_tf.config import Settings
+from pwiser_tf import data, machine, report, runs
+from pwiser_tf.config import Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import evaluate, predict
 from pwiser_tf.losses import strength
@@ -32,6 +32,8 @@ from pwiser_tf.tasks import LOSSES, TASKS
 _LOG_EVERY_STEPS = 100
 # From about this strength on PWiseR was seen to harm: docs/explain/when-pwiser-helps.md.
 _HARMFUL_STRENGTH = 1.0
+# Below this share of rows in an epoch, training warns.
+_FEWEST_ROWS_USED = 0.9
 
 
 def share_cores() -> None:
@@ -47,8 +49,7 @@ def share_cores() -> None:
 
 
 class Diverged(DataError):
-    """The loss or a prediction is not finite, and no epoch was finished before. pwiser_tf.tune goes
-    on with other settings; others stop here."""
+    """The loss or a prediction is not finite, and no epoch was finished before."""
 
 
 class Progress(tf.train.experimental.PythonState):
@@ -126,15 +127,15 @@ OnEpoch = Callable[[ClickConversionModel, dict], None]
 
 
 def train(
-    settings: Settings,
-    folder: pathlib.Path,
+    config: Config,
+    folder: str | os.PathLike,
     checkpoint_seconds: float = 60,
     on_epoch: OnEpoch | None = None,
 ) -> dict:
     """Runs or resumes the run in `folder` to its end. Returns what metrics.json then holds.
 
     Args:
-      settings: the run's. folder: its workdir.
+      config: the run's. folder: its workdir.
       checkpoint_seconds: how often the state is saved, besides after each epoch.
       on_epoch: see `fit`.
 
@@ -142,17 +143,18 @@ def train(
       DataError: data that is missing, damaged or of another schema; a folder of another run, or
       in which another process is at work; a damaged checkpoint; a model that predicts NaN.
     """
-    schema = Schema.load(settings.data_dir)
+    folder = pathlib.Path(folder)
+    schema = Schema.load(config.data_dir)
     if "test" in schema.splits:
-        data.check(settings.data_dir, schema, "test")
-    with _begun(settings, folder) as schema:
-        model, progress = _fit(settings, schema, folder, checkpoint_seconds, on_epoch)
-        return _evaluate_best(model, settings, schema, folder, progress)
+        data.check(config.data_dir, schema, "test")
+    with _begun(config, folder) as schema:
+        model, progress = _fit(config, schema, folder, checkpoint_seconds, on_epoch)
+        return _evaluate_best(model, config, schema, folder, progress)
 
 
 def fit(
-    settings: Settings,
-    folder: pathlib.Path,
+    config: Config,
+    folder: str | os.PathLike,
     checkpoint_seconds: float = 60,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[ClickConversionModel, Schema, Progress]:
@@ -166,38 +168,41 @@ def fit(
     Returns:
       The model at its best epoch by validation, the schema, and the record of the epochs.
     """
-    with _begun(settings, folder) as schema:
-        model, progress = _fit(settings, schema, folder, checkpoint_seconds, on_epoch)
+    folder = pathlib.Path(folder)
+    with _begun(config, folder) as schema:
+        model, progress = _fit(config, schema, folder, checkpoint_seconds, on_epoch)
         return model, schema, progress
 
 
 @contextlib.contextmanager
-def _begun(settings: Settings, folder: pathlib.Path) -> Iterator[Schema]:
+def _begun(config: Config, folder: pathlib.Path) -> Iterator[Schema]:
     """Checks the data and makes the folder this run's, locked for as long as the block runs."""
-    schema = Schema.load(settings.data_dir)
+    schema = Schema.load(config.data_dir)
     for split in ("train", "validation"):
-        data.check(settings.data_dir, schema, split)
-    if settings.shuffle == "groups" and not schema.group:
-        by_loss = LOSSES[settings.loss].needs_groups
-        asks = f"--loss={settings.loss}" if by_loss else "--shuffle=groups"
+        data.check(config.data_dir, schema, split)
+    if config.training.shuffle == "groups" and not schema.group:
+        by_loss = LOSSES[config.loss.name].needs_groups
+        asks = f"--loss={config.loss.name}" if by_loss else "--shuffle=groups"
         raise DataError(
             f"{asks} needs a group (a search or session) in the data; this data set has none",
-            file=pathlib.Path(settings.data_dir) / "schema.json",
+            file=pathlib.Path(config.data_dir) / "schema.json",
         )
+    if min(config.training.batch_size, schema.split("train").rows) == 1:
+        raise DataError("a batch of 1 row: batch normalization needs a --batch_size of at least 2")
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder):
-        runs.begin(folder, settings, schema)
-        _describe(settings, schema)
+        runs.begin(folder, config, schema)
+        _describe(config, schema)
         yield schema
 
 
 def _fit(
-    settings, schema, folder, checkpoint_seconds, on_epoch
+    config, schema, folder, checkpoint_seconds, on_epoch
 ) -> tuple[ClickConversionModel, Progress]:
     """Trains until the last epoch, or until patience ends. The model is left at its best epoch."""
-    model = runs.build_model(settings, schema)
+    model = runs.build_model(config, schema)
     # The legacy optimiser is the faster one: one fused operation a variable.
-    model.compile(optimizer=keras.optimizers.legacy.Adam(settings.learning_rate))
+    model.compile(optimizer=keras.optimizers.legacy.Adam(config.training.learning_rate))
     progress = Progress()
     state = tf.train.Checkpoint(model=model, optimizer=model.optimizer, progress=progress)
     manager = runs.state_checkpoint(folder, state)
@@ -208,18 +213,19 @@ def _fit(
     writer = tf.summary.create_file_writer(str(folder / "logs"))
     housekeeping = Housekeeping(progress, manager, writer, checkpoint_seconds)
 
-    # A data set smaller than a batch is one batch; elsewhere the odd rows of an epoch are left
-    # out (others in each epoch), since batch normalisation needs batches of a size.
+    # A data set smaller than a batch is one batch. Otherwise the last, smaller batch of an epoch is
+    # left out (other rows in each epoch): batch normalization needs batches of one size.
     rows = schema.split("train").rows
-    batch_size = min(settings.batch_size, rows)
-    while progress.epoch < settings.epochs and not _waited_enough(progress, settings.patience):
+    batch_size = min(config.training.batch_size, rows)
+    options = config.training
+    while progress.epoch < options.epochs and not _waited_enough(progress, options.patience):
         batches = data.batches(
-            settings.data_dir,
+            config.data_dir,
             schema,
             "train",
             batch_size,
-            shuffle_seed=(settings.seed, progress.epoch),
-            keep_groups=settings.shuffle == "groups",
+            shuffle_seed=(options.seed, progress.epoch),
+            keep_groups=options.shuffle == "groups",
             skip_rows=progress.step * batch_size,
             drop_remainder=True,
         )
@@ -228,14 +234,14 @@ def _fit(
                 model.fit(
                     batches,
                     initial_epoch=progress.epoch,
-                    epochs=settings.epochs,
+                    epochs=options.epochs,
                     steps_per_epoch=rows // batch_size - progress.step,
                     callbacks=[housekeeping],
                     verbose=1 if sys.stdout.isatty() else 2,
                 )
-            _finish_epoch(model, settings, schema, progress, best, writer)
+            _finish_epoch(model, config, schema, progress, best, writer)
         except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
-            data.explain(error, settings.data_dir, schema, "train")
+            data.explain(error, config.data_dir, schema, "train")
         except Diverged as error:
             if progress.best_epoch is None:
                 raise
@@ -252,15 +258,15 @@ def _fit(
     return model, progress
 
 
-def _evaluate_best(model, settings, schema, folder, progress) -> dict:
+def _evaluate_best(model, config, schema, folder, progress) -> dict:
     """Evaluates the best epoch on validation and, this once, test, if there is one; returns what
     it wrote."""
-    epochs = {"best_epoch": progress.best_epoch + 1, "epochs": progress.history}
-    runs.write_json(folder / runs.METRICS_FILE, epochs)
+    content = {"best_epoch": progress.best_epoch + 1, "epochs": progress.history}
+    runs.write_json(folder / runs.METRICS_FILE, {**content, "machine": machine.describe()})
     # A last training, on all that there is, has no test split.
     splits = [split for split in ("validation", "test") if split in schema.splits]
     for split in splits:
-        evaluation = evaluate(model, settings.data_dir, schema, split, folder.resolve().name)
+        evaluation = evaluate(model, config.data_dir, schema, split, folder.resolve().name)
         evaluation.write(folder)
     print(f"{splits[-1]} split, epoch {progress.best_epoch + 1} of {progress.epoch}")
     print(report.table({evaluation.name: evaluation.summary}))
@@ -268,9 +274,9 @@ def _evaluate_best(model, settings, schema, folder, progress) -> dict:
     return runs.read_json(folder / runs.METRICS_FILE)
 
 
-def _finish_epoch(model, settings, schema, progress, best, writer) -> None:
+def _finish_epoch(model, config, schema, progress, best, writer) -> None:
     """Validates; keeps the weights if they are the best so far; moves on to the next epoch."""
-    predictions, grade, group = predict(model, settings.data_dir, schema, "validation")
+    predictions, grade, group = predict(model, config.data_dir, schema, "validation")
     if not all(np.isfinite(values).all() for values in predictions.values()):
         raise Diverged(
             f"training diverged: after epoch {progress.epoch + 1} the model predicts NaN; lower "
@@ -317,39 +323,48 @@ def _monitored(validation: dict) -> float:
 
 
 def _waited_enough(progress: Progress, patience: int) -> bool:
-    """Whether so many epochs, at least 1, have passed since the best one, as Keras counts them."""
+    """Whether `patience` epochs, at least 1, have passed since the best one, as Keras counts."""
     return progress.best_epoch is not None and progress.epoch - progress.best_epoch > max(
         1, patience
     )
 
 
-def _describe(settings: Settings, schema: Schema) -> None:
+def _describe(config: Config, schema: Schema) -> None:
     """Prints what will be trained on, how, and PWiseR's strength; warns where it is too strong."""
     split = schema.split("train")
-    ctcvr = split.conversions / split.rows
+    batch_size = min(config.training.batch_size, split.rows)
+    used = split.rows // batch_size * batch_size
     print(
         f"{split.rows} exposures, {split.clicks} clicks, {split.conversions} conversions; "
-        f"a batch of {settings.batch_size} holds no conversion with probability "
-        f"{(1 - ctcvr) ** min(settings.batch_size, split.rows):.2f}"
+        f"a batch of {batch_size} holds no conversion with probability "
+        f"{(1 - split.conversions / split.rows) ** batch_size:.2f}; an epoch uses "
+        f"{used / split.rows:.1%} of the rows"
     )
-    formula = LOSSES[settings.loss].formula.format_map(vars(settings))
-    if settings.score_space == "logit" and settings.loss == "pwiser":
-        formula += " in logits"
-    if settings.loss == "bce" or not settings.loss_tasks:
+    if used < _FEWEST_ROWS_USED * split.rows:
+        print(
+            f"warning: batches of {batch_size} leave {split.rows - used} of {split.rows} rows out "
+            "of each epoch (others each time); a smaller --batch_size leaves fewer",
+            file=sys.stderr,
+        )
+    loss = config.loss
+    formula = LOSSES[loss.name].formula.format_map(vars(loss))
+    if loss.name == "bce" or not loss.loss_tasks:
         print("loss: BCE", flush=True)
         return
-    if settings.loss != "pwiser" or settings.score_space != "probability":
-        # Strength is defined for PWiseR on probabilities.
-        print(f"loss: {formula} on {', '.join(settings.loss_tasks)}", flush=True)
+    if (loss.name, loss.score_space, loss.normalization) != ("pwiser", "probability", "pairs"):
+        # Strength is defined for PWiseR on probabilities, as a mean over pairs.
+        if loss.name == "pwiser":
+            formula += f" (scores: {loss.score_space}, divided by {loss.normalization})"
+        print(f"loss: {formula} on {', '.join(loss.loss_tasks)}", flush=True)
         return
     if not split.conversions:
         print("loss: BCE + PWiseR, but without conversions there are no pairs", flush=True)
         return
     # BCE pushes a conversion of the CTCVR head as hard as all its positives: there the CVR is 1.
     cvr = {"ctr": split.conversions / split.clicks, "ctcvr": 1.0}
-    margins = settings.margin_click, settings.margin_nonclick
+    margins = loss.margin_click, loss.margin_nonclick
     strengths = {
-        task: strength(settings.pwiser_weight, *margins, cvr[task]) for task in settings.loss_tasks
+        task: strength(loss.pwiser_weight, *margins, cvr[task]) for task in loss.loss_tasks
     }
     shown = ", ".join(f"{task} {value:.2f}" for task, value in strengths.items())
     print(

@@ -64,38 +64,20 @@ def dataset(tmp_path_factory) -> pathlib.Path:
 @pytest.fixture(scope="session")
 def settings(dataset):
     """Settings of a small, fast run on it."""
-    from pwiser_tf.config import Settings
+    from pwiser_tf.config import Config
 
-    return Settings(
+    return Config.of(
         data_dir=str(dataset),
         model="shared_bottom",
-        conversion_head="direct",
         embedding_dim=4,
         bottom_units=(8,),
         tower_units=(8, 4),
         experts=2,
         critics=2,
         dropout=0.1,
-        weight_decay=1e-6,
-        mixed_precision=False,
         batch_size=64,
         epochs=2,
-        patience=2,
         learning_rate=0.01,
-        ctr_weight=0.5,
-        ctcvr_weight=0.5,
-        auxiliary_weight=0.0,
-        loss="pwiser",
-        loss_tasks=("ctr", "ctcvr"),
-        conversion_weight=1.0,
-        pwiser_weight=0.1,
-        margin_click=0.05,
-        margin_nonclick=0.1,
-        score_space="probability",
-        ranking_weight=0.1,
-        focal_gamma=2.0,
-        shuffle="rows",
-        seed=0,
     )
 
 

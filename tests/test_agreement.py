@@ -125,7 +125,7 @@ def test_aucs_are_those_of_each_task(dataset):
 
 def test_our_predictor_reads_what_the_model_serves(settings):
     schema = Schema.load(settings.data_dir)
-    mmoe = dataclasses.replace(settings, model="mmoe", loss="bce")
+    mmoe = settings.replace(model="mmoe", loss="bce")
     model = runs.build_model(mmoe, schema)
     features, _ = next(iter(data.batches(settings.data_dir, schema, "test", 300)))
     # Else the second tower, which starts at a lower rate, might be below the first in every row.
@@ -146,11 +146,12 @@ def _flags(*arguments):
 
 def test_settings(dataset):
     found = agreement.settings_of(_flags("--tower_units=8,4", "--epochs=7"), str(dataset))
-    assert (found.model, found.loss, found.conversion_head) == ("mmoe", "bce", "direct")
-    assert (found.dropout, found.weight_decay, found.learning_rate) == (0.2, 1e-6, 1e-3)
-    assert (found.tower_units, found.bottom_units) == ((8, 4), (128, 64))
+    model = found.model
+    assert (model.name, found.loss.name, model.conversion_head) == ("mmoe", "bce", "direct")
+    assert (model.dropout, model.weight_decay, found.training.learning_rate) == (0.2, 1e-6, 1e-3)
+    assert (model.tower_units, model.bottom_units) == ((8, 4), (128, 64))
     # Patience that no run of so many epochs can exhaust.
-    assert (found.epochs, found.patience) == (7, 7)
+    assert (found.training.epochs, found.training.patience) == (7, 7)
 
 
 def test_settings_that_train_refuses(dataset):

@@ -1,13 +1,12 @@
 """config: what follows from the options' one definition."""
 
-import dataclasses
 import pathlib
 
 import pytest
 from absl import flags
 
 from pwiser_tf import config, runs
-from pwiser_tf.config import OPTIONS, Settings
+from pwiser_tf.config import OPTIONS, Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import MODELS
 from pwiser_tf.tasks import LOSSES
@@ -17,7 +16,7 @@ def _settings(*arguments, given=None):
     values = flags.FlagValues()
     config.define_flags(values)
     values(["train", "--data_dir=/d", *arguments])
-    return config.settings_from(values, arguments if given is None else given)
+    return config.config_from_flags(values, arguments if given is None else given)
 
 
 def test_every_option_is_a_flag_and_the_flags_give_the_settings():
@@ -25,12 +24,12 @@ def test_every_option_is_a_flag_and_the_flags_give_the_settings():
     config.define_flags(values)
     assert set(OPTIONS) <= set(values)
     found = _settings("--model=ple", "--experts=4", "--bottom_units=8,4", "--loss_tasks=ctcvr")
-    assert (found.model, found.experts, found.bottom_units) == ("ple", 4, (8, 4))
-    assert found.loss_tasks == ("ctcvr",)
+    assert (found.model.name, found.model.experts, found.model.bottom_units) == ("ple", 4, (8, 4))
+    assert found.loss.loss_tasks == ("ctcvr",)
     # What is left open follows from the model and the loss.
-    assert _settings("--model=esmm").conversion_head == "product"
-    assert _settings("--model=aitm").auxiliary_weight == 0.6
-    assert _settings("--loss=jrc").shuffle == "groups"
+    assert _settings("--model=esmm").model.conversion_head == "product"
+    assert _settings("--model=aitm").model.auxiliary_weight == 0.6
+    assert _settings("--loss=jrc").training.shuffle == "groups"
 
 
 @pytest.mark.parametrize(
@@ -52,9 +51,9 @@ def test_an_option_that_is_not_read_is_refused_where_it_is_given(arguments, told
 
 
 def test_what_is_not_read_is_no_part_of_a_run(settings):
-    bce = dataclasses.replace(settings, loss="bce")
-    assert bce.read() == dataclasses.replace(bce, pwiser_weight=9.0, focal_gamma=1.0).read()
-    assert bce.read() != dataclasses.replace(bce, learning_rate=0.5).read()
+    bce = settings.replace(loss="bce")
+    assert bce.read() == bce.replace(pwiser_weight=9.0, focal_gamma=1.0).read()
+    assert bce.read() != bce.replace(learning_rate=0.5).read()
     assert not {"pwiser_weight", "focal_gamma", "experts", "critics"} & set(bce.read())
     for model, entry in MODELS.items():
         for loss in LOSSES:
@@ -63,14 +62,15 @@ def test_what_is_not_read_is_no_part_of_a_run(settings):
 
 
 def test_a_run_of_before_an_option_was_there_still_loads(settings, dataset, tmp_path):
-    content = dataclasses.asdict(settings)
+    content = settings.values()
     for name in ("mixed_precision", "critics", "score_space", "auxiliary_weight"):
         del content[name]
     runs.write_json(tmp_path / "flags.json", content)
     for path in ("schema.json", "vocabularies"):
         (tmp_path / path).symlink_to(dataset / path)
     found, _ = runs.load(tmp_path)
-    assert (found.mixed_precision, found.critics, found.score_space) == (False, 5, "probability")
+    assert (found.model.mixed_precision, found.model.critics) == (False, 5)
+    assert found.loss.score_space == "probability"
     assert found.read() == settings.read()
 
 
@@ -82,8 +82,27 @@ def test_the_reference_page_is_that_of_the_options():
 
 
 def test_options_have_help_and_good_defaults():
-    for name, field in OPTIONS.items():
+    for name, (_, field) in OPTIONS.items():
         assert field.metadata["help"].endswith("."), name
-    defaults = config.settings_of({"data_dir": "/d"})
-    assert isinstance(defaults, Settings)
-    assert defaults.model == "mmoe"
+    assert Config.of(data_dir="/d").model.name == "mmoe"
+
+
+def test_flags_json_of_a_newer_program_is_refused(settings, dataset, tmp_path):
+    runs.write_json(tmp_path / "flags.json", {"version": 99, **settings.read()})
+    with pytest.raises(DataError, match="version 99 of the format"):
+        runs.load(tmp_path)
+
+
+def test_the_tree_and_the_flags_are_two_views_of_one_config():
+    found = Config.of(data_dir="/d", model="esmm", loss="jrc", batch_size=64, tower_units=[8, 4])
+    assert (found.model.name, found.model.conversion_head) == ("esmm", "product")
+    assert (found.loss.name, found.training.shuffle) == ("jrc", "groups")
+    assert found.model.tower_units == (8, 4)
+    assert Config.of(**found.values()) == found
+    assert found.replace(batch_size=32).training.batch_size == 32
+    with pytest.raises(DataError, match="no option batchsize"):
+        Config.of(data_dir="/d", batchsize=64)
+    with pytest.raises(DataError, match="--dropout=1.5: expected at most 0.99"):
+        found.replace(dropout=1.5)
+    with pytest.raises(DataError, match="only --shuffle=groups"):
+        found.replace(shuffle="rows")

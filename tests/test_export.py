@@ -1,5 +1,4 @@
 import ctypes
-import dataclasses
 import json
 import pathlib
 import subprocess
@@ -372,8 +371,7 @@ def test_one_column_does_not_stand_for_all(name, exported):
 )
 def test_every_architecture_is_exported(name, head, settings, dataset, tmp_path):
     """Untrained; export itself compares every signature in a Session with the Keras model."""
-    settings = dataclasses.replace(
-        settings,
+    settings = settings.replace(
         model=name,
         conversion_head=head,
         auxiliary_weight=MODELS[name].auxiliary_weight or 0.0,

@@ -164,11 +164,12 @@ def test_settings_of_entries(tmp_path):
         ["--seed=3"],
     )
     assert found.data_dir == str(pathlib.Path("data").resolve())
-    assert (found.model, found.experts, found.embedding_dim) == ("mmoe", 4, 6)
-    assert (found.loss, found.loss_tasks, found.dropout) == ("pwiser", ("ctr",), 0.2)
-    assert (found.epochs, found.batch_size, found.learning_rate) == (9, 32, 0.5)
-    assert found.seed == 3
-    assert found.bottom_units == (512, 256)
+    assert (found.model.name, found.model.experts, found.model.embedding_dim) == ("mmoe", 4, 6)
+    assert (found.loss.name, found.loss.loss_tasks) == ("pwiser", ("ctr",))
+    training = found.training
+    assert (training.epochs, training.batch_size, training.learning_rate) == (9, 32, 0.5)
+    assert (training.seed, found.model.dropout) == (3, 0.2)
+    assert found.model.bottom_units == (512, 256)
 
 
 @pytest.mark.parametrize(
@@ -202,7 +203,7 @@ def _finished(folder, settings, loss, seed, scores, grade, best_epoch=1, epochs=
         "made",
         "mmoe:experts=2",
         loss,
-        dataclasses.replace(settings, seed=seed),
+        settings.replace(seed=seed),
         folder / "runs" / "made" / "mmoe" / loss / f"seed-{seed}",
     )
     run.folder.mkdir(parents=True)

@@ -3,10 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_recommenders as tfrs
 
 from pwiser_tf import losses
-from pwiser_tf.tasks import LOSSES, LossConfig, TaskLoss
+from pwiser_tf.errors import DataError
+from pwiser_tf.tasks import LOSSES, LossConfig, Task
 
 GRADE = tf.constant([0, 0, 1, 2, 0, 1], tf.int64)
 LOGITS = tf.constant([-2.0, 0.5, -1.0, 1.5, -3.0, 0.0])
@@ -19,7 +19,7 @@ CLICKED, CONVERTED = np.array([0, 0, 1, 1, 0, 1]), np.array([0, 0, 0, 1, 0, 0])
 def _loss(task, **config):
     labels = {"grade": GRADE, "group": GROUP}
     predictions = {"logits": LOGITS, "energy": ENERGY}
-    return float(TaskLoss(task, LossConfig(**config))(labels, predictions))
+    return float(Task(task, LossConfig(**{"name": "bce", **config}))(labels, predictions))
 
 
 def _bce(positive, weights=None):
@@ -39,7 +39,7 @@ def test_conversion_weight_counts_conversions_so_often():
     # The same as three copies of the row in the batch.
     labels = {"grade": tf.concat([GRADE, [2, 2]], axis=0)}
     predictions = {"logits": tf.concat([LOGITS, [1.5, 1.5]], axis=0)}
-    found = float(TaskLoss("ctr", LossConfig())(labels, predictions))
+    found = float(Task("ctr", LossConfig(name="bce"))(labels, predictions))
     assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -47,15 +47,27 @@ def test_pwiser_is_added_with_its_weight_and_margins():
     term = float(losses.pwiser(tf.sigmoid(LOGITS), GRADE, 0.2, 0.4))
     assert term > 0
     config = {"pwiser_weight": 0.7, "margin_click": 0.2, "margin_nonclick": 0.4}
-    found = _loss("ctcvr", loss="pwiser", **config)
+    found = _loss("ctcvr", name="pwiser", **config)
     assert found == pytest.approx(_bce(CONVERTED) + 0.7 * term, rel=1e-6)
 
 
 def test_pwiser_in_logits():
     term = float(losses.pwiser(LOGITS, GRADE, 2.0, 3.0))
     assert term > 0
-    found = _loss("ctr", loss="pwiser", margin_click=2.0, margin_nonclick=3.0, score_space="logit")
+    found = _loss("ctr", name="pwiser", margin_click=2.0, margin_nonclick=3.0, score_space="logit")
     assert found == pytest.approx(_bce(CLICKED) + 0.1 * term, rel=1e-6)
+
+
+def test_pwiser_as_the_paper_prints_it():
+    grade = tf.constant([0, 0, 1, 2, 2, 1], tf.int64)
+
+    def term(normalization):
+        config = LossConfig(normalization=normalization)
+        return float(Task("ctr", config)({"grade": grade}, {"logits": LOGITS})) - _bce(grade > 0)
+
+    # Each sum has two conversions a lower-graded row.
+    assert term("pairs") > 0.01
+    assert term("negatives") == pytest.approx(2 * term("pairs"), rel=1e-4)
 
 
 @pytest.mark.parametrize(("task", "positive"), [("ctr", CLICKED), ("ctcvr", CONVERTED)])
@@ -71,34 +83,35 @@ def test_pwiser_in_logits():
 def test_a_rivals_term_is_added_with_its_weight(loss, term, task, positive):
     value = float(term(positive))
     assert value > 0
-    found = _loss(task, loss=loss, ranking_weight=0.7)
+    found = _loss(task, name=loss, ranking_weight=0.7)
     assert found == pytest.approx(_bce(positive) + 0.7 * value, rel=1e-6)
 
 
 def test_focal_takes_the_place_of_bce():
     p = np.where(CLICKED, PROBABILITIES, 1 - PROBABILITIES)
     of_rows = -((1 - p) ** 1.5) * np.log(p)
-    found = _loss("ctr", loss="focal", focal_gamma=1.5)
+    found = _loss("ctr", name="focal", focal_gamma=1.5)
     assert found == pytest.approx(np.mean(of_rows), rel=1e-6)
-    found = _loss("ctr", loss="focal", focal_gamma=1.5, conversion_weight=3.0)
+    found = _loss("ctr", name="focal", focal_gamma=1.5, conversion_weight=3.0)
     assert found == pytest.approx(np.average(of_rows, weights=[1, 1, 1, 3, 1, 1]), rel=1e-6)
 
 
 @pytest.mark.parametrize(
     ("loss", "field", "value"),
     [
-        ("bce", "loss", "focal"),
+        ("bce", "name", "focal"),
         ("bce", "conversion_weight", 2.0),
         ("pwiser", "pwiser_weight", 0.3),
         ("pwiser", "margin_click", 0.3),
         ("pwiser", "margin_nonclick", 0.3),
         ("pwiser", "score_space", "logit"),
+        ("pwiser", "loss_tasks", ("ctr",)),
         ("ranknet", "ranking_weight", 0.3),
         ("focal", "focal_gamma", 1.0),
     ],
 )
 def test_every_setting_changes_the_result(loss, field, value):
-    settings = {"loss": loss, "margin_click": 0.9, "margin_nonclick": 0.9}
+    settings = {"name": loss, "margin_click": 0.9, "margin_nonclick": 0.9}
     assert _loss("ctcvr", **settings) != pytest.approx(
         _loss("ctcvr", **{**settings, field: value}), rel=1e-3
     )
@@ -108,12 +121,13 @@ def test_all_settings_but_the_tasks_share_are_in_that_test():
     # The share is the model's to apply, and tested there.
     tested = test_every_setting_changes_the_result.pytestmark[0].args[1]
     fields = {field.name for field in dataclasses.fields(LossConfig)}
-    assert {field for _, field, _ in tested} == fields - {"weight"}
+    elsewhere = {"ctr_weight", "ctcvr_weight", "normalization"}
+    assert {field for _, field, _ in tested} == fields - elsewhere
 
 
 def test_all_losses_differ():
     settings = {"margin_nonclick": 0.9, "ranking_weight": 0.5}
-    found = {loss: _loss("ctr", loss=loss, **settings) for loss in LOSSES}
+    found = {loss: _loss("ctr", name=loss, **settings) for loss in LOSSES}
     assert len({round(value, 4) for value in found.values()}) == len(LOSSES)
 
 
@@ -121,14 +135,14 @@ def test_all_losses_differ():
     ("loss", "weight"), [("pwiser", "pwiser_weight"), ("jrc", "ranking_weight")]
 )
 def test_a_weight_of_zero_is_bce(loss, weight):
-    assert _loss("ctr", loss=loss, **{weight: 0.0}) == _loss("ctr")
+    assert _loss("ctr", name=loss, **{weight: 0.0}) == _loss("ctr")
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_loss_is_finite_with_finite_gradients_at_extreme_logits(loss):
     logits = tf.Variable([-1e4, 1e4, 1e4, -1e4, 0.0, 50.0])
     energy = tf.Variable([1e4, -1e4, 0.0, -1e4, 0.0, 1e4])
-    task = TaskLoss("ctr", LossConfig(loss=loss, pwiser_weight=1.0, ranking_weight=1.0))
+    task = Task("ctr", LossConfig(name=loss, pwiser_weight=1.0, ranking_weight=1.0))
     with tf.GradientTape() as tape:
         loss = task({"grade": GRADE, "group": GROUP}, {"logits": logits, "energy": energy})
     assert np.isfinite(loss)
@@ -137,8 +151,8 @@ def test_loss_is_finite_with_finite_gradients_at_extreme_logits(loss):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_tfrs_task_in_a_graph_of_unknown_batch_size(loss):
-    task = tfrs.tasks.Ranking(loss=TaskLoss("ctr", LossConfig(loss=loss)))
+def test_a_task_in_a_graph_of_unknown_batch_size(loss):
+    task = Task("ctr", LossConfig(name=loss))
 
     @tf.function(input_signature=[tf.TensorSpec([None]), tf.TensorSpec([None], tf.int64)])
     def run(logits, grade):
@@ -147,19 +161,40 @@ def test_a_tfrs_task_in_a_graph_of_unknown_batch_size(loss):
 
     labels = {"grade": GRADE, "group": GRADE}
     predictions = {"logits": LOGITS, "energy": tf.zeros_like(LOGITS)}
-    expected = float(TaskLoss("ctr", LossConfig(loss=loss))(labels, predictions))
+    expected = float(Task("ctr", LossConfig(name=loss))(labels, predictions))
     assert float(run(LOGITS, GRADE)) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("loss", [name for name, entry in LOSSES.items() if entry.needs_groups])
 def test_a_group_loss_without_groups_is_refused(loss):
     with pytest.raises(ValueError, match=f"loss '{loss}' compares the rows of one group"):
-        TaskLoss("ctr", LossConfig(loss=loss))(
-            {"grade": GRADE}, {"logits": LOGITS, "energy": ENERGY}
-        )
+        Task("ctr", LossConfig(name=loss))({"grade": GRADE}, {"logits": LOGITS, "energy": ENERGY})
 
 
-@pytest.mark.parametrize("field", ["loss", "score_space"])
+@pytest.mark.parametrize("field", ["name", "score_space"])
 def test_unknown_names_are_refused(field):
-    with pytest.raises(ValueError, match=f"{field}: found 'other', expected one of"):
+    with pytest.raises(DataError, match="=other: expected one of"):
         LossConfig(**{field: "other"})
+
+
+def test_means_over_an_epoch_compare_runs_of_different_losses():
+    found = {}
+    for name in ("bce", "pwiser", "focal"):
+        task = Task("ctr", LossConfig(name=name, conversion_weight=2.0, margin_click=0.5))
+        for logits in (LOGITS, -LOGITS):
+            task({"grade": GRADE}, {"logits": logits})
+        found[name] = {metric.name: float(metric.result()) for metric in task.metrics}
+    entropies = [
+        tf.nn.sigmoid_cross_entropy_with_logits(CLICKED.astype(np.float32), x).numpy().mean()
+        for x in (LOGITS, -LOGITS)
+    ]
+    for values in found.values():
+        assert values["ctr_cross_entropy"] == pytest.approx(np.mean(entropies), rel=1e-6)
+    terms = [
+        float(losses.pwiser(tf.sigmoid(x), GRADE, margin_click=0.5)) for x in (LOGITS, -LOGITS)
+    ]
+    assert found["pwiser"]["ctr_ranking"] == pytest.approx(np.mean(terms), rel=1e-6)
+    assert found["pwiser"]["ctr_loss"] == pytest.approx(
+        found["bce"]["ctr_loss"] + 0.1 * np.mean(terms), rel=1e-5
+    )
+    assert set(found["bce"]) == {"ctr_loss", "ctr_cross_entropy"}

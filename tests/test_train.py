@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -51,6 +50,18 @@ def test_a_run_leaves_what_the_design_says(trained, settings):
     assert metrics["validation"] == best["validation"]
     assert metrics["test"]["ctr"]["rows"] == 300
     assert runs.load(trained)[0].read() == settings.read()
+    assert set(metrics["machine"]) >= {"processor", "cores", "intra_op_threads", "tensorflow"}
+
+
+def test_an_epochs_losses_are_its_means(trained):
+    for epoch in json.loads((trained / "metrics.json").read_text())["epochs"]:
+        train = epoch["train"]
+        tasks = 0.5 * train["ctr_loss"] + 0.5 * train["ctcvr_loss"]
+        assert train["loss"] == pytest.approx(tasks, rel=1e-5)
+        total = train["loss"] + train["regularization_loss"]
+        assert train["total_loss"] == pytest.approx(total, rel=1e-5)
+        term = train["ctr_cross_entropy"] + 0.1 * train["ctr_ranking"]
+        assert train["ctr_loss"] == pytest.approx(term, rel=1e-5)
 
 
 def test_it_learns(trained):
@@ -61,7 +72,7 @@ def test_it_learns(trained):
 
 
 def test_tensorboard_has_losses_and_validation_metrics(dataset, settings, tmp_path):
-    train(dataclasses.replace(settings, batch_size=8, epochs=1), tmp_path / "run")
+    train(settings.replace(batch_size=8, epochs=1), tmp_path / "run")
     tags = set()
     for file in (tmp_path / "run" / "logs").iterdir():
         for event in tf.compat.v1.train.summary_iterator(str(file)):
@@ -96,6 +107,7 @@ CHANGES = {
     "margin_click": 0.5,
     "margin_nonclick": 0.5,
     "score_space": "logit",
+    "normalization": "negatives",
     "shuffle": "groups",
     "seed": 1,
 }
@@ -112,7 +124,7 @@ ELSEWHERE = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_flag_changes_the_result(name, trained, settings, tmp_path):
     first = json.loads((trained / "metrics.json").read_text())
-    other = train(dataclasses.replace(settings, **{name: CHANGES[name]}), tmp_path / "run")
+    other = train(settings.replace(**{name: CHANGES[name]}), tmp_path / "run")
     losses = [
         [epoch["train"]["total_loss"] for epoch in metrics["epochs"]] for metrics in (first, other)
     ]
@@ -122,33 +134,40 @@ def test_every_flag_changes_the_result(name, trained, settings, tmp_path):
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_flags_of_other_models_and_losses_change_the_result(name, settings, tmp_path):
     more, value = ELSEWHERE[name]
-    first = dataclasses.replace(settings, epochs=1, **more)
-    other = dataclasses.replace(first, **{name: value})
+    first = settings.replace(epochs=1, **more)
+    other = first.replace(**{name: value})
     runs = [train(run, tmp_path / str(n)) for n, run in enumerate((first, other))]
     assert runs[0]["epochs"][0]["train"] != runs[1]["epochs"][0]["train"]
 
 
 def test_every_setting_is_tried(settings):
     free = {"data_dir", "epochs", "patience"}
-    assert {*CHANGES, *ELSEWHERE} | free == {f.name for f in dataclasses.fields(settings)} | free
+    assert {*CHANGES, *ELSEWHERE} | free == set(settings.values()) | free
 
 
 def test_patience_stops_the_run(settings, tmp_path):
     """Without learning nothing gets better: the run ends so many epochs after the first."""
-    patient = dataclasses.replace(settings, learning_rate=0.0, epochs=9, patience=2, dropout=0.0)
+    patient = settings.replace(learning_rate=0.0, epochs=9, patience=2, dropout=0.0)
     metrics = train(patient, tmp_path / "run")
     # Batch normalisation's statistics still move, so the best epoch may not be the first.
     assert len(metrics["epochs"]) == metrics["best_epoch"] + 2 < 9
 
 
-def test_a_data_set_smaller_than_a_batch_trains(tmp_path, settings):
+def test_a_data_set_smaller_than_a_batch_trains(tmp_path, settings, capsys):
     write_dataset(tmp_path / "data", {"train": 40, "validation": 20, "test": 20})
-    small = dataclasses.replace(settings, data_dir=str(tmp_path / "data"), batch_size=2048)
-    assert train(small, tmp_path / "run")["test"]["ctr"]["rows"] == 20
+    small = settings.replace(data_dir=str(tmp_path / "data"), batch_size=2048)
+    assert train(small, str(tmp_path / "run"))["test"]["ctr"]["rows"] == 20
+    assert "an epoch uses 100.0% of the rows" in capsys.readouterr().out
+    train(small.replace(batch_size=30, epochs=1), tmp_path / "other")
+    printed = capsys.readouterr()
+    assert "an epoch uses 75.0% of the rows" in printed.out
+    assert "warning: batches of 30 leave 10 of 40 rows out" in printed.err
+    with pytest.raises(DataError, match="a batch of 1 row"):
+        train(small.replace(batch_size=1), tmp_path / "one")
 
 
 def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
-    long = dataclasses.replace(settings, epochs=6, patience=9, batch_size=16, model="mmoe")
+    long = settings.replace(epochs=6, patience=9, batch_size=16, model="mmoe")
     whole = _run(_command(long, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     expected = json.loads((tmp_path / "whole" / "metrics.json").read_text())
@@ -190,7 +209,7 @@ def test_two_processes_do_not_share_a_folder(trained, settings):
 def test_divergence_is_told(settings, tmp_path):
     told = "diverged: the loss is not finite at step 2 of epoch 1; lower --learning_rate"
     with pytest.raises(DataError, match=told):
-        train(dataclasses.replace(settings, learning_rate=1e30), tmp_path / "run")
+        train(settings.replace(learning_rate=1e30), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints/*.index"))
 
 
@@ -198,16 +217,16 @@ def test_a_run_that_diverges_later_ends_with_its_best_epoch(
     settings, tmp_path, monkeypatch, capsys
 ):
     """From some step of the second epoch on, the loss is NaN."""
-    whole = train(dataclasses.replace(settings, epochs=1), tmp_path / "one")
+    whole = train(settings.replace(epochs=1), tmp_path / "one")
     compute = ClickConversionModel.compute_loss
 
     def poisoned(self, inputs, training=False):
         broken = tf.cast(self.optimizer.iterations >= steps + 3, tf.float32)
         return compute(self, inputs, training) / (1.0 - broken)
 
-    steps = 1000 // settings.batch_size
+    steps = 1000 // settings.training.batch_size
     monkeypatch.setattr(ClickConversionModel, "compute_loss", poisoned)
-    found = train(dataclasses.replace(settings, epochs=5), tmp_path / "run")
+    found = train(settings.replace(epochs=5), tmp_path / "run")
     error = capsys.readouterr().err
     assert "the loss is not finite at step 4 of epoch 2" in error
     assert "of the finished epochs the best, 1, is the result" in error
@@ -217,9 +236,7 @@ def test_a_run_that_diverges_later_ends_with_its_best_epoch(
 
 def test_training_needs_no_test_split(settings, tmp_path, capsys):
     write_dataset(tmp_path / "data", {"train": 200, "validation": 100})
-    found = train(
-        dataclasses.replace(settings, epochs=1, data_dir=str(tmp_path / "data")), tmp_path / "run"
-    )
+    found = train(settings.replace(epochs=1, data_dir=str(tmp_path / "data")), tmp_path / "run")
     assert found["validation"]["ctr"]["rows"] == 100
     assert "test" not in found
     assert "validation split, epoch 1 of 1" in capsys.readouterr().out
@@ -227,8 +244,8 @@ def test_training_needs_no_test_split(settings, tmp_path, capsys):
 
 
 def test_more_epochs_and_patience_extend_a_run(settings, tmp_path, capsys):
-    short = dataclasses.replace(settings, epochs=1, patience=1)
-    long = dataclasses.replace(settings, epochs=3, patience=4)
+    short = settings.replace(epochs=1, patience=1)
+    long = settings.replace(epochs=3, patience=4)
     train(short, tmp_path / "run")
     extended = train(long, tmp_path / "run")
     assert "going on at epoch 2, step 0" in capsys.readouterr().out
@@ -241,7 +258,7 @@ def test_more_epochs_and_patience_extend_a_run(settings, tmp_path, capsys):
 
 def test_patience_0_is_patience_1_as_in_keras(settings, tmp_path):
     histories = [
-        train(dataclasses.replace(settings, epochs=4, patience=patience), tmp_path / str(patience))
+        train(settings.replace(epochs=4, patience=patience), tmp_path / str(patience))
         for patience in (0, 1)
     ]
     assert histories[0] == histories[1]
@@ -261,7 +278,7 @@ def test_a_damaged_state_is_refused(trained, settings, tmp_path):
 
 def test_another_run_in_the_folder_is_refused(trained, settings, tmp_path):
     with pytest.raises(DataError, match=r"has --learning_rate=0\.01, not 0\.5"):
-        train(dataclasses.replace(settings, learning_rate=0.5), trained)
+        train(settings.replace(learning_rate=0.5), trained)
 
 
 def test_another_data_set_for_the_run_is_refused(trained, settings, dataset, tmp_path):
@@ -271,7 +288,7 @@ def test_another_data_set_for_the_run_is_refused(trained, settings, dataset, tmp
     content["labels"]["click"] = "tapped"
     path.write_text(json.dumps(content))
     with pytest.raises(DataError, match="fingerprint"):
-        train(dataclasses.replace(settings, data_dir=str(tmp_path / "data")), trained)
+        train(settings.replace(data_dir=str(tmp_path / "data")), trained)
 
 
 def test_monitored_is_the_mean_auc_and_falls_back_to_log_loss():
@@ -298,7 +315,7 @@ def test_progress_survives_its_round_trip():
         ("--model=mmmoe", "value should be one of <single_task|shared_bottom|omoe|mmoe|ple"),
         ("--batch_size=many", "flag --batch_size=many"),
         ("--loss_tasks=ctr,cvrr", "expected names out of ctr,ctcvr"),
-        ("--auxiliary_weight=0.5", "--model=shared_bottom has no term of its own"),
+        ("--auxiliary_weight=0.5", "--model=shared_bottom has no extra loss"),
         ("--model=esmm", "--conversion_head=direct: --model=esmm is defined with product alone"),
         ("--loss=jrc", "--shuffle=rows: --loss=jrc compares the rows of a group"),
         ("--tower_units=64,x", "expected positive integers"),
@@ -319,7 +336,7 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(argument, message, settings
 def test_the_command_trains_and_exports(settings, tmp_path):
     result = _run(
         _command(
-            dataclasses.replace(settings, epochs=1, pwiser_weight=5.0),
+            settings.replace(epochs=1, pwiser_weight=5.0),
             tmp_path / "run",
             f"--export_dir={tmp_path / 'models'}",
             "--model_name=shop",

@@ -36,7 +36,7 @@ def untested(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(settings, untested):
-    return dataclasses.replace(settings, data_dir=str(untested), batch_size=32, epochs=3)
+    return settings.replace(data_dir=str(untested), batch_size=32, epochs=3)
 
 
 def _command(base, folder, *more):
@@ -61,7 +61,7 @@ def studied(base, tmp_path_factory):
 def _search(folder, base, loss):
     """What the study in the folder holds of a loss."""
     schema = Schema.load(base.data_dir)
-    return tune.Search(folder, dataclasses.replace(base, loss=loss), tune.DEFAULTS[loss], schema)
+    return tune.Search(folder, base.replace(loss=loss), tune.DEFAULTS[loss], schema)
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -88,7 +88,7 @@ def test_both_losses_get_the_same_number_of_trials(studied, base):
                output.split("validation split")[0].splitlines()) == 2 * TRIALS  # fmt: skip
     # The first trial is of the flags; the learning rates of both losses are drawn alike.
     rates = rows.pivot(index="trial", columns="loss", values="learning_rate")
-    assert rates.loc[1].tolist() == [base.learning_rate] * 2
+    assert rates.loc[1].tolist() == [base.training.learning_rate] * 2
     assert rates["bce"].tolist() == rates["pwiser"].tolist()
     assert rates["bce"].nunique() == TRIALS
 
@@ -121,13 +121,13 @@ def test_the_flagfile_trains_the_winner_again(name, loss, studied, base, tmp_pat
     config.define_flags(values)
     config.define_run_flags(values)
     values(["train", f"--flagfile={folder / name}"])
-    settings = config.settings_from(values)
+    settings = config.config_from_flags(values)
     search = _search(folder, base, loss)
     assert settings.read() == search.settings(search.best()).read()
-    assert settings.loss == loss
+    assert settings.loss.name == loss
     # What was not searched is the base's.
     same = set(base.read()) & set(settings.read()) - set(tune.DEFAULTS[loss]) - {"loss"}
-    assert all(getattr(settings, field) == getattr(base, field) for field in same)
+    assert all(settings.values()[name] == base.values()[name] for name in same)
     assert values["model_name"].value == "shop"
     assert values["workdir"].value == str(folder / f"run-{loss}")
     # And it gives the very value again.
@@ -221,7 +221,7 @@ def test_a_study_of_other_flags_is_refused(studied, base, tmp_path):
     folder = tmp_path / "study"
     shutil.copytree(studied[0], folder)
     with pytest.raises(DataError, match=r"study of bce in this folder has --epochs=3, not 4"):
-        tune.tune(dataclasses.replace(base, epochs=4), folder, TRIALS)
+        tune.tune(base.replace(epochs=4), folder, TRIALS)
     with pytest.raises(DataError, match=r"has --tune=\['learning_rate'\], not"):
         tune.tune(base, folder, TRIALS, ["conversion_weight"])
 
@@ -230,7 +230,7 @@ def test_a_moved_data_set_is_the_same_and_another_is_not(studied, base, tmp_path
     folder = tmp_path / "study"
     shutil.copytree(studied[0], folder)
     shutil.copytree(base.data_dir, tmp_path / "moved")
-    moved = dataclasses.replace(base, data_dir=str(tmp_path / "moved"))
+    moved = base.replace(data_dir=str(tmp_path / "moved"))
     tune.tune(moved, folder, TRIALS)
     schema = dataclasses.replace(Schema.load(tmp_path / "moved"), click="tapped")
     schema.save(tmp_path / "moved")
@@ -287,7 +287,7 @@ def test_what_falls_behind_the_median_is_pruned(base, curves, tmp_path):
     """Five flat trials at .70 to .74, then one at .60: stopped once its second epoch is done."""
     levels = iter([0.70, 0.71, 0.72, 0.73, 0.74, 0.60, 0.80])
     curves(lambda settings: [next(levels)] * 3)
-    search = tune.tune(dataclasses.replace(base, loss="bce"), tmp_path, 7)["bce"]
+    search = tune.tune(base.replace(loss="bce"), tmp_path, 7)["bce"]
     assert _outcomes(search) == ["complete"] * 5 + ["pruned", "complete"]
     assert search.finished()[5].intermediate_values == {0: 0.60, 1: 0.60}
     assert search.best().number == 6
@@ -296,14 +296,14 @@ def test_what_falls_behind_the_median_is_pruned(base, curves, tmp_path):
 def test_nothing_is_pruned_at_its_last_epoch(base, curves, tmp_path):
     levels = iter([0.70, 0.71, 0.72, 0.73, 0.74, 0.60])
     curves(lambda settings: [next(levels)] * 2)
-    short = dataclasses.replace(base, loss="bce", epochs=2)
+    short = base.replace(loss="bce", epochs=2)
     assert _outcomes(tune.tune(short, tmp_path, 6)["bce"]) == ["complete"] * 6
 
 
 def test_a_diverged_trial_is_counted_and_not_chosen(base, curves, tmp_path, capsys):
     levels = iter([0.7, math.nan, 0.6])
     curves(lambda settings: [0.9, math.nan] if math.isnan(level := next(levels)) else [level])
-    search = tune.tune(dataclasses.replace(base, loss="bce"), tmp_path, 3)["bce"]
+    search = tune.tune(base.replace(loss="bce"), tmp_path, 3)["bce"]
     assert _outcomes(search) == ["complete", "diverged", "complete"]
     assert search.best().number == 0
     assert "bce 2: diverged; learning_rate" in capsys.readouterr().out
@@ -311,7 +311,7 @@ def test_a_diverged_trial_is_counted_and_not_chosen(base, curves, tmp_path, caps
 
 def test_all_trials_diverged(base, curves, tmp_path):
     curves(lambda settings: [math.nan])
-    search = tune.tune(dataclasses.replace(base, loss="bce"), tmp_path, 2)["bce"]
+    search = tune.tune(base.replace(loss="bce"), tmp_path, 2)["bce"]
     with pytest.raises(DataError, match=r"every trial of bce diverged: lower --learning_rate"):
         search.best()
 
@@ -324,7 +324,7 @@ def test_an_interrupted_trial_goes_on_with_its_own_values(base, curves, tmp_path
         return [0.7, None] if len(seen) == 2 else [0.7, 0.8]
 
     curves(interrupted)
-    plain = dataclasses.replace(base, loss="bce")
+    plain = base.replace(loss="bce")
     with pytest.raises(KeyboardInterrupt):
         tune.tune(plain, tmp_path, 3)
     search = tune.tune(plain, tmp_path, 3)["bce"]
@@ -336,7 +336,7 @@ def test_an_interrupted_trial_goes_on_with_its_own_values(base, curves, tmp_path
 
 def test_killed_after_its_verdict_a_trial_is_pruned_without_training(base, curves, tmp_path):
     curves(lambda settings: [0.7] * 3)
-    plain = dataclasses.replace(base, loss="bce")
+    plain = base.replace(loss="bce")
     tune.tune(plain, tmp_path, 5)
     search = _search(tmp_path, plain, "bce")
     trial = search.study.ask()
@@ -351,7 +351,7 @@ def test_killed_after_its_verdict_a_trial_is_pruned_without_training(base, curve
 
 def test_equal_trials_choose_the_first(base, curves, tmp_path):
     curves(lambda settings: [0.7])
-    search = tune.tune(dataclasses.replace(base, loss="bce"), tmp_path, 3)["bce"]
+    search = tune.tune(base.replace(loss="bce"), tmp_path, 3)["bce"]
     assert search.best().number == 0
     assert [path.name for path in (tmp_path / "trials").iterdir()] == ["bce-001"]
 
@@ -360,11 +360,11 @@ def test_the_search_finds_a_planted_optimum(base, curves, tmp_path):
     """It is best at weight .03 and learning rate 3e-3; late trials come nearer than early ones."""
 
     def curve(settings):
-        distance = abs(math.log10(settings.ranking_weight / 0.03))
-        return [1 - distance / 4 - abs(math.log10(settings.learning_rate / 3e-3)) / 4]
+        distance = abs(math.log10(settings.loss.ranking_weight / 0.03))
+        return [1 - distance / 4 - abs(math.log10(settings.training.learning_rate / 3e-3)) / 4]
 
     curves(curve)
-    searches = tune.tune(dataclasses.replace(base, loss="ranknet", epochs=1), tmp_path, 25)
+    searches = tune.tune(base.replace(loss="ranknet", epochs=1), tmp_path, 25)
     assert searches["ranknet"].best().value > 0.93
     values = [trial.value for trial in searches["ranknet"].finished()]
     assert sum(values[-10:]) > sum(values[:10])
@@ -375,9 +375,9 @@ def test_the_seed_changes_the_draws(base, curves, tmp_path):
     drawn = [
         [
             trial.params
-            for trial in tune.tune(
-                dataclasses.replace(base, loss="bce", seed=seed), tmp_path / str(seed), 3
-            )["bce"].finished()
+            for trial in tune.tune(base.replace(loss="bce", seed=seed), tmp_path / str(seed), 3)[
+                "bce"
+            ].finished()
         ]
         for seed in (0, 100)
     ]
@@ -408,10 +408,10 @@ def test_each_loss_searches_its_own_settings(loss, base):
     }.get(loss, {"learning_rate", "ranking_weight"})  # fmt: skip
     drawn, own = _drawn(base, loss, tune.searched(loss, None))
     changed = {
-        field.name
+        name
         for settings, _ in drawn
-        for field in dataclasses.fields(settings)
-        if getattr(settings, field.name) != getattr(own, field.name)
+        for name, value in settings.values().items()
+        if value != own.values()[name]
     }
     assert changed == expected
 
@@ -419,19 +419,19 @@ def test_each_loss_searches_its_own_settings(loss, base):
 def test_margins_have_the_range_of_their_space(base):
     drawn, _ = _drawn(base, "pwiser", tune.DEFAULTS["pwiser"])
     for space, low, high in (("probability", 0.005, 0.5), ("logit", 0.1, 5.0)):
-        chosen = [settings for settings, _ in drawn if settings.score_space == space]
+        chosen = [settings for settings, _ in drawn if settings.loss.score_space == space]
         for name in ("margin_click", "margin_nonclick"):
-            margins = [getattr(settings, name) for settings in chosen]
+            margins = [getattr(settings.loss, name) for settings in chosen]
             assert low <= min(margins) < 3 * low
             assert high >= max(margins) > high / 3
-    assert {settings.loss_tasks for settings, _ in drawn} == {("ctr",), ("ctcvr",), TASKS}
+    assert {settings.loss.loss_tasks for settings, _ in drawn} == {("ctr",), ("ctcvr",), TASKS}
 
 
 def test_margins_of_a_fixed_space(base):
     names = tune.searched("pwiser", ["margin_click"])
-    drawn, _ = _drawn(dataclasses.replace(base, score_space="logit"), "pwiser", names)
+    drawn, _ = _drawn(base.replace(score_space="logit"), "pwiser", names)
     assert all(set(parameters) == {"margin_click_logit"} for _, parameters in drawn)
-    assert {settings.score_space for settings, _ in drawn} == {"logit"}
+    assert {settings.loss.score_space for settings, _ in drawn} == {"logit"}
 
 
 def test_tune_chooses_what_is_searched():
@@ -447,7 +447,7 @@ def test_tune_chooses_what_is_searched():
 
 def test_the_first_trial_is_of_the_flags_moved_into_the_ranges(base):
     names = tune.DEFAULTS["pwiser"]
-    own = dataclasses.replace(base, learning_rate=1.0, pwiser_weight=0.0, loss_tasks=("ctr",))
+    own = base.replace(learning_rate=1.0, pwiser_weight=0.0, loss_tasks=("ctr",))
     assert tune.first_values(own, names) == {
         "learning_rate": 1e-2,
         "pwiser_weight": 3e-3,
@@ -456,7 +456,7 @@ def test_the_first_trial_is_of_the_flags_moved_into_the_ranges(base):
         "margin_click": 0.05,
         "margin_nonclick": 0.1,
     }
-    logit = dataclasses.replace(own, score_space="logit", loss_tasks=())
+    logit = own.replace(score_space="logit", loss_tasks=())
     assert tune.first_values(logit, ("loss_tasks", "margin_click")) == {
         "loss_tasks": "both",
         "margin_click_logit": 0.1,
@@ -546,7 +546,7 @@ def test_a_best_value_at_the_edge_is_told(base, curves, tmp_path):
     """The first trial has the highest learning rate there is to search, and wins."""
     levels = iter([0.9, 0.7])
     curves(lambda settings: [next(levels)])
-    plain = dataclasses.replace(base, loss="bce", learning_rate=1e-2)
+    plain = base.replace(loss="bce", learning_rate=1e-2)
     search = tune.tune(plain, tmp_path, 2)["bce"]
     assert tune.warnings_about(search) == [
         "warning: bce: learning_rate 0.01 lies at the edge of what was searched, 0.0001 to 0.01"

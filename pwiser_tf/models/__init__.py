@@ -1,7 +1,7 @@
 """The architectures, by the name that --model takes."""
 
 from pwiser_tf.models.aitm import AITM
-from pwiser_tf.models.base import ClickConversionModel, ModelConfig
+from pwiser_tf.models.base import MODELS, ClickConversionModel, ModelConfig
 from pwiser_tf.models.escm2 import ESCM2DR, ESCM2IPS
 from pwiser_tf.models.esmm import ESMM
 from pwiser_tf.models.metaheac import MetaHeac
@@ -12,7 +12,7 @@ from pwiser_tf.models.shared_bottom import SharedBottom
 from pwiser_tf.models.single_task import SingleTask
 from pwiser_tf.models.stem import STEM
 
-MODELS = {
+MODELS |= {
     "single_task": SingleTask,
     "shared_bottom": SharedBottom,
     "omoe": OMoE,

@@ -34,8 +34,8 @@ class AITM(ClickConversionModel):
     auxiliary_weight = 0.6
     options = ("auxiliary_weight",)
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         self._shared_encoder = self._encoder()
         self._bottoms = {tower: self._mlp(config.bottom_units) for tower in TOWERS}
         self._transfer = self._mlp(config.bottom_units[-1:])

@@ -15,9 +15,11 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 import tf_keras as keras
 
+from pwiser_tf.errors import DataError
 from pwiser_tf.layers import MLP, Encoder, Head
+from pwiser_tf.options import check, option
 from pwiser_tf.schema import Schema
-from pwiser_tf.tasks import LOSSES, LossConfig, TaskLoss
+from pwiser_tf.tasks import LOSSES, TASKS, LossConfig, Task
 
 CLICK, CONVERSION = TOWERS = ("click", "conversion")
 CONVERSION_HEADS = ("direct", "product")
@@ -25,34 +27,55 @@ CONVERSION_HEADS = ("direct", "product")
 TOWER_OF_TASK = {"ctr": CLICK, "ctcvr": CONVERSION}
 
 
+# The architectures, by the name that --model takes; models/__init__.py fills it.
+MODELS: dict[str, type["ClickConversionModel"]] = {}
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of a model; the defaults are MTReclib's.
+    """The architecture and its sizes; the defaults are MTReclib's.
 
-    Attributes:
-      embedding_dim: size of an embedding. bottom_units: MLP sizes of a bottom or expert.
-      tower_units: MLP sizes of a tower. experts: how many, where the architecture has them.
-      critics: how many, for MetaHeac. dropout: rate, in every block.
-      weight_decay: L2 on embeddings and dense kernels.
-      mixed_precision: train with bfloat16 matrix products (see layers.Block).
-      conversion_head: "direct" or "product" (see above).
-      auxiliary_weight: of the architecture's own extra term, where it has one; else 0.
+    Raises:
+      DataError: values that the architecture cannot have.
     """
 
-    embedding_dim: int = 128
-    bottom_units: tuple[int, ...] = (512, 256)
-    tower_units: tuple[int, ...] = (128, 64)
-    experts: int = 8
-    critics: int = 5
-    dropout: float = 0.2
-    weight_decay: float = 1e-6
-    mixed_precision: bool = False
-    conversion_head: str = "direct"
-    auxiliary_weight: float = 0.0
+    name: str = option("mmoe", "The architecture.", flag="model", choices=MODELS)
+    conversion_head: str | None = option(
+        None,
+        "What the second tower learns: direct, P(click and conversion | exposure); product, "
+        "P(conversion | click), learnt through ctcvr = ctr * cvr. Default: what the architecture's "
+        "paper has (product for esmm and escm2, otherwise direct).",
+        choices=CONVERSION_HEADS,
+    )
+    embedding_dim: int = option(128, "Size of an embedding.", low=1)
+    bottom_units: tuple[int, ...] = option((512, 256), "MLP sizes of a bottom or expert.", low=1)
+    tower_units: tuple[int, ...] = option((128, 64), "MLP sizes of a tower.", low=1)
+    experts: int = option(
+        8, "Experts for each tower; in ple and stem, half of them are shared.", low=1
+    )
+    critics: int = option(5, "The number of critics of metaheac.", low=1)
+    dropout: float = option(0.2, "Dropout rate.", low=0.0, high=0.99)
+    weight_decay: float = option(1e-6, "L2 on embeddings and dense kernels.", low=0.0)
+    auxiliary_weight: float | None = option(
+        None,
+        "Weight of the extra loss of an architecture, in units of the mean weight of its tasks: "
+        "the calibrator of aitm (default 0.6, as in the paper), the risk of CVR of escm2 (0.5).",
+        low=0.0,
+    )
+    mixed_precision: bool = option(
+        False,
+        "Train with bfloat16 matrix products: faster where the processor has them (AMX, "
+        "AVX512-BF16, GPU). The exported model is float32 in any case.",
+    )
 
     def __post_init__(self):
-        if self.conversion_head not in CONVERSION_HEADS:
-            raise ValueError(f"conversion_head: {self.conversion_head}, not of {CONVERSION_HEADS}")
+        check(self)
+        architecture = MODELS[self.name]
+        if self.conversion_head is None:
+            object.__setattr__(self, "conversion_head", architecture.conversion_heads[0])
+        if self.auxiliary_weight is None:
+            object.__setattr__(self, "auxiliary_weight", architecture.auxiliary_weight or 0.0)
+        architecture.check_config(self)
 
 
 class ClickConversionModel(tfrs.Model):
@@ -68,10 +91,7 @@ class ClickConversionModel(tfrs.Model):
 
     Args:
       schema: the data set's; config: the sizes.
-      losses: how each task is learnt, by its name; needed to train, not to predict.
-
-    Raises:
-      ValueError: a config that the architecture cannot have.
+      loss: how the tasks are learnt; needed to train, not to predict.
     """
 
     conversion_heads: tuple[str, ...] = CONVERSION_HEADS
@@ -83,38 +103,38 @@ class ClickConversionModel(tfrs.Model):
         self,
         schema: Schema,
         config: ModelConfig,
-        losses: dict[str, LossConfig] | None = None,
+        loss: LossConfig | None = None,
     ):
         super().__init__()
-        if config.conversion_head not in self.conversion_heads:
-            raise ValueError(
-                f"conversion_head: {config.conversion_head}, {type(self).__name__} has "
-                + " or ".join(self.conversion_heads)
-            )
-        if config.auxiliary_weight and self.auxiliary_weight is None:
-            raise ValueError(
-                f"auxiliary_weight: {config.auxiliary_weight}, {type(self).__name__} has no "
-                "auxiliary loss"
-            )
         self._schema = schema
         self._config = config
-        self._task_losses = dict(losses or {})
+        self._loss = loss
+        tasks = TASKS if loss else ()
         self._rates = _base_rates(schema, config.conversion_head)
         self._energies = {
-            TOWER_OF_TASK[task]
-            for task, loss in self._task_losses.items()
-            if LOSSES[loss.loss].needs_energy
+            TOWER_OF_TASK[task] for task in tasks if LOSSES[loss.loss_of(task)].needs_energy
         }
         self._towers = {tower: self._mlp(config.tower_units) for tower in self.towers}
         self._heads = {tower: self._head(tower) for tower in self.towers}
-        self._tasks = {
-            name: tfrs.tasks.Ranking(
-                loss=TaskLoss(name, loss), loss_metrics=[keras.metrics.Mean(f"{name}_loss")]
-            )
-            for name, loss in self._task_losses.items()
-        }
+        self._tasks = {name: Task(name, loss) for name in tasks}
+        of_batch = ["loss", "regularization_loss", "total_loss"]
         if self.auxiliary_weight is not None:
-            self._auxiliary_metric = keras.metrics.Mean("auxiliary_loss")
+            of_batch.append("auxiliary_loss")
+        self._means = {name: keras.metrics.Mean(name) for name in of_batch} if tasks else {}
+
+    @classmethod
+    def check_config(cls, config: ModelConfig) -> None:
+        """Raises DataError for a config that the architecture cannot have."""
+        if config.conversion_head not in cls.conversion_heads:
+            raise DataError(
+                f"--conversion_head={config.conversion_head}: --model={config.name} is defined "
+                f"with {' or '.join(cls.conversion_heads)} alone"
+            )
+        if config.auxiliary_weight and cls.auxiliary_weight is None:
+            raise DataError(
+                f"--auxiliary_weight={config.auxiliary_weight}: --model={config.name} has no "
+                "extra loss beside those of the tasks"
+            )
 
     def tower_inputs(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
         """Features to {tower: float32 [B, units]}, for all of `towers`."""
@@ -149,6 +169,13 @@ class ClickConversionModel(tfrs.Model):
             cvr = tf.exp(tf.minimum(log_ratio, 0.0))
         return {"ctr": ctr, "cvr": cvr, "ctcvr": ctr * cvr}
 
+    def train_step(self, inputs) -> dict[str, tf.Tensor]:
+        """A step of tfrs.Model, with the losses' means over the epoch instead of the batch's."""
+        of_batch = super().train_step(inputs)
+        for name in ("loss", "regularization_loss", "total_loss"):
+            self._means[name].update_state(of_batch[name])
+        return {metric.name: metric.result() for metric in self.metrics}
+
     def compute_loss(self, inputs, training: bool = False) -> tf.Tensor:
         """The loss of a batch (features, grade), a scalar.
 
@@ -163,14 +190,14 @@ class ClickConversionModel(tfrs.Model):
         if "group" in features:
             labels["group"] = features["group"]
         terms = [
-            self._task_losses[name].weight * task(labels=labels, predictions=predictions[name])
+            self._loss.weight_of(name) * task(labels=labels, predictions=predictions[name])
             for name, task in self._tasks.items()
         ]
         if self.auxiliary_weight is not None:
             auxiliary = self.auxiliary_loss(logits, grade)
-            self._auxiliary_metric.update_state(auxiliary)
-            weights = [loss.weight for loss in self._task_losses.values()]
-            scale = self._config.auxiliary_weight * sum(weights) / len(weights)
+            self._means["auxiliary_loss"].update_state(auxiliary)
+            mean_weight = sum(map(self._loss.weight_of, self._tasks)) / len(self._tasks)
+            scale = self._config.auxiliary_weight * mean_weight
             terms.append(scale * auxiliary)
         return tf.add_n(terms)
 

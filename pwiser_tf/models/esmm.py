@@ -17,8 +17,8 @@ class ESMM(ClickConversionModel):
 
     conversion_heads = ("product",)
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         self._shared_encoder = self._encoder()
         self._bottoms = {tower: self._mlp(config.bottom_units) for tower in self.towers}
 

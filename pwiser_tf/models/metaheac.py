@@ -30,8 +30,8 @@ class MetaHeac(ClickConversionModel):
     towers = ()
     options = ("experts", "critics")
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         self._shared_encoder = self._encoder()
         self._experts = [self._mlp(config.bottom_units) for _ in range(config.experts)]
         self._critics = [self._mlp(config.tower_units) for _ in range(config.critics)]

@@ -11,8 +11,8 @@ class MMoE(ClickConversionModel):
 
     options = ("experts",)
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         self._shared_encoder = self._encoder()
         self._experts = [self._mlp(config.bottom_units) for _ in range(config.experts)]
         self._gates = {tower: Gate(config.experts, config.weight_decay) for tower in TOWERS}

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from pwiser_tf.errors import DataError
 from pwiser_tf.layers import Gate
 from pwiser_tf.models.base import TOWERS, ClickConversionModel
 
@@ -27,8 +28,13 @@ class PLE(ClickConversionModel):
 
     options = ("experts",)
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    @classmethod
+    def check_config(cls, config) -> None:
+        super().check_config(config)
+        half_of(config.experts)
+
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         half = half_of(config.experts)
         self._shared_encoder = self._encoder()
         levels = len(config.bottom_units)
@@ -61,10 +67,10 @@ class PLE(ClickConversionModel):
 
 
 def half_of(experts: int) -> int:
-    """Half of the experts that a gate sees; ValueError where there is none."""
+    """Half of the experts that a gate sees; DataError where there is none."""
     if experts < 2 or experts % 2:
-        raise ValueError(
-            f"experts: {experts}, expected an even number of at least 2: half are shared, half "
+        raise DataError(
+            f"--experts={experts}: expected an even number of at least 2: half are shared, half "
             "each tower's own"
         )
     return experts // 2

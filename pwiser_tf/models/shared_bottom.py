@@ -8,8 +8,8 @@ from pwiser_tf.models.base import TOWERS, ClickConversionModel
 class SharedBottom(ClickConversionModel):
     """One encoder and one bottom MLP for both towers."""
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         self._shared_encoder = self._encoder()
         self._bottom = self._mlp(config.bottom_units)
 

@@ -8,8 +8,8 @@ from pwiser_tf.models.base import TOWERS, ClickConversionModel
 class SingleTask(ClickConversionModel):
     """Each tower has its own encoder and its own bottom MLP."""
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         self._encoders = {tower: self._encoder() for tower in TOWERS}
         self._bottoms = {tower: self._mlp(config.bottom_units) for tower in TOWERS}
 

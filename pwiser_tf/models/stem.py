@@ -25,8 +25,13 @@ class STEM(ClickConversionModel):
 
     options = ("experts",)
 
-    def __init__(self, schema, config, losses=None):
-        super().__init__(schema, config, losses)
+    @classmethod
+    def check_config(cls, config) -> None:
+        super().check_config(config)
+        half_of(config.experts)
+
+    def __init__(self, schema, config, loss=None):
+        super().__init__(schema, config, loss)
         half = half_of(config.experts)
         self._encoders = {branch: self._encoder() for branch in BRANCHES}
         self._experts = {

@@ -55,13 +55,14 @@ import tf_keras as keras
 from absl import flags
 from scipy import stats
 
-from pwiser_tf import command_line, config, data, metrics, runs, training
-from pwiser_tf.config import Settings
+from pwiser_tf import command_line, config, data, metrics, runs
+from pwiser_tf.config import Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.models.base import TOWERS, log_odds
 from pwiser_tf.schema import SPLITS, Schema
 from pwiser_tf.tasks import POSITIVE_GRADE, TASKS
+from pwiser_tf.training import fit, share_cores
 
 OURS = "pwiser-tf"
 THEIRS = "MTReclib's"
@@ -110,7 +111,7 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     integer("experts", 4, "Experts.")
 
 
-def settings_of(values: flags.FlagValues, folder: str) -> Settings:
+def settings_of(values: flags.FlagValues, folder: str) -> Config:
     """The settings of all runs, for the data set in `folder`; the rest is train's default.
 
     Raises:
@@ -127,7 +128,7 @@ def settings_of(values: flags.FlagValues, folder: str) -> Settings:
         of_train(["train", "--model=mmoe", "--conversion_head=direct", "--loss=bce", *arguments])
     except flags.Error as error:
         raise DataError(str(error)) from None
-    return config.settings_from(of_train)
+    return config.config_from_flags(of_train)
 
 
 def generate(folder: pathlib.Path, rows: int) -> str:
@@ -209,12 +210,12 @@ def aucs(predictor: Predictor, folder: str, schema: Schema, split: str) -> dict[
     }
 
 
-def _epoch(predictor: Predictor, settings: Settings, schema: Schema) -> Epoch:
+def _epoch(predictor: Predictor, settings: Config, schema: Schema) -> Epoch:
     both = (aucs(predictor, settings.data_dir, schema, name) for name in ("validation", "test"))
     return Epoch(*both)
 
 
-def train_ours(settings: Settings, folder: pathlib.Path) -> tuple[list[Epoch], keras.Model]:
+def train_ours(settings: Config, folder: pathlib.Path) -> tuple[list[Epoch], keras.Model]:
     """A run of pwiser_tf.train in `folder`: its epochs, and the model of the best of them."""
     epochs = []
     schema = Schema.load(settings.data_dir)
@@ -224,7 +225,7 @@ def train_ours(settings: Settings, folder: pathlib.Path) -> tuple[list[Epoch], k
 
     # What train says of its progress is not what this benchmark prints.
     with contextlib.redirect_stdout(sys.stderr):
-        model, _, _ = training.fit(settings, folder, checkpoint_seconds=math.inf, on_epoch=on_epoch)
+        model, _, _ = fit(settings, folder, checkpoint_seconds=math.inf, on_epoch=on_epoch)
     return epochs, model
 
 
@@ -234,20 +235,20 @@ class Theirs:
     `name` is THEIRS, THEIRS_AT_RATES or THEIRS_AS_OURS.
     """
 
-    def __init__(self, name: str, settings: Settings, schema: Schema):
+    def __init__(self, name: str, settings: Config, schema: Schema):
         import torch
 
         from pwiser_tf.study import mtreclib
 
-        torch.manual_seed(settings.seed)
+        torch.manual_seed(settings.training.seed)
         self.model = mtreclib.MMoE(
             [feature.size for feature in schema.categorical],
             len(schema.numerical),
-            settings.embedding_dim,
-            settings.bottom_units,
-            settings.tower_units,
-            settings.experts,
-            settings.dropout,
+            settings.model.embedding_dim,
+            settings.model.bottom_units,
+            settings.model.tower_units,
+            settings.model.experts,
+            settings.model.dropout,
         )
         self._as_ours = name == THEIRS_AS_OURS
         self._steps = 0
@@ -257,7 +258,7 @@ class Theirs:
             for (_, head), count in zip(self.model.towers, positives, strict=True):
                 torch.nn.init.constant_(head.bias, log_odds((count, split.rows)))
         learnt = list(self.model.parameters())
-        groups = [{"params": learnt, "weight_decay": settings.weight_decay}]
+        groups = [{"params": learnt, "weight_decay": settings.model.weight_decay}]
         if self._as_ours:
             copy_weights(settings.build_model(schema), self.model)
             # Before a normalisation a bias does nothing, but Adam scales its rounding errors up to
@@ -269,11 +270,11 @@ class Theirs:
             groups = [
                 {
                     "params": [p for p in learnt if p.ndim > 1],
-                    "weight_decay": settings.weight_decay,
+                    "weight_decay": settings.model.weight_decay,
                 },
                 {"params": [p for p in learnt if p.ndim == 1]},
             ]
-        self._optimizer = torch.optim.Adam(groups, lr=settings.learning_rate)
+        self._optimizer = torch.optim.Adam(groups, lr=settings.training.learning_rate)
 
     def step(self, features: dict[str, tf.Tensor], grade: tf.Tensor) -> None:
         """Trains on a batch."""
@@ -293,11 +294,11 @@ class Theirs:
         self._optimizer.step()
 
 
-def train_theirs(name: str, settings: Settings, schema: Schema) -> list[Epoch]:
+def train_theirs(name: str, settings: Config, schema: Schema) -> list[Epoch]:
     """A run of MTReclib's, with what `name` says changed: its epochs."""
     theirs = Theirs(name, settings, schema)
     epochs = []
-    for number in range(settings.epochs):
+    for number in range(settings.training.epochs):
         for batch in _batches(settings, schema, number):
             theirs.step(*batch)
         epochs.append(_epoch(their_predictor(theirs.model), settings, schema))
@@ -346,38 +347,38 @@ def _tensors(features) -> tuple:
     return tuple(torch.tensor(features[name].numpy()) for name in ("categorical", "numerical"))
 
 
-def _batches(settings: Settings, schema: Schema, epoch: int) -> tf.data.Dataset:
+def _batches(settings: Config, schema: Schema, epoch: int) -> tf.data.Dataset:
     """The batches of an epoch as training.fit reads them: those of one size."""
     return data.batches(
         settings.data_dir,
         schema,
         "train",
-        min(settings.batch_size, schema.split("train").rows),
-        shuffle_seed=(settings.seed, epoch),
+        min(settings.training.batch_size, schema.split("train").rows),
+        shuffle_seed=(settings.training.seed, epoch),
         drop_remainder=True,
     )
 
 
-def compare_passes(model: ClickConversionModel, settings: Settings, schema: Schema) -> float:
+def compare_passes(model: ClickConversionModel, settings: Config, schema: Schema) -> float:
     """The largest difference of a probability on the test rows, the weights being the same."""
     theirs = Theirs(THEIRS, settings, schema).model
     copy_weights(model, theirs)
     return _largest_difference(model, theirs, settings, schema)
 
 
-def compare_steps(settings: Settings, schema: Schema, steps: int) -> float:
+def compare_steps(settings: Config, schema: Schema, steps: int) -> float:
     """The same after some steps of each on the same batches, by Adam as ours, without dropout."""
-    settings = dataclasses.replace(settings, dropout=0.0)
+    settings = settings.replace(dropout=0.0)
     ours, theirs = settings.build_model(schema), Theirs(THEIRS_AS_OURS, settings, schema)
     batches = _batches(settings, schema, 0).take(steps)
-    ours.compile(optimizer=keras.optimizers.legacy.Adam(settings.learning_rate))
+    ours.compile(optimizer=keras.optimizers.legacy.Adam(settings.training.learning_rate))
     ours.fit(batches, verbose=0)
     for batch in batches:
         theirs.step(*batch)
     return _largest_difference(ours, theirs.model, settings, schema)
 
 
-def _largest_difference(ours, theirs, settings: Settings, schema: Schema) -> float:
+def _largest_difference(ours, theirs, settings: Config, schema: Schema) -> float:
     (found, _), (expected, _) = (
         predict(predictor, settings.data_dir, schema, "test")
         for predictor in (our_predictor(ours), their_predictor(theirs))
@@ -477,7 +478,7 @@ def main() -> None:
         import torch
     except ImportError:
         raise DataError("this benchmark needs PyTorch: pip install -e '.[bench]'") from None
-    training.share_cores()
+    share_cores()
     # Threads that wait for each other spin: on cores that others use too, all of them were seen to
     # take six times as long as half of them.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
@@ -491,13 +492,13 @@ def main() -> None:
         _print_what_runs(settings, schema, values.seeds)
         programs = {name: [] for name in (OURS, THEIRS, THEIRS_AT_RATES, THEIRS_AS_OURS)}
         for seed in range(values.seeds):
-            run = dataclasses.replace(settings, seed=seed)
+            run = settings.replace(seed=seed)
             epochs, model = train_ours(run, scratch / f"run-{seed}")
             programs[OURS].append(epochs)
             if seed == 0:
                 _print_checks(model, run, schema)
             for name in list(programs)[1:]:
-                run = dataclasses.replace(settings, seed=values.seeds + seed)
+                run = settings.replace(seed=values.seeds + seed)
                 programs[name].append(train_theirs(name, run, schema))
             # Or every model ever built stays in memory.
             keras.backend.clear_session()
@@ -511,23 +512,24 @@ def main() -> None:
     )
 
 
-def _print_what_runs(settings: Settings, schema: Schema, seeds: int) -> None:
+def _print_what_runs(settings: Config, schema: Schema, seeds: int) -> None:
     splits = "; ".join(
         f"{name} {split.rows:,} rows, {split.clicks:,} clicks, {split.conversions:,} conversions"
         for name, split in schema.splits.items()
     )
     print(splits)
+    model, training = settings.model, settings.training
     print(
-        f"MMoE, embedding {settings.embedding_dim}, {settings.experts} experts of "
-        f"{settings.bottom_units}, towers of {settings.tower_units}, dropout {settings.dropout}; "
-        f"Adam {settings.learning_rate:g}, L2 {settings.weight_decay:g}; {settings.epochs} epochs "
-        f"of batches of {settings.batch_size}; seeds 0 to {seeds - 1} for ours, {seeds} to "
+        f"MMoE, embedding {model.embedding_dim}, {model.experts} experts of "
+        f"{model.bottom_units}, towers of {model.tower_units}, dropout {model.dropout}; "
+        f"Adam {training.learning_rate:g}, L2 {model.weight_decay:g}; {training.epochs} epochs "
+        f"of batches of {training.batch_size}; seeds 0 to {seeds - 1} for ours, {seeds} to "
         f"{2 * seeds - 1} for MTReclib's",
         flush=True,
     )
 
 
-def _print_checks(model: ClickConversionModel, settings: Settings, schema: Schema) -> None:
+def _print_checks(model: ClickConversionModel, settings: Config, schema: Schema) -> None:
     difference = compare_passes(model, settings, schema)
     print(
         "largest difference of a probability on the test rows: with the same trained weights "

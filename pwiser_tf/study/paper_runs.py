@@ -29,7 +29,7 @@ import tf_keras as keras
 from tqdm import tqdm
 
 from pwiser_tf import runs
-from pwiser_tf.config import Settings
+from pwiser_tf.config import Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import predict
 from pwiser_tf.metrics import summary
@@ -52,12 +52,12 @@ class Run:
     data: str
     model: str
     loss: str
-    settings: Settings
+    settings: Config
     folder: pathlib.Path
 
     @property
     def name(self) -> str:
-        return f"{self.data} {self.model} {self.loss} seed {self.settings.seed}"
+        return f"{self.data} {self.model} {self.loss} seed {self.settings.training.seed}"
 
 
 def read_result(run: Run, schema: Schema) -> dict | None:
@@ -95,12 +95,12 @@ def _data_folder(run: Run) -> pathlib.Path:
     return run.folder.parents[2]
 
 
-def _identity(settings: Settings, schema: Schema) -> dict:
+def _identity(settings: Config, schema: Schema) -> dict:
     """What a result belongs to: its flags and data; the data may have been moved since."""
     counts = {
         name: [split.rows, split.clicks, split.conversions] for name, split in schema.splits.items()
     }
-    values = {f"--{name}": value for name, value in dataclasses.asdict(settings).items()}
+    values = {f"--{name}": value for name, value in settings.values().items()}
     del values["--data_dir"]
     content = {**values, "fingerprint": schema.fingerprint, "rows, clicks, conversions": counts}
     # As JSON gives it back: lists in place of tuples.

@@ -18,20 +18,19 @@ import pwiser_tf.quiet  # noqa: F401
 
 # isort: split
 
-import dataclasses
 import os
 import pathlib
 import shlex
 import signal
 import sys
-import typing
 
 from absl import flags
 
 from pwiser_tf import config, data, runs
 from pwiser_tf.command_line import run
-from pwiser_tf.config import Settings
+from pwiser_tf.config import OPTIONS, Config
 from pwiser_tf.errors import DataError
+from pwiser_tf.options import kind_of
 from pwiser_tf.schema import SPLITS, Schema
 from pwiser_tf.study import paper_report, paper_results
 from pwiser_tf.study.paper_runs import Run, read_result, train_all
@@ -53,23 +52,22 @@ def split_entry(text: str, flag: str) -> tuple[str, list[str]]:
     name, *overrides = text.split(":")
     if not name or "/" in text.removeprefix(name):
         raise DataError(f"--{flag}: expected name[:flag=value]..., found {text!r}")
-    types = {field.name: field.type for field in dataclasses.fields(Settings)}
     arguments = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key not in types or key in _OURS or not value:
-            known = ", ".join(known for known in types if known not in _OURS)
+        if key not in OPTIONS or key in _OURS or not value:
+            known = ", ".join(known for known in OPTIONS if known not in _OURS)
             raise DataError(
                 f"--{flag}, entry {text}: expected flag=value with a flag out of {known}; "
                 f"found {override!r}"
             )
-        if typing.get_origin(types[key]) is tuple:
+        if kind_of(OPTIONS[key][1]) is tuple:
             value = value.replace("+", ",")
         arguments.append(f"--{key}={value}")
     return name, arguments
 
 
-def settings_of(base: str | None, data_dir: str, model: str, loss: str, more: list) -> Settings:
+def settings_of(base: str | None, data_dir: str, model: str, loss: str, more: list) -> Config:
     """The settings of a model's and loss's entry; see the module's text.
 
     Args:
@@ -96,7 +94,7 @@ def settings_of(base: str | None, data_dir: str, model: str, loss: str, more: li
         values(["train", *arguments])
     except flags.Error as error:
         raise DataError(f"model {model} with loss {loss}: {error}") from None
-    return config.settings_from(values)
+    return config.config_from_flags(values)
 
 
 def _data_folders(entries: list[str]) -> dict[str, pathlib.Path]:
@@ -202,7 +200,7 @@ def _plan(args, folders, models, losses, runs_folder: pathlib.Path) -> list[Run]
     return [
         Run(
             *key,
-            dataclasses.replace(settings, seed=seed),
+            settings.replace(seed=seed),
             runs_folder / pathlib.Path(*(part.replace(":", ",") for part in key)) / f"seed-{seed}",
         )
         for seed in range(args.seeds)

@@ -23,7 +23,6 @@ milliseconds in which a trial's values are drawn can change those values.)
 """
 
 import contextlib
-import dataclasses
 import json
 import math
 import pathlib
@@ -39,7 +38,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from pwiser_tf import config, report, runs
-from pwiser_tf.config import OPTIONS, Settings
+from pwiser_tf.config import OPTIONS, Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import evaluate
 from pwiser_tf.schema import Schema
@@ -71,7 +70,7 @@ DEFAULTS = {
 _RANGES = {
     **{
         name: field.metadata["search"]
-        for name, field in OPTIONS.items()
+        for name, (_, field) in OPTIONS.items()
         if field.metadata["search"]
     },
     # The margins where they are measured in logits: another quantity, so another parameter.
@@ -117,17 +116,17 @@ def searched(loss: str, wanted: list[str] | None) -> tuple[str, ...]:
     return names
 
 
-def draw(trial: optuna.Trial, base: Settings, names: tuple[str, ...]) -> Settings:
+def draw(trial: optuna.Trial, base: Config, names: tuple[str, ...]) -> Config:
     """The trial's settings: `base` with other values of those `names`, drawn by the trial."""
     values = {}
     for name in names:
         if name in _CHOICES:
             values[name] = _CHOICES[name][trial.suggest_categorical(name, list(_CHOICES[name]))]
         else:
-            parameter = _parameter(name, values.get("score_space", base.score_space))
+            parameter = _parameter(name, values.get("score_space", base.loss.score_space))
             low, high, logarithmic = _RANGES[parameter]
             values[name] = trial.suggest_float(parameter, low, high, log=logarithmic)
-    return dataclasses.replace(base, **values)
+    return base.replace(**values)
 
 
 def _parameter(name: str, score_space: str) -> str:
@@ -135,17 +134,17 @@ def _parameter(name: str, score_space: str) -> str:
     return f"{name}_logit" if name in _MARGINS and score_space == "logit" else name
 
 
-def first_values(base: Settings, names: tuple[str, ...]) -> dict:
+def first_values(base: Config, names: tuple[str, ...]) -> dict:
     """The first trial's parameters: those of `base`, moved into the ranges that are searched."""
     parameters = {}
     for name in names:
-        value = getattr(base, name)
+        value = base.values()[name]
         if name in _CHOICES:
             # No task at all has no name among the choices: then the trial begins with both.
             found = [key for key, choice in _CHOICES[name].items() if choice == value]
             parameters[name] = found[0] if found else next(iter(_CHOICES[name]))
         else:
-            parameter = _parameter(name, base.score_space)
+            parameter = _parameter(name, base.loss.score_space)
             low, high, _ = _RANGES[parameter]
             parameters[parameter] = min(max(value, low), high)
     return parameters
@@ -161,10 +160,8 @@ class Search:
       DataError: the study in the folder is of other flags or data, or it is no study.
     """
 
-    def __init__(
-        self, folder: pathlib.Path, base: Settings, names: tuple[str, ...], schema: Schema
-    ):
-        self.loss = base.loss
+    def __init__(self, folder: pathlib.Path, base: Config, names: tuple[str, ...], schema: Schema):
+        self.loss = base.loss.name
         self._base = base
         self.names = names
         self._trials = folder / "trials"
@@ -173,7 +170,7 @@ class Search:
         try:
             self.study = optuna.create_study(
                 storage=f"sqlite:///{path}",
-                study_name=base.loss,
+                study_name=base.loss.name,
                 direction="maximize",
                 load_if_exists=True,
                 pruner=optuna.pruners.MedianPruner(_TRIALS_BEFORE_PRUNING, _EPOCHS_BEFORE_PRUNING),
@@ -212,7 +209,7 @@ class Search:
             raise DataError(f"every trial of {self.loss} diverged: lower --learning_rate")
         return max(complete, key=lambda trial: trial.value)
 
-    def settings(self, trial: FrozenTrial) -> Settings:
+    def settings(self, trial: FrozenTrial) -> Config:
         """The settings that a trial had."""
         return draw(optuna.trial.FixedTrial(trial.params), self._base, self.names)
 
@@ -223,7 +220,7 @@ class Search:
     def run_trial(self, checkpoint_seconds: float, show) -> FrozenTrial:
         """Runs one more trial, or the one that was interrupted; `show` is told of each epoch."""
         number = len(self.finished())
-        self.study.sampler = optuna.samplers.TPESampler(seed=self._base.seed + number)
+        self.study.sampler = optuna.samplers.TPESampler(seed=self._base.training.seed + number)
         interrupted = self.study.get_trials(states=(TrialState.RUNNING,))
         if interrupted:
             # Optuna has no public way to take up a trial that another process began.
@@ -236,7 +233,7 @@ class Search:
 
         def falls_behind() -> bool:
             # After the last epoch there is nothing left to save.
-            return len(values) < settings.epochs and trial.should_prune()
+            return len(values) < settings.training.epochs and trial.should_prune()
 
         def on_epoch(_, entry: dict) -> None:
             epoch, value = entry["epoch"] - 1, entry["monitored"]
@@ -285,13 +282,13 @@ class Search:
 
 
 def tune(
-    base: Settings,
+    base: Config,
     folder: pathlib.Path,
     trials: int,
     wanted: list[str] | None = None,
     checkpoint_seconds: float = 60,
 ) -> dict[str, Search]:
-    """Runs or resumes the study in `folder` until base.loss and BCE have so many trials each.
+    """Runs or resumes the study in `folder` until its loss and BCE have as many trials each.
 
     Args:
       base: the settings of every trial, but for what is searched.
@@ -301,20 +298,19 @@ def tune(
       checkpoint_seconds: how often a run's state is saved, besides after each epoch.
 
     Returns:
-      Loss to its Search: BCE's first, then that of base.loss.
+      Loss to its Search: that of BCE first, then that of the loss of `base`.
 
     Raises:
       DataError: as `train.fit`; a study of other flags or data; more trials than asked for.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    losses = dict.fromkeys((BASELINE, base.loss))
+    losses = dict.fromkeys((BASELINE, base.loss.name))
     names = {loss: searched(loss, wanted) for loss in losses}
     schema = Schema.load(base.data_dir)
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder):
         searches = {
-            loss: Search(folder, dataclasses.replace(base, loss=loss), names[loss], schema)
-            for loss in losses
+            loss: Search(folder, base.replace(loss=loss), names[loss], schema) for loss in losses
         }
         done = {loss: len(search.finished()) for loss, search in searches.items()}
         if max(done.values()) > trials:
@@ -409,7 +405,7 @@ def _write_best(search: Search, args: flags.FlagValues, folder: pathlib.Path) ->
         ),
     ]
     values = {
-        **dataclasses.asdict(search.settings(trial)),
+        **search.settings(trial).values(),
         "data_dir": args.data_dir,
         "workdir": str(folder / f"run-{search.loss}"),
         "export_dir": args.export_dir,
@@ -451,7 +447,7 @@ def judge(searches: dict[str, Search], data_dir: str) -> str:
 def warnings_about(search: Search) -> list[str]:
     """What about a search's best trial says that it may not be the best that there is."""
     trial, found = search.best(), []
-    if trial.user_attrs["best_epoch"] == search.settings(trial).epochs:
+    if trial.user_attrs["best_epoch"] == search.settings(trial).training.epochs:
         found.append(
             f"warning: {search.loss}: the best trial's last epoch was its best; it may be "
             "undertrained: raise --epochs"
@@ -492,7 +488,7 @@ def define_flags() -> None:
 def main() -> None:
     """Tunes as the flags say."""
     args = flags.FLAGS
-    settings = config.settings_from(args, given=sys.argv[1:])
+    settings = config.config_from_flags(args, given=sys.argv[1:])
     folder = pathlib.Path(args.study_dir or f"{args.workdir.rstrip('/')}-tune")
     share_cores()
     with runs.file_errors():
