@@ -129,22 +129,6 @@ def combined_pair(logits, labels, pairs=logistic_pairs):
     return pairs(logits, positives, negatives)
 
 
-def pwiser_in_groups(scores, grades, groups, margin_click, margin_nonclick, normalization="pairs"):
-    """(PWiseR over the pairs within groups, its gradient), pair by pair."""
-    rows = range(len(scores))
-    loss, gradient = 0.0, [0.0] * len(scores)
-    for lower_grade, margin in ((1, margin_click), (0, margin_nonclick)):
-        lower = [row for row in rows if grades[row] == lower_grade]
-        pairs = [(i, j) for i in lower for j in rows if grades[j] == 2 and groups[i] == groups[j]]
-        divisor = len(pairs) if normalization == "pairs" else len(lower)
-        for i, j in pairs:
-            hinge = max(0.0, margin - (scores[j] - scores[i]))
-            loss += hinge**2 / divisor
-            gradient[i] += 2 * hinge / divisor
-            gradient[j] -= 2 * hinge / divisor
-    return loss, gradient
-
-
 def _rows_of_groups(groups):
     rows = {}
     for row, group in enumerate(groups):

@@ -148,7 +148,7 @@ def test_normalization_survives_a_mean_far_from_zero(block):
     """A variance by E[x^2] - E[x]^2 would lose all its digits here."""
     x = tf.constant(np.random.default_rng(1).normal(size=(256, 6)) + 1e4, tf.float32)
     one, zero = tf.ones([6]), tf.zeros([6])
-    y, mean, variance = layers._forward(x, one, zero, tf.zeros([256, 0], tf.uint8), 0)
+    y, mean, variance = layers.blocks._forward(x, one, zero, tf.zeros([256, 0], tf.uint8), 0)
     exact = x.numpy().astype(np.float64)
     np.testing.assert_allclose(mean, exact.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(variance, exact.var(axis=0), rtol=1e-2)
@@ -181,7 +181,7 @@ def test_mixed_precision_is_float32_to_the_digits_of_bfloat16():
 def test_dropout_drops_its_rate_and_keeps_the_mean():
     ones = tf.ones([1000, 64])
     mask = tf.random.stateless_uniform([1000, 64], [1, 2], 0, 256, tf.int32)
-    kept = layers._keep(ones, tf.cast(mask, tf.uint8), threshold=64).numpy()
+    kept = layers.blocks._keep(ones, tf.cast(mask, tf.uint8), threshold=64).numpy()
     assert set(np.unique(kept)) == {0.0, np.float32(256 / 192)}
     assert abs((kept == 0).mean() - 0.25) < 0.01
     assert abs(kept.mean() - 1) < 0.02

@@ -1,0 +1,7 @@
+"""Layers: features to a vector, blocks, gates, heads."""
+
+from pwiser_tf.layers.blocks import MLP, Block, Head, l2
+from pwiser_tf.layers.features import Encoder, RawFeatures
+from pwiser_tf.layers.gates import Gate
+
+__all__ = ["MLP", "Block", "Encoder", "Gate", "Head", "RawFeatures", "l2"]
