@@ -74,10 +74,11 @@ def begin(workdir: str | os.PathLike, config: Config, schema: Schema) -> None:
             "flags to go on with it, or another --workdir",
             file=path,
         )
-    if old_schema.fingerprint != schema.fingerprint:
+    if old_schema.data_fingerprint != schema.data_fingerprint:
+        what = "rows" if old_schema.fingerprint == schema.fingerprint else "features"
         raise DataError(
-            f"the run in this folder has another data set than {config.data_dir}: give its own "
-            "--data_dir to go on with it, or another --workdir",
+            f"the run in this folder was trained on other {what} than those in {config.data_dir}: "
+            "give its own --data_dir to continue it, or another --workdir",
             file=path,
         )
     if extended:

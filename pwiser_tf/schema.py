@@ -99,11 +99,13 @@ class Numerical:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One TFRecord file: its name, and how many rows and bytes it holds."""
+    """One TFRecord file: its name, its rows and bytes, and the CRC32C of its content (None in a
+    schema that was written before checksums were)."""
 
     file: str
     rows: int
     bytes: int
+    crc32c: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,13 +143,22 @@ class Schema:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all that a model depends on: features, vocabularies, transforms, labels."""
+        """A hash of all that a model depends on: features, vocabularies, transforms, labels.
+
+        Two data sets that share it can be encoded for, and evaluated with, one model.
+        """
         parts = [self.click, self.conversion, bool(self.group)]
         for feature in self.categorical:
             parts.append([feature.name, feature.dtype, _vocabulary_json(feature.vocabulary)])
         for feature in self.numerical:
             parts.append(dataclasses.astuple(feature))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def data_fingerprint(self) -> str:
+        """A hash of the features and of every split's rows: two that share it are one data set."""
+        splits = {name: dataclasses.astuple(split) for name, split in sorted(self.splits.items())}
+        return hashlib.sha256(json.dumps([self.fingerprint, splits]).encode()).hexdigest()[:16]
 
     def split(self, name: str) -> Split:
         """The split of that name; DataError where the data set has none."""

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 
@@ -15,7 +16,7 @@ import pytest
 from absl import flags
 
 from pwiser_tf import records
-from pwiser_tf.convert import aliexpress, learn
+from pwiser_tf.convert import aliexpress, learn, output
 from pwiser_tf.convert import command as csv_to_tfrecord
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import MISSING_INTEGER, Schema
@@ -902,6 +903,30 @@ def test_output_is_not_overwritten_unasked(files):
     convert(files / "out", *columns(files, "--shards=1", "--overwrite"))
     assert len(list((files / "out").glob("train*"))) == 1
     assert sorted(os.listdir(files)) == ["out", "test.csv", "train.csv"]
+
+
+def test_an_overwritten_data_set_is_there_at_every_moment(tmp_path):
+    """Killed at any moment, it is the old one or the new one."""
+    path = tmp_path / "out" / "schema.json"
+    missing, done = [], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            missing.append(not path.exists())
+
+    with output.whole_folder(tmp_path / "out", overwrite=False) as folder:
+        (folder / "schema.json").write_text("0")
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for number in range(1, 300):
+        with output.whole_folder(tmp_path / "out", overwrite=True) as folder:
+            (folder / "schema.json").write_text(str(number))
+    done.set()
+    watcher.join()
+    assert len(missing) > 300
+    assert not any(missing)
+    assert path.read_text() == "299"
+    assert os.listdir(tmp_path) == ["out"]
 
 
 def test_only_a_data_set_is_ever_overwritten(files):

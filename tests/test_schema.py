@@ -82,6 +82,13 @@ def test_fingerprint_follows_what_a_model_depends_on():
     made = _example()
     same = dataclasses.replace(made, notes={"held_out": "other"}, splits={})
     assert same.fingerprint == made.fingerprint
+    assert same.data_fingerprint != made.data_fingerprint
+    (shard,) = made.splits["train"].shards
+    changed = dataclasses.replace(shard, crc32c=7)
+    split = dataclasses.replace(made.splits["train"], shards=(changed,))
+    other_rows = dataclasses.replace(made, splits={"train": split})
+    assert other_rows.fingerprint == made.fingerprint
+    assert other_rows.data_fingerprint != made.data_fingerprint
     user, *others = made.categorical
     for changed in (
         dataclasses.replace(made, click="other"),

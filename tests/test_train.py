@@ -291,6 +291,12 @@ def test_another_data_set_for_the_run_is_refused(trained, settings, dataset, tmp
         train(settings.replace(data_dir=str(tmp_path / "data")), trained)
 
 
+def test_other_rows_of_the_same_features_are_another_data_set(trained, settings, tmp_path):
+    write_dataset(tmp_path / "data", {"train": 990, "validation": 300, "test": 300})
+    with pytest.raises(DataError, match="trained on other rows than those in"):
+        train(settings.replace(data_dir=str(tmp_path / "data")), trained)
+
+
 def test_monitored_is_the_mean_auc_and_falls_back_to_log_loss():
     def values(auc, log_loss):
         return {"auc": auc, "log_loss": log_loss}

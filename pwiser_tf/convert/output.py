@@ -1,6 +1,8 @@
 """The output folder, which appears whole or not at all, and the shards in it."""
 
 import contextlib
+import ctypes
+import errno
 import io
 import os
 import pathlib
@@ -8,6 +10,7 @@ import shutil
 import uuid
 from collections.abc import Iterator
 
+import crc32c
 import numpy as np
 
 from pwiser_tf import schema
@@ -39,12 +42,12 @@ def whole_folder(path: str | os.PathLike, overwrite: bool) -> Iterator[pathlib.P
             _sync(file)
         # Looked at again: this may be hours later.
         _check_free(path, overwrite)
-        old = folder.with_suffix(".old")
         if path.exists():
-            path.rename(old)
-        folder.rename(path)
+            _exchange(folder, path)
+            shutil.rmtree(folder)
+        else:
+            folder.rename(path)
         _sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
     except BaseException as error:
         shutil.rmtree(folder, ignore_errors=True)
         for parent in made:
@@ -55,6 +58,20 @@ def whole_folder(path: str | os.PathLike, overwrite: bool) -> Iterator[pathlib.P
             name = str(error.filename or folder)
             error.filename = str(path) if name.startswith(str(folder)) else name
         raise
+
+
+def _exchange(a: pathlib.Path, b: pathlib.Path) -> None:
+    """Exchanges the names of two folders in one step, so that a kill cannot leave one nameless."""
+    current_folder, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE of renameat2(2)
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = current_folder, os.fsencode(a), current_folder, os.fsencode(b), exchange
+    if libc.renameat2(*arguments):
+        if ctypes.get_errno() not in (errno.EINVAL, errno.ENOSYS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(b))
+        # Some network file systems cannot.
+        aside = a.with_suffix(".old")
+        for source, target in ((b, aside), (a, b), (aside, a)):
+            source.rename(target)
 
 
 def _check_free(path: pathlib.Path, overwrite: bool) -> None:
@@ -103,6 +120,7 @@ class SplitWriter:
         self._shards = shards
         self._files: dict[int, io.BufferedWriter] = {}
         self._rows_in = [0] * shards
+        self._checksums = [0] * shards
         self.rows = self.clicks = self.conversions = self.dropped = 0
 
     def write(self, frames: np.ndarray, grade: np.ndarray, group: np.ndarray | None) -> None:
@@ -120,7 +138,9 @@ class SplitWriter:
             rows = order[ends[shard - 1] if shard else 0 : ends[shard]]
             if shard not in self._files:
                 self._files[shard] = open(self._path(shard), "wb")  # noqa: SIM115
-            self._files[shard].write(frames[rows].tobytes())
+            content = frames[rows].tobytes()
+            self._files[shard].write(content)
+            self._checksums[shard] = crc32c.crc32c(content, self._checksums[shard])
             self._rows_in[shard] += len(rows)
         self.rows += len(grade)
         self.clicks += int(np.sum(grade >= 1))
@@ -133,7 +153,7 @@ class SplitWriter:
             file.close()
             name = f"{self._name}-{number:05d}-of-{len(self._files):05d}.tfrecord"
             size = self._path(shard).rename(self._folder / name).stat().st_size
-            shards.append(schema.Shard(name, self._rows_in[shard], size))
+            shards.append(schema.Shard(name, self._rows_in[shard], size, self._checksums[shard]))
         return schema.Split(self.rows, self.clicks, self.conversions, self.dropped, tuple(shards))
 
     def _path(self, shard: int) -> pathlib.Path:
