@@ -391,9 +391,8 @@ def test_the_seed_changes_the_draws(base, curves, tmp_path):
 def _drawn(base, loss, names, count=40):
     """Settings of so many random trials, and their parameters."""
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=1))
-    base = dataclasses.replace(
-        base, loss=loss, shuffle="groups" if loss in ("jrc", "listce") else "rows"
-    )
+    shuffle = "groups" if loss in ("jrc", "listce") else "rows"
+    base = base.replace(loss=loss, shuffle=shuffle)
     trials = [study.ask() for _ in range(count)]
     return [(tune.draw(trial, base, names), trial.params) for trial in trials], base
 
