@@ -356,7 +356,7 @@ def _table(finished, schemas, published=None):
 
 def test_runs_that_ended_at_the_limit_are_told(made):
     finished, schemas = made({"bce": 1.0})
-    limit = finished[0].run.settings.epochs
+    limit = finished[0].run.settings.training.epochs
     finished = [
         dataclasses.replace(entry, result={**entry.result, "best_epoch": limit})
         for entry in finished
@@ -586,7 +586,7 @@ def test_a_loss_over_groups_gives_all_runs_its_batches(dataset, tmp_path):
         runs = paper_table._plan(
             args, {"data": dataset}, ["mmoe"], losses.split(","), tmp_path / "runs"
         )
-        assert {run.settings.shuffle for run in runs} == {expected}
+        assert {run.settings.training.shuffle for run in runs} == {expected}
         assert len({run.folder for run in runs}) == len(runs)
 
 

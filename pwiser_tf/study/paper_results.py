@@ -200,7 +200,7 @@ def _absolute(entries: list[Finished]) -> dict:
         "measures": measures,
         "best_epoch": statistics.fmean(entry.result["best_epoch"] for entry in entries),
         "last_epoch_best": sum(
-            entry.result["best_epoch"] == entry.run.settings.epochs for entry in entries
+            entry.result["best_epoch"] == entry.run.settings.training.epochs for entry in entries
         ),
     }
 
