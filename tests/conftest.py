@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -51,6 +52,15 @@ def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -
     schema = dataclasses.replace(SCHEMA, splits=splits)
     schema.save(folder)
     return schema
+
+
+def wait_for(condition, seconds: float = 60):
+    """Polls until the condition is true, and returns its value; fails after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.005)
+    return found
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import zipfile
 
 import numpy as np
@@ -21,6 +20,7 @@ from pwiser_tf.convert import command as csv_to_tfrecord
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import MISSING_INTEGER, Schema
 from pwiser_tf.synthetic.command import make_sample
+from tests.conftest import wait_for
 
 ROOT = pathlib.Path(__file__).parent.parent
 HEADER = ["user", "junk", "price", "click", "item", "buy", "day", "search"]
@@ -1015,8 +1015,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     # The signal comes while it works: its partial folder is there.
-    while not glob.glob(f"{tmp_path}/.out.*.partial/*") and process.poll() is None:
-        time.sleep(0.01)
+    wait_for(lambda: glob.glob(f"{tmp_path}/.out.*.partial/*") or process.poll() is not None)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 128 + number

@@ -4,7 +4,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import tensorflow as tf
@@ -13,7 +12,7 @@ from pwiser_tf import runs
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.training import Progress, _monitored, train
-from tests.conftest import write_dataset
+from tests.conftest import wait_for, write_dataset
 
 
 def _command(settings, folder, *more):
@@ -177,12 +176,13 @@ def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
     for states in (5, 100):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         checkpoint = tmp_path / "killed" / "checkpoints" / "checkpoint"
-        while process.poll() is None:
+
+        def saved(checkpoint=checkpoint, states=states):
             text = checkpoint.read_text() if checkpoint.exists() else ""
-            if text and int(text.split('"')[1].rsplit("-", 1)[1]) >= states:
-                process.send_signal(signal.SIGKILL)
-                break
-            time.sleep(0.01)
+            return text and int(text.split('"')[1].rsplit("-", 1)[1]) >= states
+
+        wait_for(lambda process=process: process.poll() is not None or saved(), seconds=300)
+        process.send_signal(signal.SIGKILL)
         output = process.communicate()[0].decode()
         assert process.returncode == -signal.SIGKILL, output
         resumed += "going on at epoch" in output

@@ -7,9 +7,9 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from waiting import wait_for
 
 READY = re.compile(r"pwiser_serving: serving \S+ version (\d+)(?:, .*)? on 0\.0\.0\.0:(\d+)\n")
 
@@ -44,11 +44,8 @@ class RunningServer:
         return self._log.read_text()
 
     def wait_for_log(self, text: str) -> None:
-        deadline = time.monotonic() + 30
-        while text not in self.log:
-            assert time.monotonic() < deadline, f"no {text!r} in {self.log}"
-            assert self.process.poll() is None, self.log
-            time.sleep(0.02)
+        wait_for(lambda: text in self.log or self.process.poll() is not None)
+        assert text in self.log, self.log
 
     def stop(self) -> int:
         """Ends the server as Kubernetes would, and returns its exit code."""

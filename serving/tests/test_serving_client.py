@@ -8,7 +8,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ import serving_model
 from fake_server import INTERRUPTIBLE, FakeModel, serve, server_credentials
 from pwiser_serving import Scorer, client, outputs, tensors
 from pwiser_serving.protos import tensor_pb2
+from waiting import wait_for
 
 CANDIDATES = (
     "price,note,item,brand,id\n"
@@ -384,10 +384,7 @@ def test_an_ended_command_leaves_nothing(server, tmp_path, number):
     )
     try:
         os.write(write, b"price,item,brand\n" + b"1,2,a\n" * 200)
-        deadline = time.monotonic() + 30
-        while not list(tmp_path.iterdir()):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
+        wait_for(lambda: list(tmp_path.iterdir()))
         process.send_signal(number)
         _, err = process.communicate(timeout=30)
     finally:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from fake_server import INTERRUPTIBLE, FakeModel, Refused, serve
 from pwiser_serving import client, tensors
+from waiting import wait_for
 
 ROWS = 500
 FORMATS = ["csv", "jsonl", "parquet", "csv.gz", "jsonl.gz"]
@@ -128,11 +129,11 @@ def _process(arguments, **options):
 
 
 def _wait_for_a_part(process, partial, number=1):
-    deadline = time.monotonic() + 30
-    while len(list(partial.glob("rows-*"))) < number:
-        assert time.monotonic() < deadline
+    def written():
         assert process.poll() is None, process.stderr.read()
-        time.sleep(0.002)
+        return len(list(partial.glob("rows-*"))) >= number
+
+    wait_for(written)
 
 
 @pytest.mark.parametrize(

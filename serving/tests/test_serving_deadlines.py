@@ -4,13 +4,13 @@ import contextlib
 import http.client
 import json
 import os
-import time
 
 import grpc
 import pytest
 import tensorflow as tf
 from calls import SECONDS, Caller, free_port, named, scores
 from tensorflow_serving.apis import predict_pb2, prediction_service_pb2_grpc
+from waiting import wait_for
 
 
 def _save_counting(folder):
@@ -26,6 +26,7 @@ def _save_counting(folder):
 
 
 ENDLESS = 2.0**30
+EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED
 
 
 def test_calls_that_nobody_waits_for_end_and_leave_others_their_turn(
@@ -80,14 +81,16 @@ def test_calls_that_nobody_waits_for_end_and_leave_others_their_turn(
         # When their callers have gone, its turns are free.
         assert stub.Predict(slow(2.0), timeout=SECONDS).outputs["y"].float_val[:] == [4.0]
         for _ in range(8):
-            assert _code_in(stub.Predict, slow(), 0.2) is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert stub.Predict.future(slow(), timeout=0.2).code() is EXCEEDED
         assert stub.Predict(slow(3.0), timeout=SECONDS).outputs["y"].float_val[:] == [6.0]
         # A connection that is closed is a caller that has gone.
         other = grpc.insecure_channel(server.address)
-        for _ in range(2):
-            prediction_service_pb2_grpc.PredictionServiceStub(other).Predict.future(slow())
-        time.sleep(0.2)
+        predict = prediction_service_pb2_grpc.PredictionServiceStub(other).Predict
+        # Held, as grpc cancels a call whose future nobody holds.
+        waiting = [predict.future(slow()) for _ in range(2)]
+        wait_for(lambda: stub.Predict.future(slow(3.0), timeout=0.2).code() is EXCEEDED)
         other.close()
+        assert {call.code() for call in waiting} == {grpc.StatusCode.CANCELLED}
         assert stub.Predict(slow(3.0), timeout=SECONDS).outputs["y"].float_val[:] == [6.0]
         # Over REST there is a time for all, and clients that go.
         endless = json.dumps({"instances": [ENDLESS]})
@@ -97,10 +100,3 @@ def test_calls_that_nobody_waits_for_end_and_leave_others_their_turn(
                 post("slow", endless, seconds=0.1)
         assert post("slow", '{"instances": [2.0]}') == (200, {"predictions": [4.0]})
         caller.channel.close()
-
-
-def _code_in(method, request, seconds):
-    """The code of a call with that deadline, which must fail."""
-    with pytest.raises(grpc.RpcError) as caught:
-        method(request, timeout=seconds)
-    return caught.value.code()

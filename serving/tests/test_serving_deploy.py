@@ -12,7 +12,6 @@ import os
 import pathlib
 import re
 import socket
-import time
 
 import pytest
 import yaml
@@ -28,6 +27,7 @@ from pwiser_serving.server import config_pb2
 from pwiser_serving.server.models import Models
 from pwiser_serving.server.status import Status
 from tensorflow_serving.config import model_server_config_pb2
+from waiting import wait_for
 
 DEPLOY = pathlib.Path(__file__).resolve().parents[1] / "deploy"
 README = (DEPLOY / "README.md").read_text()
@@ -404,13 +404,6 @@ def deployed(models, start_server, tmp_path_factory):
         yield get, edit
 
 
-def _until(condition):
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_our_server_reads_these_files_and_tells_readiness(deployed):
     get, edit = deployed
     _, _, container, _ = _serving()
@@ -422,15 +415,15 @@ def test_our_server_reads_these_files_and_tells_readiness(deployed):
     assert get("/v1/models/demo/labels/nonsense")[0] == 200
     loaded, labelled, moved, done = _steps()
     edit(loaded)
-    _until(lambda: "AVAILABLE" in get("/v1/models/demo/versions/2")[1])
+    wait_for(lambda: "AVAILABLE" in get("/v1/models/demo/versions/2")[1])
     assert json.loads(get(ready)[1])["model_spec"]["version"] == "1"
     edit(labelled)
-    _until(lambda: get(canary)[0] == 200)
+    wait_for(lambda: get(canary)[0] == 200)
     assert json.loads(get(canary)[1])["model_spec"]["version"] == "2"
     edit(moved)
-    _until(lambda: json.loads(get(ready)[1])["model_spec"]["version"] == "2")
+    wait_for(lambda: json.loads(get(ready)[1])["model_spec"]["version"] == "2")
     edit(done)
-    _until(lambda: "END" in get("/v1/models/demo/versions/1")[1])
+    wait_for(lambda: "END" in get("/v1/models/demo/versions/1")[1])
     # Metadata needs the version in service: what a probe must see.
     assert get("/v1/models/demo/versions/1/metadata")[0] == 404
     assert get(ready)[0] == 200

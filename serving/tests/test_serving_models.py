@@ -1,7 +1,6 @@
 """models: configurations, policies, labels and reloads, with servables that only take notes."""
 
 import threading
-import time
 from concurrent import futures
 
 import grpc
@@ -14,6 +13,7 @@ from pwiser_serving.server.status import Status
 from pwiser_serving.server.versions import Retries
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus as State
 from tensorflow_serving.config.model_server_config_pb2 import ModelServerConfig
+from waiting import wait_for
 
 INVALID, NOT_FOUND = grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND
 PRECONDITION, UNKNOWN = grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNKNOWN
@@ -50,13 +50,6 @@ def _refused(call, *arguments):
     with pytest.raises(Status) as caught:
         call(*arguments)
     return caught.value.code, caught.value.message
-
-
-def _wait_until(condition):
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_several_models_each_with_its_policy(models, tmp_path):
@@ -247,9 +240,9 @@ def test_a_model_that_is_no_longer_listed_goes_after_its_last_request(models, tm
         assert _served(models, "b") == 1
         assert not servable.closed
         assert [status.state for status in models.statuses("a")] == [State.UNLOADING]
-    _wait_until(lambda: servable.closed)
+    wait_for(lambda: servable.closed)
     # What became of it is still told, until it comes back.
-    _wait_until(lambda: [status.state for status in models.statuses("a")] == [State.END])
+    wait_for(lambda: [status.state for status in models.statuses("a")] == [State.END])
     models.reload(_config(a))
     assert _served(models, "a") == 1
     assert [status.state for status in models.statuses("a")] == [State.AVAILABLE]
@@ -304,7 +297,7 @@ def test_a_slow_load_delays_neither_requests_nor_other_models(tmp_path):
     slow, quick = models.poll()
     quick.result()
     assert (_served(models, "slow"), _served(models, "quick")) == (1, 2)
-    _wait_until(
+    wait_for(
         lambda: (
             [status.state for status in models.statuses("slow")] == [State.LOADING, State.AVAILABLE]
         )
@@ -322,13 +315,9 @@ def test_a_slow_load_delays_neither_requests_nor_other_models(tmp_path):
     )
     with futures.ThreadPoolExecutor(40) as pool:
         reloads = [pool.submit(models.reload, moved) for _ in range(40)]
-        time.sleep(0.2)
+        wait_for(lambda: all(reload.running() for reload in reloads))
         _add(tmp_path / "quick", "4")
-        deadline = time.monotonic() + 10
-        while _served(models, "quick") != 4:
-            assert time.monotonic() < deadline
-            models.poll()
-            time.sleep(0.01)
+        wait_for(lambda: models.poll() and _served(models, "quick") == 4)
         assert not any(reload.done() for reload in reloads)
         released.set()
         for reload in reloads:
@@ -349,7 +338,7 @@ def test_a_model_that_is_removed_while_it_loads_is_not_served(tmp_path):
     _add(tmp_path, "1")
     models.configure(_config(f"name: 'm' base_path: '{tmp_path}'"))
     [look] = models.poll()
-    _wait_until(lambda: models.all()[0].statuses())
+    wait_for(lambda: models.all()[0].statuses())
     models.reload(_config())
     released.set()
     look.result()

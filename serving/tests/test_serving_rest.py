@@ -15,7 +15,6 @@ import os
 import random
 import socket
 import threading
-import time
 from concurrent import futures
 
 import numpy as np
@@ -39,6 +38,7 @@ from tensorflow_serving.apis import (
     get_model_status_pb2,
     regression_pb2,
 )
+from waiting import wait_for
 
 ROWS = [("acme", 3, 0.5), ("zorg", 99, -2.0), ("", -5, 0.0), ("ünbekannt", 0, 30.25)]
 WANTED = [serving_model.expected(*row, bias=0.0) for row in ROWS]
@@ -950,16 +950,15 @@ def test_a_stop_answers_what_runs_and_takes_nothing_new():
     idle = site.socket()
     stopper = threading.Thread(target=site.server.stop, args=(20,))
     stopper.start()
-    # The listening socket is closed while the request still runs, and so is an idle connection.
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
+
+    def refuses():
         try:
             site.socket().close()
         except ConnectionRefusedError:
-            break
-        time.sleep(0.02)
-    else:
-        pytest.fail("it still listens")
+            return True
+
+    # The listening socket is closed while the request still runs, and so is an idle connection.
+    wait_for(refuses)
     assert idle.recv(1) == b""
     idle.close()
     assert stopper.is_alive()

@@ -28,6 +28,7 @@ from pwiser_serving import (
     tensors,
 )
 from pwiser_serving.protos import service_pb2, tensor_pb2
+from waiting import wait_for
 
 RAW = {
     "brand": ["acme", "zorg", None, "", float("nan"), "new"],
@@ -685,8 +686,7 @@ def test_threads_share_a_scorer_while_versions_change(fake):
         for version in range(2, 30):
             model.set_version(version, keep=True)
             calls = model.calls
-            while model.calls < calls + 4 and not errors:
-                time.sleep(0.001)
+            wait_for(lambda calls=calls: model.calls >= calls + 4 or errors)
         stop.set()
         for thread in threads:
             thread.join()

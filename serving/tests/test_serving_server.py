@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import grpc
 import pytest
@@ -51,6 +50,7 @@ from tensorflow_serving.apis import (
     prediction_service_pb2_grpc,
 )
 from tensorflow_serving.config import model_server_config_pb2
+from waiting import wait_for
 
 
 def _warm_up(folder: pathlib.Path, *requests) -> None:
@@ -95,7 +95,7 @@ def test_versions_come_go_and_break_while_serving(models, start_server, tmp_path
             thread.start()
         os.symlink(models[1.0], base_path / "00002")
         server.wait_for_log("m version 1 is closed")
-        time.sleep(0.1)
+        wait_for(lambda: seen[-1][0] == 2)
         stop.set()
         for thread in threads:
             thread.join()
@@ -228,20 +228,13 @@ def test_it_may_serve_what_loads(models, start_server, tmp_path):
         server.wait_for_log(f"{tmp_path}/absent: No such file or directory")
         # They follow, and a new version of the good one does not wait for them.
         os.symlink(models[1.0], tmp_path / "good" / "2")
-        _until(lambda: caller.predict(named("good")).model_spec.version.value == 2)
+        wait_for(lambda: caller.predict(named("good")).model_spec.version.value == 2)
         (tmp_path / "absent").mkdir()
         os.symlink(models[0.0], tmp_path / "absent" / "4")
         server.wait_for_log("absent version 4 is served now")
         assert caller.predict(named("absent")).model_spec.version.value == 4
         assert refused(caller.predict, named("broken"))[0] is NOT_FOUND
         caller.channel.close()
-
-
-def _until(condition):
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_a_port_in_use_is_one_line(tmp_path):
@@ -352,11 +345,12 @@ def test_faults_floods_and_the_end(tmp_path):
         assert first.code() is grpc.StatusCode.OK
         lines = [process.stdout.readline() for _ in range(3)]
         assert lines == ["answered\n", "running\n", "answered\n"]
-        # Whose caller has gone before its turn is not run.
+        # Whose caller has gone before its turn is not run. It has come when one is too many.
         first = ask("short")
         assert process.stdout.readline() == "running\n"
-        gone = ask("short")
-        time.sleep(0.1)
+        waiting = {ask("short"), ask("short")}
+        too_many = wait_for(lambda: {call for call in waiting if call.done()})
+        (gone,) = waiting - too_many
         gone.cancel()
         assert first.code() is grpc.StatusCode.OK
         assert process.stdout.readline() == "answered\n"
@@ -501,23 +495,17 @@ def test_models_labels_reloads_and_health(models, start_server, tmp_path):
         request.config.model_config_list.config[0].version_labels["stable"] = 2
         response = manage.HandleReloadConfigRequest(request, timeout=SECONDS)
         assert (response.HasField("status"), response.status.error_code) == (True, 0)
-        while answer("a", label="stable")[0] == 2:
-            time.sleep(0.02)
+        wait_for(lambda: answer("a", label="stable")[0] == 1)
         request.config.model_config_list.config[0].version_labels["stable"] = 3
         assert refused(manage.HandleReloadConfigRequest, request) == (
             PRECONDITION,
             "Request to assign label to version 3 of model a, which is not currently available "
             "for inference",
         )
-        # A file that is wrong changes nothing, and is told once; one that is right does.
+        # A file that is wrong changes nothing, and is told once, however often it is read.
         file.write_text("model_config_list { config { nome: 'a' } }")
         server.wait_for_log("has no field named")
         assert answer("b")[0] == 1
-        time.sleep(0.3)
-        assert server.log.count("has no field named") == 1
-        file.write_text(text_format.MessageToString(_model_config(b=tmp_path / "b")))
-        server.wait_for_log("a version 2 is closed")
-        assert refused(caller.predict, named("a"))[0] is NOT_FOUND
 
         # Health, by every name that TF Serving gives it, and watched until the end.
         health = health_pb2_grpc.HealthStub(caller.channel)
@@ -533,6 +521,11 @@ def test_models_labels_reloads_and_health(models, start_server, tmp_path):
             watch = health.Watch(asked, timeout=SECONDS)
             assert next(watch).status in (SERVING, health_pb2.HealthCheckResponse.SERVICE_UNKNOWN)
             watch.cancel()
+        # The file was read meanwhile. One that is right is followed.
+        assert server.log.count("has no field named") == 1
+        file.write_text(text_format.MessageToString(_model_config(b=tmp_path / "b")))
+        server.wait_for_log("a version 2 is closed")
+        assert refused(caller.predict, named("a"))[0] is NOT_FOUND
         watch = health.Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
         assert next(watch).status == SERVING
         server.process.send_signal(signal.SIGTERM)

@@ -1,13 +1,12 @@
 """versions: what is loaded, kept, replaced and closed, with servables that only take notes."""
 
-import time
-
 import grpc
 import pytest
 from notes import Note
 from pwiser_serving.server.status import Status
 from pwiser_serving.server.versions import Versions
 from tensorflow_serving.apis.get_model_status_pb2 import ModelVersionStatus as State
+from waiting import wait_for
 
 
 @pytest.fixture
@@ -29,14 +28,6 @@ def _add(base_path, name, broken=False):
     (base_path / name).mkdir()
     if broken:
         (base_path / name / "broken").touch()
-
-
-def _wait_until(condition):
-    """A version is closed by a thread of its own, after its last request."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def _states(versions):
@@ -102,8 +93,8 @@ def test_a_replaced_version_is_closed_after_its_last_request(versions, tmp_path)
             with versions.use() as (newer, second):
                 assert (number, newer) == (1, 2)
         assert not first.closed
-    _wait_until(lambda: first.closed)
-    _wait_until(lambda: _states(versions) == [(2, State.AVAILABLE), (1, State.END)])
+    wait_for(lambda: first.closed)
+    wait_for(lambda: _states(versions) == [(2, State.AVAILABLE), (1, State.END)])
     assert not second.closed
     versions.close()
     assert second.closed
@@ -117,7 +108,7 @@ def test_a_request_that_fails_lets_go(versions, tmp_path):
         raise RuntimeError("failed")
     _add(tmp_path, "2")
     versions.poll()
-    _wait_until(lambda: servable.closed)
+    wait_for(lambda: servable.closed)
 
 
 def test_a_broken_version_is_tried_again_when_its_files_change(versions, tmp_path, loads):
