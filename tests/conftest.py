@@ -1,14 +1,17 @@
-"""A small converted data set, and a small trained run, for the tests of what reads them."""
+"""What several test files use: a data set, a trained run, a command run here, a wait."""
 
 import dataclasses
 import pathlib
+import subprocess
+import sys
 import time
 
 import numpy as np
 import pytest
+from absl import app, flags
 
 import pwiser_tf  # noqa: F401 (binds tf.keras to Keras 2 before any test imports TensorFlow)
-from pwiser_tf import records
+from pwiser_tf import __main__, records
 from pwiser_tf.schema import Categorical, Numerical, Schema, Shard, Split
 
 # Names that TensorFlow or a careless program would trip over are among them.
@@ -61,6 +64,33 @@ def wait_for(condition, seconds: float = 60):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
     return found
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """A function that runs `pwiser ...` in this process: exit code, stdout and stderr.
+
+    A process of its own would spend four seconds on importing TensorFlow.
+    """
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["pwiser", *map(str, arguments)])
+        # TensorFlow runs already: too late to choose its threads.
+        monkeypatch.setattr("pwiser_tf.training.share_cores", lambda: None)
+        app.define_help_flags()
+        before = set(flags.FLAGS)
+        capsys.readouterr()
+        code = 0
+        try:
+            __main__.main()
+        except SystemExit as end:
+            code = end.code or 0
+        finally:
+            for name in set(flags.FLAGS) - before:
+                delattr(flags.FLAGS, name)
+        return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

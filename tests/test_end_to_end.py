@@ -190,14 +190,8 @@ def test_an_unknown_model_is_told(address):
     assert raised.value.code == grpc.StatusCode.NOT_FOUND
 
 
-def test_the_configs_parse_and_name_flags_that_exist():
-    for path in sorted(pathlib.Path("configs").glob("*.flags")):
-        folders = ["--data_dir=/no", "--workdir=/no"]
-        result = subprocess.run(
-            [sys.executable, "-m", "pwiser_tf.train", f"--flagfile={path}", *folders],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 2
-        assert result.stderr.startswith("error: /no/schema.json"), path
+@pytest.mark.parametrize("path", sorted(pathlib.Path("configs").glob("*.flags")), ids=str)
+def test_the_configs_parse_and_name_flags_that_exist(path, command):
+    result = command("train", f"--flagfile={path}", "--data_dir=/no", "--workdir=/no")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: /no/schema.json")

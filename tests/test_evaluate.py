@@ -1,7 +1,5 @@
 import json
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import tensorflow as tf
@@ -9,15 +7,6 @@ import tensorflow as tf
 from pwiser_tf import data, metrics, runs
 from pwiser_tf.evaluation import predict
 from pwiser_tf.schema import Schema
-
-
-def _evaluate(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pwiser_tf.evaluate", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_predictions_are_the_models_own_in_the_files_order(trained, dataset):
@@ -31,8 +20,8 @@ def test_predictions_are_the_models_own_in_the_files_order(trained, dataset):
         np.testing.assert_allclose(found[name], values, rtol=1e-6)
 
 
-def test_the_command_gives_the_runs_own_test_metrics(trained, tmp_path):
-    result = _evaluate(f"--workdir={trained}", f"--output_dir={tmp_path / 'out'}")
+def test_the_command_gives_the_runs_own_test_metrics(command, trained, tmp_path):
+    result = command("evaluate", f"--workdir={trained}", f"--output_dir={tmp_path / 'out'}")
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert found["test"] == json.loads((trained / "metrics.json").read_text())["test"]
@@ -40,9 +29,11 @@ def test_the_command_gives_the_runs_own_test_metrics(trained, tmp_path):
     assert f"{found['test']['ctr']['auc']:.4f}" in result.stdout
 
 
-def test_split_and_metrics_file_are_extended_not_replaced(trained, tmp_path):
+def test_split_and_metrics_file_are_extended_not_replaced(command, trained, tmp_path):
     (tmp_path / "metrics.json").write_text('{"test": 1}')
-    result = _evaluate(f"--workdir={trained}", f"--output_dir={tmp_path}", "--split=validation")
+    result = command(
+        "evaluate", f"--workdir={trained}", f"--output_dir={tmp_path}", "--split=validation"
+    )
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "metrics.json").read_text())
     assert found["test"] == 1
@@ -58,34 +49,34 @@ def test_metrics_are_those_of_the_metrics_module(trained, dataset):
     assert test["cvr"]["auc"] == metrics.auc(grade[clicked] == 2, predictions["cvr"][clicked])
 
 
-def test_a_workdir_that_is_none_is_refused(tmp_path):
-    result = _evaluate(f"--workdir={tmp_path}")
+def test_a_workdir_that_is_none_is_refused(command, tmp_path):
+    result = command("evaluate", f"--workdir={tmp_path}")
     assert result.returncode == 2
     assert result.stderr == (
         f"error: {tmp_path}/flags.json: no such file; --workdir must be a run of pwiser_tf.train\n"
     )
 
 
-def test_data_of_another_schema_is_refused(trained, dataset, tmp_path):
+def test_data_of_another_schema_is_refused(command, trained, dataset, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(dataset, copy)
     content = json.loads((copy / "schema.json").read_text())
     content["numerical"][0]["mean"] += 1
     schema_text = json.dumps(content)
     (copy / "schema.json").write_text(schema_text)
-    result = _evaluate(f"--workdir={trained}", f"--data_dir={copy}")
+    result = command("evaluate", f"--workdir={trained}", f"--data_dir={copy}")
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "schema.json" in result.stderr
 
 
-def test_a_truncated_record_file_is_named(trained, dataset, tmp_path):
+def test_a_truncated_record_file_is_named(command, trained, dataset, tmp_path):
     copy = tmp_path / "data"
     shutil.copytree(dataset, copy)
     shard = copy / "test-00002-of-00003.tfrecord"
     shard.write_bytes(shard.read_bytes()[:-100])
-    result = _evaluate(
-        f"--workdir={trained}", f"--data_dir={copy}", f"--output_dir={tmp_path / 'out'}"
+    result = command(
+        "evaluate", f"--workdir={trained}", f"--data_dir={copy}", f"--output_dir={tmp_path / 'out'}"
     )
     assert result.returncode == 2
     assert "test-00002-of-00003.tfrecord: found" in result.stderr
@@ -97,10 +88,10 @@ def test_tensorflow_is_keras_2_here():
     assert tf.keras.Model.__module__.startswith("tf_keras")
 
 
-def test_several_runs_are_compared_with_the_first(trained, tmp_path):
+def test_several_runs_are_compared_with_the_first(command, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "again")
-    result = _evaluate(
-        f"--workdir={trained},{tmp_path / 'again'}", f"--output_dir={tmp_path / 'out'}"
+    result = command(
+        "evaluate", f"--workdir={trained},{tmp_path / 'again'}", f"--output_dir={tmp_path / 'out'}"
     )
     assert result.returncode == 0, result.stderr
     assert "CTR    again  +0.0000 [+0.0000, +0.0000]  p 1.000" in result.stdout
@@ -115,7 +106,7 @@ def test_several_runs_are_compared_with_the_first(trained, tmp_path):
 
 
 def test_runs_with_different_rows_are_not_compared_and_nothing_is_written(
-    trained, dataset, tmp_path
+    command, trained, dataset, tmp_path
 ):
     other, data = tmp_path / "other", tmp_path / "data"
     shutil.copytree(trained, other)
@@ -125,18 +116,18 @@ def test_runs_with_different_rows_are_not_compared_and_nothing_is_written(
         shutil.copy(shard, data / shard.name.replace("validation", "test"))
     settings = json.loads((other / "flags.json").read_text())
     (other / "flags.json").write_text(json.dumps(settings | {"data_dir": str(data)}))
-    result = _evaluate(f"--workdir={trained},{other}", f"--output_dir={tmp_path / 'out'}")
+    result = command("evaluate", f"--workdir={trained},{other}", f"--output_dir={tmp_path / 'out'}")
     assert result.returncode == 2
     assert "the runs have different data: nothing is compared" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_several_runs_need_names_and_a_place(trained, tmp_path):
+def test_several_runs_need_names_and_a_place(command, trained, tmp_path):
     for arguments, message in (
         ([f"--workdir={trained},{trained}"], "several runs need an --output_dir"),
         ([f"--workdir={trained},{trained}", f"--output_dir={tmp_path}"], "two runs are called"),
     ):
-        result = _evaluate(*arguments)
+        result = command("evaluate", *arguments)
         assert result.returncode == 2
         assert message in result.stderr
         assert result.stderr.count("\n") == 1

@@ -222,19 +222,9 @@ def test_an_export_that_fails_its_check_leaves_nothing(trained, tmp_path, monkey
     assert list((tmp_path / "shop").iterdir()) == []
 
 
-def test_the_command_exports(trained, tmp_path):
-    result = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pwiser_tf.export",
-            f"--workdir={trained}",
-            f"--export_dir={tmp_path}",
-            "--model_name=shop",
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
+def test_the_command_exports(command, trained, tmp_path):
+    result = command(
+        "export", f"--workdir={trained}", f"--export_dir={tmp_path}", "--model_name=shop"
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout == f"exported {tmp_path}/shop/1\n"

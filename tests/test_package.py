@@ -49,11 +49,11 @@ def test_training_imports_no_plots_and_nothing_of_serving():
     assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_shows_its_own_help(command, tmp_path):
-    done = _python("-m", "pwiser_tf", command, "--help", cwd=tmp_path)
-    flag = {"serve": "--model_base_path", "score": "--input", "sample": "--rows"}.get(command)
-    flag = flag or {"convert": "--format", "study": "--seeds"}.get(command, "  --workdir: ")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_shows_its_own_help(name, command):
+    done = command(name, "--help")
+    flag = {"serve": "--model_base_path", "score": "--input", "sample": "--rows"}.get(name)
+    flag = flag or {"convert": "--format", "study": "--seeds"}.get(name, "  --workdir: ")
     assert done.returncode in (0, 1)
     assert flag in done.stdout
 
@@ -82,14 +82,14 @@ def test_every_import_is_declared():
     assert not missing
 
 
-def test_the_command_without_a_subcommand_and_with_a_wrong_one():
-    done = _python("-m", "pwiser_tf")
+def test_the_command_without_a_subcommand_and_with_a_wrong_one(command):
+    done = command()
     assert done.returncode == 0
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
-    done = _python("-m", "pwiser_tf", "trian")
+    done = command("trian")
     assert done.returncode == 2
     assert done.stderr.startswith("error: found command 'trian', expected one of convert, sample,")
-    assert _python("-m", "pwiser_tf", "--version").stdout.startswith("pwiser-tf 0.")
+    assert command("--version").stdout.startswith("pwiser-tf 0.")
 
 
 def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path):

@@ -1,5 +1,4 @@
 import json
-import pathlib
 import shutil
 import signal
 import subprocess
@@ -14,18 +13,20 @@ from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.training import Progress, _monitored, train
 from tests.conftest import wait_for, write_dataset
 
+TRAIN = [sys.executable, "-m", "pwiser_tf.train"]
 
-def _command(settings, folder, *more):
-    """The command line that gives these settings."""
-    arguments = [sys.executable, "-m", "pwiser_tf.train", f"--workdir={folder}"]
+
+def _arguments(settings, folder, *more):
+    """The command's arguments that give these settings."""
+    arguments = [f"--workdir={folder}"]
     for name, value in settings.read().items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
         arguments.append(f"--{name}={text}")
     return [*arguments, *more]
 
 
-def _run(arguments):
-    return subprocess.run(arguments, capture_output=True, text=True, check=False)
+def _process(arguments):
+    return subprocess.run([*TRAIN, *arguments], capture_output=True, text=True, check=False)
 
 
 def test_a_run_leaves_what_the_design_says(trained, settings):
@@ -167,14 +168,16 @@ def test_a_data_set_smaller_than_a_batch_trains(tmp_path, settings, capsys):
 
 def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
     long = settings.replace(epochs=6, patience=9, batch_size=16, model="mmoe")
-    whole = _run(_command(long, tmp_path / "whole"))
+    whole = _process(_arguments(long, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     expected = json.loads((tmp_path / "whole" / "metrics.json").read_text())
-    command = _command(long, tmp_path / "killed", "--checkpoint_seconds=0")
+    arguments = _arguments(long, tmp_path / "killed", "--checkpoint_seconds=0")
     resumed = 0
     # Once in the first epoch, once a few epochs later: as soon as so many states were saved.
     for states in (5, 100):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [*TRAIN, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         checkpoint = tmp_path / "killed" / "checkpoints" / "checkpoint"
 
         def saved(checkpoint=checkpoint, states=states):
@@ -186,7 +189,7 @@ def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
         output = process.communicate()[0].decode()
         assert process.returncode == -signal.SIGKILL, output
         resumed += "going on at epoch" in output
-    result = _run(command)
+    result = _process(arguments)
     assert result.returncode == 0, result.stderr
     assert "going on at epoch" in result.stdout
     assert resumed == 1
@@ -331,25 +334,28 @@ def test_progress_survives_its_round_trip():
         ("stray", "unexpected argument 'stray'"),
     ],
 )
-def test_a_users_mistake_is_one_line_and_exit_code_2(argument, message, settings, tmp_path):
-    result = _run(_command(settings, tmp_path / "run", argument))
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    argument, message, command, settings, tmp_path
+):
+    result = command("train", *_arguments(settings, tmp_path / "run", argument))
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1, result.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command_trains_and_exports(settings, tmp_path):
-    result = _run(
-        _command(
+def test_the_command_trains_and_exports(command, settings, tmp_path):
+    result = command(
+        "train",
+        *_arguments(
             settings.replace(epochs=1, pwiser_weight=5.0),
             tmp_path / "run",
             f"--export_dir={tmp_path / 'models'}",
             "--model_name=shop",
-        )
+        ),
     )
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "models" / "shop" / "1" / "saved_model.pb").exists()
     assert "strength" in result.stdout
     assert "warning: strength" in result.stderr
-    assert pathlib.Path(tmp_path / "run" / "metrics.json").exists()
+    assert (tmp_path / "run" / "metrics.json").exists()
