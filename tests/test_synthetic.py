@@ -1,8 +1,5 @@
 import csv
 import hashlib
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -244,15 +241,10 @@ def test_aliccp_can_be_learnt(tmp_path):
         assert metrics.auc(test[label].to_numpy(), found) > floor
 
 
-def command(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "pwiser_tf.synthetic", *arguments],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-
-
-def test_command(tmp_path):
-    done = command(f"--output_dir={tmp_path / 'out'}", "--rows=2000", "--ctr=.2", "--cvr=.3")
+def test_command(command, tmp_path):
+    done = command(
+        "sample", f"--output_dir={tmp_path / 'out'}", "--rows=2000", "--ctr=.2", "--cvr=.3"
+    )
     assert done.returncode == 0, done.stderr
     assert "2,000 rows" in done.stdout
     assert "ctr AUC of the planted probabilities on test" in done.stdout
@@ -268,8 +260,8 @@ def test_command(tmp_path):
         ("--rows=0", "--rows"),
     ],
 )
-def test_command_refuses_what_cannot_be(tmp_path, flag, message):
-    done = command(f"--output_dir={tmp_path / 'out'}", flag)
+def test_command_refuses_what_cannot_be(command, tmp_path, flag, message):
+    done = command("sample", f"--output_dir={tmp_path / 'out'}", flag)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
     assert not (tmp_path / "out").exists()

@@ -138,18 +138,6 @@ def test_batching_config():
     assert config.enable_large_batch_splitting.value
 
 
-def test_batching_config_is_what_the_benchmark_printed():
-    text = (DEPLOY / "batching.config").read_text()
-    assert re.search(r"^#     python -m benchmarks\.batching", text, re.MULTILINE)
-    benchmark = DEPLOY.parents[1] / "benchmarks" / "batching.py"
-    if benchmark.is_file():
-        # Every line that is not a number's is one that the benchmark writes.
-        fields = set(re.findall(r"^(\w+)(?: \{|:)", text, re.MULTILINE))
-        assert fields == set(re.findall(r"^(\w+) \{\{ value", benchmark.read_text(), re.M)) | {
-            "allowed_batch_sizes"
-        }
-
-
 def test_monitoring_config():
     monitoring = _parsed("monitoring.config", config_pb2.MonitoringConfig()).prometheus_config
     assert monitoring.enable
@@ -564,9 +552,3 @@ def test_panels_do_not_overlap():
     ]
     assert len(set(cells)) == len(cells)
     assert max(x for x, _ in cells) < 24
-
-
-def test_the_readme_names_the_files():
-    named = set(re.findall(r"`([\w-]+\.(?:config|yaml))`", README))
-    files = {path.name for path in DEPLOY.iterdir() if path.suffix in (".config", ".yaml")}
-    assert files <= named
