@@ -59,7 +59,8 @@ def test_each_command_shows_its_own_help(name, command):
 
 
 def test_every_import_is_declared():
-    """A package that lies in the environment by chance, pwiser_serving too, hides a missing line."""
+    """A package that lies in the environment by chance, pwiser_serving too, hides
+    a missing line."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     used = ("plots", "tune", "study", "bench")
