@@ -1,11 +1,10 @@
-# `make quickstart`, `make demo` and `make test` make their own virtual environment and install what
-# they need.
+# Every command here makes its own virtual environment and installs what it needs.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: quickstart demo test lint format bench clean
+.PHONY: quickstart demo test test-fast lint format bench clean
 
 # What the program needs, at the versions it was tested with.
 $(VENV)/installed: pyproject.toml serving/setup.py constraints.txt
@@ -30,6 +29,10 @@ demo: $(VENV)/installed
 # A process a core, at most four: each may hold a few GB of TensorFlow.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+
+# Without the tests marked slow: under two minutes on two cores.
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m 'not slow'
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

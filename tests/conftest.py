@@ -93,6 +93,12 @@ def command(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Plots become empty files: to draw them is half of a small run's time."""
+    monkeypatch.setattr("pwiser_tf.plots.save", lambda figure, path: pathlib.Path(path).touch())
+
+
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> pathlib.Path:
     """The folder of a small data set: 1000 rows to train on, 300 to validate, 300 to test."""
