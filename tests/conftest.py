@@ -1,11 +1,13 @@
 """What several test files use: a data set, a trained run, a command run here, a wait."""
 
 import dataclasses
+import logging
 import pathlib
 import subprocess
 import sys
 import time
 
+import absl.logging
 import numpy as np
 import pytest
 from absl import app, flags
@@ -57,6 +59,13 @@ def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -
     return schema
 
 
+def pytest_collection_modifyitems(items):
+    """Marks as slow what needs the trained run."""
+    for item in items:
+        if "trained" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
 def wait_for(condition, seconds: float = 60):
     """Polls until the condition is true, and returns its value; fails after so many seconds."""
     deadline = time.monotonic() + seconds
@@ -78,7 +87,7 @@ def command(monkeypatch, capsys):
         # TensorFlow runs already: too late to choose its threads.
         monkeypatch.setattr("pwiser_tf.training.share_cores", lambda: None)
         app.define_help_flags()
-        before = set(flags.FLAGS)
+        before, level = set(flags.FLAGS), logging.root.level
         capsys.readouterr()
         code = 0
         try:
@@ -88,6 +97,9 @@ def command(monkeypatch, capsys):
         finally:
             for name in set(flags.FLAGS) - before:
                 delattr(flags.FLAGS, name)
+            # absl takes the root logger for itself.
+            logging.root.removeHandler(absl.logging.get_absl_handler())
+            logging.root.setLevel(level)
         return subprocess.CompletedProcess(arguments, code, *capsys.readouterr())
 
     return run

@@ -205,6 +205,7 @@ def test_validation_is_cut_by_common_feature(sample, tmp_path):
     assert digest(tmp_path / "out") == digest(tmp_path / "again")
 
 
+@pytest.mark.slow
 def test_a_join_larger_than_memory_gives_the_same(tmp_path, monkeypatch):
     (tmp_path / "in").mkdir()
     make_sample(tmp_path / "in", rows=150_000, layout="aliccp_raw")

@@ -992,6 +992,7 @@ def test_command_ends_with_0_or_with_one_line_and_2(files):
         assert message in done.stderr
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_imported(files):
     code = (
         "import sys; from pwiser_tf.convert import command as c, columns;"
@@ -1004,6 +1005,7 @@ def test_tensorflow_is_not_imported(files):
     assert done.stdout == "fine\n", done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(tmp_path, number):
     path = write_csv(tmp_path / "train.csv", big_rows(1) * 400_000)

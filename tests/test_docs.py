@@ -118,6 +118,7 @@ def _run_page(page: pathlib.Path, folder: pathlib.Path) -> str:
     return result.stdout
 
 
+@pytest.mark.slow
 def test_readmes_commands_score_the_log(folder):
     _run_page(ROOT / "README.md", folder)
     log = (folder / "log.csv").read_text().splitlines()
@@ -126,6 +127,7 @@ def test_readmes_commands_score_the_log(folder):
     assert len(scores) == len(log)
 
 
+@pytest.mark.slow
 def test_starts_commands_compare_export_and_score(folder):
     printed = _run_page(ROOT / "docs" / "start.md", folder)
     assert '"predictions"' in printed  # curl's answer

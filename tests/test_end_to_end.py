@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     *("--model=mmoe", "--experts=2", "--embedding_dim=4", "--bottom_units=8", "--tower_units=8"),
     *("--batch_size=128", "--epochs=2"),

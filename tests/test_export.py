@@ -355,6 +355,7 @@ def test_one_column_does_not_stand_for_all(name, exported):
             run(*arrays.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "head"),
     [(name, head) for name, model in MODELS.items() for head in model.conversion_heads],

@@ -463,6 +463,7 @@ def run_script(script):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 def test_two_replicas_give_the_mean_of_their_own_losses():
     run_script("""
 import numpy as np
@@ -506,6 +507,7 @@ else:
 """)
 
 
+@pytest.mark.slow
 def test_the_function_trains_a_keras_3_model():
     run_script("""
 import os

@@ -272,6 +272,7 @@ def _gradients(model):
 
 # A loss reaches the weights through the logits: each loss with one architecture, and each
 # architecture with a loss that reads the logits alone, and with one that has heads of its own.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "head", "loss"),
     [
@@ -417,6 +418,7 @@ def test_models_start_at_the_training_splits_rates(name, head):
     assert found["ctcvr"].numpy().mean() == pytest.approx(0.003, rel=0.7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_one_seed_one_initialisation(name):
     first, same, other = (_model(name, seed=seed) for seed in (1, 1, 2))
@@ -441,6 +443,7 @@ def test_experts_critics_and_towers_start_different(name):
                 assert a.shape != b.shape or (a != b).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["ctr", "ctcvr"])
 @pytest.mark.parametrize("name", MODELS)
 def test_an_energy_is_there_for_jrc_and_changes_no_output(name, task):
@@ -477,6 +480,7 @@ def test_metaheacs_energy_is_the_critics_mixture():
     np.testing.assert_allclose(energy, np.full(20, 0.3 * 1 + 0.2 * 2), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_mixed_precision_trains_every_architecture(name):
     model = _model(name, mixed_precision=True)

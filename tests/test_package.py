@@ -40,6 +40,7 @@ def test_the_public_names_are_there():
     assert pwiser_tf.__version__ == importlib.metadata.version("pwiser-tf")
 
 
+@pytest.mark.slow
 def test_training_imports_no_plots_and_nothing_of_serving():
     program = (
         "import sys, pwiser_tf.train; print(sorted({name.split('.')[0] for name in sys.modules} & "
@@ -93,6 +94,7 @@ def test_the_command_without_a_subcommand_and_with_a_wrong_one(command):
     assert command("--version").stdout.startswith("pwiser-tf 0.")
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_whole_package_and_nothing_else(tmp_path):
     # A copy, as building leaves folders behind.
     source = tmp_path / "source"

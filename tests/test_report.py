@@ -218,6 +218,7 @@ def assert_a_sheet_is_written(path, grade, scores):
     assert (width, height) == (1650, 1045)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "counts", [(0, 0, 0), (1, 0, 0), (12, 5, 3), (500, 40, 0), (0, 0, 50), (900, 50, 2)]
 )
@@ -226,6 +227,7 @@ def test_odd_labels_still_give_a_sheet(tmp_path, counts):
     assert_a_sheet_is_written(tmp_path / "sheet.png", grades(*counts), scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [[0.01], [0], [1], [0, 1], [0, 1e-38, 1e-9, 0.5, 1]])
 def test_odd_scores_still_give_a_sheet(tmp_path, values):
     scores = np.random.default_rng(0).choice(values, 650)
@@ -288,6 +290,7 @@ def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
         plots.plot_comparison(tmp_path / "absent" / "comparison.png", summaries)
 
 
+@pytest.mark.slow
 def test_plots_leave_matplotlib_and_tensorflow_alone(tmp_path):
     program = f"""
 import sys, matplotlib

@@ -122,6 +122,7 @@ def test_any_number_of_upper_rows_in_the_blocks(name, rows):
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-12, atol=1e-16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_32k_rows_equal_every_pair_in_numpy(name):
     logits, grade, group = random_case(7, rows=32_768, shares=(0.96, 0.03, 0.01))

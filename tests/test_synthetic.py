@@ -121,6 +121,7 @@ def test_more_accidents_make_clicks_harder_to_predict(tmp_path):
     assert ceilings[0] > ceilings[1] + 0.03 > ceilings[2] + 0.06
 
 
+@pytest.mark.slow
 def test_it_can_be_learnt_and_not_by_a_linear_model_alone(sample):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import OneHotEncoder
@@ -224,6 +225,7 @@ def test_aliccp_processed_layout(tmp_path):
         assert 0 < (train[name] == 0).mean() < 1
 
 
+@pytest.mark.slow
 def test_aliccp_can_be_learnt(tmp_path):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import OneHotEncoder

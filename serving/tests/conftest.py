@@ -1,6 +1,7 @@
 """Fixtures: a running server and a caller made of tensorflow-serving-api's own stubs."""
 
 import contextlib
+import gc
 import os
 import pathlib
 import re
@@ -10,6 +11,19 @@ import sys
 
 import pytest
 from waiting import wait_for
+
+
+def pytest_collection_modifyitems(items):
+    """Marks as slow what starts a server."""
+    for item in items:
+        if "start_server" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish():
+    """Makes garbage collection, which follows a closed version, pass over all that is imported."""
+    gc.freeze()
+
 
 READY = re.compile(r"pwiser_serving: serving \S+ version (\d+)(?:, .*)? on 0\.0\.0\.0:(\d+)\n")
 

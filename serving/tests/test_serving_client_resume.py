@@ -17,6 +17,8 @@ from fake_server import INTERRUPTIBLE, FakeModel, Refused, serve
 from pwiser_serving import client, tensors
 from waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 ROWS = 500
 FORMATS = ["csv", "jsonl", "parquet", "csv.gz", "jsonl.gz"]
 

@@ -52,6 +52,8 @@ from tensorflow_serving.apis import (
 from tensorflow_serving.config import model_server_config_pb2
 from waiting import wait_for
 
+pytestmark = pytest.mark.slow
+
 
 def _warm_up(folder: pathlib.Path, *requests) -> None:
     (folder / "assets.extra").mkdir()
