@@ -9,9 +9,9 @@ SavedModelScorer when it is made.
 
 import os
 
-# gRPC's documented default, which its current releases forget: they print a line for each TLS
-# handshake that fails, beside the error that tells of it. It is read when gRPC is imported.
-os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+# gRPC prints a line for each TLS handshake that fails, beside the error that tells of it; before
+# 1.71 as an error. The variable is read when gRPC is imported.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from pwiser_serving.connection import TLS
 from pwiser_serving.errors import (

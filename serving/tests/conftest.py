@@ -25,6 +25,11 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    """Lets the end of the process see all garbage, without which TensorFlow warns of leaks."""
+    gc.unfreeze()
+
+
 READY = re.compile(r"pwiser_serving: serving \S+ version (\d+)(?:, .*)? on 0\.0\.0\.0:(\d+)\n")
 
 

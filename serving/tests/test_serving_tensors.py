@@ -2,6 +2,7 @@
 
 import itertools
 
+import ml_dtypes
 import numpy as np
 import pytest
 from pwiser_serving import tensors
@@ -11,6 +12,13 @@ from pwiser_serving.protos.tensor_pb2 import Tensor, TensorShape
 NUMBERS = ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "?")
 # Those that TensorFlow has and NumPy alone has not, or that no score is.
 OTHERS = ["c8", "c16", *(dtype for dtype, _ in tensors._TYPES.values() if dtype.kind == "V")]
+
+
+def _newer_types() -> set[int]:
+    """The types that an older TensorFlow does not have."""
+    from tensorflow.core.framework import types_pb2
+
+    return set(tensor_pb2.DataType.values()) - set(types_pb2.DataType.values())
 
 
 def _shape(*sizes):
@@ -47,8 +55,9 @@ def test_every_type_of_tensorflow_survives_and_its_own_reader_reads_the_same(dty
     assert back.dtype == dtype
     assert back.tolist() == array.tolist()
     # The reader in C++.
-    theirs = tf.io.parse_tensor(tensor.SerializeToString(), tf.dtypes.DType(tensor.dtype))
-    assert theirs.numpy().tobytes() == array.tobytes()
+    if tensor.dtype not in _newer_types():
+        theirs = tf.io.parse_tensor(tensor.SerializeToString(), tf.dtypes.DType(tensor.dtype))
+        assert theirs.numpy().tobytes() == array.tobytes()
     # Fewer values than elements: the last one is repeated.
     if not as_content:
         tensor = tensors.encode(array[0, :2], as_content=False)
@@ -58,7 +67,9 @@ def test_every_type_of_tensorflow_survives_and_its_own_reader_reads_the_same(dty
 
 def test_all_types_are_there_but_those_of_tensorflow_alone():
     names = {tensors.data_type_name(data_type) for data_type in tensor_pb2.DataType.values()}
-    without = {"invalid", "resource", "variant"}
+    # NumPy's types are those of ml_dtypes, whose older versions have not all.
+    newer = {name for name in tensors._ML_FIELDS if not hasattr(ml_dtypes, name)}
+    without = {"invalid", "resource", "variant"} | newer
     for data_type in tensor_pb2.DataType.values():
         name = tensors.data_type_name(data_type)
         assert (tensors.numpy_type(data_type) is None) == (name in without), name
@@ -236,6 +247,8 @@ def test_any_tensor_is_read_as_by_tensorflows_own_reader():
     read = refused = 0
     for _ in range(3000):
         tensor = _random_tensor(source)
+        if tensor.dtype in _newer_types():
+            continue
         try:
             found = tensors.decode(tensor)
         except ValueError:
