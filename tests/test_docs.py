@@ -1,8 +1,8 @@
 """The pages: their links lead somewhere, and the commands of README.md and docs/start.md work.
 
-The commands are those in ```sh blocks. Those of a page run in order, as one script, in a folder
-with this repository's programs, on less data: `SMALLER` says what is replaced. What installs, and
-what would run for minutes and has tests of its own, is left out: `LEFT_OUT`.
+The commands are those in ```sh blocks. They run in order, as one script, in a folder with this
+repository's programs, on less data: `SMALLER` says what is replaced. What installs, and what would
+run for minutes and has tests of its own, is left out: `LEFT_OUT`.
 """
 
 import os
@@ -67,27 +67,19 @@ def test_every_page_is_in_the_navigation():
     assert {page for page in pages if not page.startswith("study/")} == named
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """A folder in which the commands find this repository's programs."""
-    for name in ("tools", "examples", "configs"):
-        (tmp_path / name).symlink_to(ROOT / name)
-    return tmp_path
-
-
 def _free_port() -> int:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         return free.getsockname()[1]
 
 
-def _script(page: pathlib.Path) -> str:
-    """The page's commands, made smaller, as a script that ends its servers."""
+def _commands(page: pathlib.Path) -> list[str]:
+    """The page's commands, a line each, made smaller; each server is waited for."""
     text = "\n".join(_blocks(page, "sh"))
     for name, smaller in SMALLER.items():
         assert name in text, f"{page.name} has no {name} any more"
         text = text.replace(name, smaller)
-    # Other tests may serve at the same time.
+    # Other tests, and the other page, may serve at the same time.
     for port in ("8500", "8501"):
         text = text.replace(port, str(_free_port()))
     lines = []
@@ -98,41 +90,34 @@ def _script(page: pathlib.Path) -> str:
         if line.endswith("&"):
             # A reader waits until the server prints that it serves.
             port = re.search(r"--port=(\d+)", line)[1]
-            lines.append(f"until (echo >/dev/tcp/localhost/{port}) 2>/dev/null; do")
-            lines.append("  kill -0 $!; sleep 0.2; done")
-    return "\n".join(["set -euo pipefail", "trap 'kill $(jobs -p) && wait' EXIT", *lines])
+            answers = f"(echo >/dev/tcp/localhost/{port}) 2>/dev/null"
+            lines.append(f"until {answers}; do kill -0 $!; sleep 0.2; done")
+    return lines
 
 
-def _run_page(page: pathlib.Path, folder: pathlib.Path) -> str:
-    """Runs the page's commands in the folder; returns what they print."""
+@pytest.mark.slow
+def test_the_commands_of_the_readme_and_of_getting_started_work(tmp_path):
+    for name in ("tools", "examples", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    # What both pages say is run once.
+    commands = dict.fromkeys(_commands(ROOT / "README.md") + _commands(ROOT / "docs" / "start.md"))
+    script = ["set -euo pipefail", "trap 'kill $(jobs -p) && wait' EXIT", *commands]
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
-    result = subprocess.run(
-        ["bash", "-c", _script(page)],
-        cwd=folder,
+    done = subprocess.run(
+        ["bash", "-c", "\n".join(script)],
+        cwd=tmp_path,
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
         check=False,
     )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return result.stdout
-
-
-@pytest.mark.slow
-def test_readmes_commands_score_the_log(folder):
-    _run_page(ROOT / "README.md", folder)
-    log = (folder / "log.csv").read_text().splitlines()
-    scores = (folder / "scores.csv").read_text().splitlines()
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = (tmp_path / "scores.csv").read_text().splitlines()
     assert scores[0] == "session,item,ctr,cvr,ctcvr"
-    assert len(scores) == len(log)
-
-
-@pytest.mark.slow
-def test_starts_commands_compare_export_and_score(folder):
-    printed = _run_page(ROOT / "docs" / "start.md", folder)
-    assert '"predictions"' in printed  # curl's answer
-    assert (folder / "runs" / "compared" / "comparison.png").exists()
-    assert (folder / "models" / "log" / "1" / "saved_model.pb").exists()
+    assert len(scores) == len((tmp_path / "log.csv").read_text().splitlines())
+    assert '"predictions"' in done.stdout  # curl's answer
+    assert (tmp_path / "runs" / "compared" / "comparison.png").exists()
+    assert (tmp_path / "models" / "log" / "1" / "saved_model.pb").exists()
 
 
 def test_readmes_python_prints_what_it_says(capsys):

@@ -8,10 +8,9 @@ trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 PATH="$folder/venv/bin:$PATH"
 # From a copy, as building leaves folders behind.
-mkdir "$folder/source" "$folder/wheels" "$folder/used"
+mkdir "$folder/source" "$folder/used"
 cp -r "$source"/{pwiser_tf,pyproject.toml,setup.py,README.md,LICENSE} "$folder/source"
-pip install --quiet --disable-pip-version-check build
-python -m build --wheel --outdir "$folder/wheels" "$folder/source" >/dev/null
+pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir="$folder/wheels" "$folder/source"
 pip install --quiet --disable-pip-version-check -c "$source/constraints.txt" "$folder"/wheels/*.whl
 
 cd "$folder/used"
