@@ -1,4 +1,5 @@
-"""The losses that PWiseR is compared with. PWiseR's own tests are in test_losses.py."""
+"""The losses that PWiseR is compared with, and what holds for PWiseR too; the rest of its tests
+are in test_losses.py."""
 
 import math
 
@@ -13,20 +14,23 @@ from tests import oracles
 
 # Each as a function of (logits, grade, group); JRC's energies are made of the logits, so that one
 # gradient has both parts.
-RIVALS = {
+LOSSES = {
+    "pwiser": lambda x, grade, group: losses.pwiser(x, grade),
     "pairwise_logistic": lambda x, grade, group: losses.pairwise_logistic(x, grade),
     "combined_pair": lambda x, grade, group: losses.combined_pair(x, np.asarray(grade) > 0),
     "jrc": lambda x, grade, group: losses.jrc(x, tf.sin(3 * x), np.asarray(grade) > 0, group),
     "listce": lambda x, grade, group: losses.listce(x, np.asarray(grade) > 0, group),
 }
 ORACLES = {
+    "pwiser": lambda x, grade, group: oracles.pwiser(x, grade, 0.05, 0.1)[0],
     "pairwise_logistic": lambda x, grade, group: oracles.pairwise_logistic(x, grade)[0],
     "combined_pair": lambda x, grade, group: oracles.combined_pair(x, grade > 0)[0],
     "jrc": lambda x, grade, group: oracles.jrc(x, np.sin(3 * x), grade > 0, group),
     "listce": lambda x, grade, group: oracles.listce(x, grade > 0, group),
 }
-PAIRWISE, GROUPWISE = ("pairwise_logistic", "combined_pair"), ("jrc", "listce")
-each_rival = pytest.mark.parametrize("name", RIVALS)
+LOGISTIC, GROUPWISE = ("pairwise_logistic", "combined_pair"), ("jrc", "listce")
+PAIRWISE = ("pwiser", *LOGISTIC)
+each_loss = pytest.mark.parametrize("name", LOSSES)
 
 
 def loss_and_gradient(name, logits, grade, group):
@@ -34,7 +38,7 @@ def loss_and_gradient(name, logits, grade, group):
     logits = tf.convert_to_tensor(logits)
     with tf.GradientTape() as tape:
         tape.watch(logits)
-        loss = RIVALS[name](logits, grade, group)
+        loss = LOSSES[name](logits, grade, group)
     gradient = tape.gradient(loss, logits)
     assert loss.dtype == gradient.dtype == logits.dtype
     assert loss.shape == ()
@@ -86,7 +90,7 @@ def test_listce_by_arithmetic():
     assert loss == pytest.approx(expected, rel=1e-12)
 
 
-@each_rival
+@each_loss
 @pytest.mark.parametrize("seed", range(4))
 def test_equals_the_double_loop(name, seed):
     logits, grade, group = random_case(seed)
@@ -94,7 +98,7 @@ def test_equals_the_double_loop(name, seed):
     assert loss == pytest.approx(ORACLES[name](logits, grade, group), rel=1e-12)
 
 
-@each_rival
+@each_loss
 def test_gradient_equals_finite_differences_of_the_double_loop(name):
     logits, grade, group = random_case(seed=5, rows=30)
     _, gradient = loss_and_gradient(name, logits, grade, group)
@@ -106,7 +110,7 @@ def test_gradient_equals_finite_differences_of_the_double_loop(name):
 
 
 @pytest.mark.parametrize("rows", [1, 7, 8, 9, 17])
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", LOGISTIC)
 def test_any_number_of_upper_rows_in_the_blocks(name, rows):
     # Blocks hold 8 rows: less than one, one, one and a bit.
     logits, _, group = random_case(seed=6, rows=rows + 3)
@@ -123,7 +127,7 @@ def test_any_number_of_upper_rows_in_the_blocks(name, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", LOGISTIC)
 def test_32k_rows_equal_every_pair_in_numpy(name):
     logits, grade, group = random_case(7, rows=32_768, shares=(0.96, 0.03, 0.01))
     logits = logits.astype(np.float32)
@@ -167,11 +171,11 @@ def test_groups_of_one_row_each_are_silent():
 # --- pairs that are missing ----------------------------------------------------------------------
 
 
-@each_rival
+@each_loss
 @pytest.mark.parametrize(
     "grade",
-    [[0, 0, 0, 0], [2, 2, 2, 2], [0], [1], [2], []],
-    ids=["exposures", "conversions", "0", "1", "2", "empty"],
+    [[0, 0, 0, 0], [1, 1, 1, 1], [2, 2, 2, 2], [0], [1], [2], []],
+    ids=["exposures", "clicks", "conversions", "0", "1", "2", "empty"],
 )
 def test_without_pairs_loss_and_gradient_are_zero(name, grade):
     logits = np.linspace(-1, 1, len(grade))
@@ -197,7 +201,7 @@ def test_listce_without_positives_is_zero_even_among_many():
 # --- hard numbers --------------------------------------------------------------------------------
 
 
-@each_rival
+@each_loss
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("scale", [1e2, 1e4, 1e8])
 def test_extreme_logits_have_finite_gradients(name, dtype, scale):
@@ -217,17 +221,17 @@ def test_far_pairs_cost_their_distance_or_next_to_nothing():
     assert near == pytest.approx(math.log1p(math.exp(-20)), rel=1e-6)
 
 
-@each_rival
+@each_loss
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("grade", [[0, 1, 2, 2, 0, 1], [2] * 6, [0] * 6])
+@pytest.mark.parametrize("grade", [[0, 1, 2, 2, 0, 1], [0, 0, 0, 2, 0, 0], [2] * 6, [0] * 6])
 @pytest.mark.parametrize("row", range(6))
 def test_one_logit_that_is_not_finite_makes_the_loss_nan(name, row, grade, value):
     logits = np.linspace(-1, 1, 6)
     logits[row] = value
-    assert np.isnan(RIVALS[name](tf.constant(logits), grade, [5, 5, 5, 6, 6, 6]).numpy())
+    assert np.isnan(LOSSES[name](tf.constant(logits), grade, [5, 5, 5, 6, 6, 6]).numpy())
 
 
-@each_rival
+@each_loss
 @pytest.mark.parametrize(("dtype", "tolerance"), [(tf.float16, 2e-3), (tf.bfloat16, 1e-2)])
 def test_half_precision_logits(name, dtype, tolerance):
     logits, grade, group = random_case(seed=12)
@@ -242,7 +246,7 @@ def test_half_precision_logits(name, dtype, tolerance):
     assert loss == pytest.approx(expected, rel=tolerance)
 
 
-@pytest.mark.parametrize("name", PAIRWISE)
+@pytest.mark.parametrize("name", LOGISTIC)
 def test_a_loss_scale_saves_gradients_that_half_precision_cannot_hold(name):
     # A row's share is 1e-8 of a slope of one half: below float16, 1024 times as much is not.
     rows = 50_000
@@ -250,7 +254,7 @@ def test_a_loss_scale_saves_gradients_that_half_precision_cannot_hold(name):
     grade = np.repeat([0, 2], [rows - 10, 10])
     with tf.GradientTape() as tape:
         tape.watch(logits)
-        scaled = RIVALS[name](logits, grade, None) * 1024
+        scaled = LOSSES[name](logits, grade, None) * 1024
     expected = 1024 * 0.5 / (rows - 10)
     assert float(tape.gradient(scaled, logits)[0]) == pytest.approx(expected, rel=0.01)
 
@@ -258,7 +262,7 @@ def test_a_loss_scale_saves_gradients_that_half_precision_cannot_hold(name):
 # --- invariance ----------------------------------------------------------------------------------
 
 
-@each_rival
+@each_loss
 def test_the_order_of_the_rows_does_not_matter(name):
     logits, grade, group = random_case(13, rows=300)
     loss, gradient = loss_and_gradient(name, logits, grade, group)
@@ -303,7 +307,7 @@ def test_listce_is_minimal_where_probabilities_are_proportional_to_labels():
     np.testing.assert_allclose(gradient.reshape(-1, 3).sum(axis=0), 0, atol=0.01)
 
 
-@each_rival
+@each_loss
 def test_group_names_do_not_matter(name):
     logits, grade, group = random_case(17)
     loss, _ = loss_and_gradient(name, logits, grade, group)
@@ -313,7 +317,7 @@ def test_group_names_do_not_matter(name):
         assert again == pytest.approx(loss, rel=1e-12)
 
 
-@each_rival
+@each_loss
 def test_repetitions_agree_bit_by_bit(name):
     logits, grade, group = random_case(18, rows=32_768, shares=(0.98, 0.015, 0.005), groups=4_000)
     logits = logits.astype(np.float32)
@@ -324,10 +328,11 @@ def test_repetitions_agree_bit_by_bit(name):
 # --- graphs --------------------------------------------------------------------------------------
 
 
-@each_rival
+@each_loss
 def test_a_graph_of_unknown_batch_size_traced_once(name):
     traces = []
     functions = {
+        "pwiser": lambda x, grade, group: losses.pwiser(x, grade),
         "pairwise_logistic": lambda x, grade, group: losses.pairwise_logistic(x, grade),
         "combined_pair": lambda x, grade, group: losses.combined_pair(x, grade > 0),
         "jrc": lambda x, grade, group: losses.jrc(x, tf.sin(3 * x), grade > 0, group),
@@ -356,7 +361,7 @@ def test_a_variable_under_a_tape(name):
     logits, grade, group = random_case(20)
     variable = tf.Variable(logits)
     with tf.GradientTape() as tape:
-        loss = RIVALS[name](variable, grade, group)
+        loss = LOSSES[name](variable, grade, group)
     _, expected = loss_and_gradient(name, logits, grade, group)
     np.testing.assert_array_equal(tape.gradient(loss, variable), expected)
 
@@ -368,7 +373,7 @@ def test_second_derivatives_are_refused(name):
         outer.watch(logits)
         with tf.GradientTape() as inner:
             inner.watch(logits)
-            loss = RIVALS[name](logits, [0, 1, 2], None)
+            loss = LOSSES[name](logits, [0, 1, 2], None)
         gradient = inner.gradient(loss, logits)
     with pytest.raises(LookupError, match="no second derivatives"):
         outer.gradient(gradient, logits)
