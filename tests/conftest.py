@@ -60,9 +60,9 @@ def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -
 
 
 def pytest_collection_modifyitems(items):
-    """Marks as slow what needs the trained run."""
+    """Marks as slow what needs runs: a trained one, a tuned one, those of the paper's table."""
     for item in items:
-        if "trained" in getattr(item, "fixturenames", ()):
+        if {"trained", "studied", "table"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
 
 
