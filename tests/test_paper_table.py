@@ -429,6 +429,7 @@ def test_a_run_of_the_table_is_a_run_of_train(table, dataset, tmp_path):
     assert not (run / "seed-1" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_seeds_are_paired(dataset):
     """All losses of a seed begin with the same weights; another seed's are others."""
     schema = Schema.load(dataset)
@@ -536,6 +537,7 @@ def test_other_settings_in_the_same_folder_are_refused(table, dataset):
     assert "has --dropout 0.2, not 0.4; give another --output_dir" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named(dataset, tmp_path):
     """A learning rate at which training diverges; nothing is left running."""
     arguments = _arguments(tmp_path, dataset, "--seeds=1", "--parallel=1",
@@ -548,6 +550,7 @@ def test_a_run_that_fails_is_named(dataset, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_processes_are_replaced_and_one_that_is_killed_is_told(dataset, tmp_path, monkeypatch):
     """A process a run here; the second one is killed, as the system does without memory."""
     file = tmp_path / "small.flags"
@@ -590,6 +593,7 @@ def test_a_loss_over_groups_gives_all_runs_its_batches(dataset, tmp_path):
         assert len({run.folder for run in runs}) == len(runs)
 
 
+@pytest.mark.slow
 def test_a_data_set_without_a_split_is_refused_before_training(tmp_path):
     write_dataset(tmp_path / "data", {"train": 100, "validation": 50})
     done = _call(_arguments(tmp_path, tmp_path / "data"))

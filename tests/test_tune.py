@@ -194,6 +194,7 @@ def test_a_finished_study_only_reports_and_can_be_made_longer(studied, base, tmp
         tune.tune(base, folder, TRIALS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -356,6 +357,7 @@ def test_equal_trials_choose_the_first(base, curves, tmp_path):
     assert [path.name for path in (tmp_path / "trials").iterdir()] == ["bce-001"]
 
 
+@pytest.mark.slow
 def test_the_search_finds_a_planted_optimum(base, curves, tmp_path):
     """It is best at weight .03 and learning rate 3e-3; late trials come nearer than early ones."""
 
@@ -370,6 +372,7 @@ def test_the_search_finds_a_planted_optimum(base, curves, tmp_path):
     assert sum(values[-10:]) > sum(values[:10])
 
 
+@pytest.mark.slow
 def test_the_seed_changes_the_draws(base, curves, tmp_path):
     curves(lambda settings: [0.7])
     drawn = [
