@@ -64,7 +64,7 @@ class Models:
         self._pool = futures.ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load")
         # Held while the configuration changes, and while a look begins or ends.
         self._configuring = threading.Lock()
-        self._config = model_server_config_pb2.ModelServerConfig()
+        self._config: model_server_config_pb2.ModelServerConfig | None = None
         # These two are replaced, never changed: readers need no lock.
         self._models: dict[str, Versions] = {}
         self._labels: dict[tuple[str, str], int] = {}
@@ -75,8 +75,8 @@ class Models:
         self._again: set[Versions] = set()
 
     @property
-    def config(self) -> model_server_config_pb2.ModelServerConfig:
-        """The configuration in force. Do not change it."""
+    def config(self) -> model_server_config_pb2.ModelServerConfig | None:
+        """The configuration in force, None before the first. Do not change it."""
         return self._config
 
     def use(
