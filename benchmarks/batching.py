@@ -38,11 +38,9 @@ import tensorflow as tf
 from absl import flags
 from tensorflow.core.protobuf import config_pb2
 
+from benchmarks import generated, machine
 from pwiser_tf.command_line import run
 from pwiser_tf.errors import DataError
-from pwiser_tf.export import ServedModel
-from pwiser_tf.models import MODELS, ModelConfig
-from pwiser_tf.schema import Categorical, Numerical, Schema, Split
 
 # Batching that gives less than this many times the rows a second is not worth its wait.
 PAYS = 1.1
@@ -199,23 +197,6 @@ def _rows_per_second(call: Callable[[int], float], rows: int, threads: int) -> f
     return sum(done) / (time.perf_counter() - start)
 
 
-def _demo_model(folder: pathlib.Path) -> None:
-    """Saves an untrained model of the AliExpress layout, in the sizes of configs/sample.flags."""
-    schema = Schema(
-        dataset="generated",
-        categorical=tuple(Categorical(f"c{k}", "int64", range(999)) for k in range(16)),
-        numerical=tuple(Numerical(f"n{k}", "identity", 0.5, 0.3, 0.5) for k in range(63)),
-        click="click",
-        conversion="conversion",
-        group=None,
-        splits={"train": Split(1, 0, 0, 0, ())},
-    )
-    units = {"bottom_units": (128, 64), "tower_units": (32,)}
-    sizes = ModelConfig(name="shared_bottom", embedding_dim=16, **units)
-    served = ServedModel(MODELS["shared_bottom"](schema, sizes), schema)
-    tf.saved_model.save(served, str(folder), signatures=served.functions)
-
-
 def derive(model: Model, cores: int, args: flags.FlagValues) -> str:
     """Measures the model and returns the text of batching.config.
 
@@ -253,6 +234,7 @@ def derive(model: Model, cores: int, args: flags.FlagValues) -> str:
     shown = [size for size in sizes if size & (size - 1) == 0 or size == sizes[-1]]
     return f"""\
 # --enable_batching --batching_parameters_file: requests that come together run together.
+# Measured on {machine.header()}.
 # Printed by this command, on {cores} cores; measure your own model on your own machine:
 #     {" ".join(["python -m benchmarks.batching", *sys.argv[1:]])}
 # {args.callers} callers of {rows} rows, as many as they can: {single:,.0f} rows/s each for itself,
@@ -291,7 +273,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(args.model or name)
         if not args.model:
-            _demo_model(folder)
+            generated.export(folder)
         elif not folder.is_dir():
             raise DataError(f"--model: no such folder: {folder}")
         print(derive(Model(folder, args.signature, args.largest_request), cores, args), end="")

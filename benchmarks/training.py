@@ -6,12 +6,14 @@ Both train MTReclib's MMoE with MTReclib's settings (8 experts of 512 and 256 un
 and 64, batch normalisation, dropout 0.2, Adam, weight decay 1e-6) on the same generated batches
 of 16 categories and 63 numbers held in memory. Ours runs as a user's does, under `fit`. All
 programs take turns, each in its own process. A ratio is the median of the ratios of single turns.
+Without torch (`pip install '.[bench]'`) only ours is measured.
 
 The second table is ours at embedding 16, when one of the 16 categories has 1,000 ids, and when it
 has 1,000,000. The gradient of a table is dense today, so the cost of a step grows with the table.
 """
 
 import functools
+import importlib.util
 import statistics
 import time
 
@@ -91,10 +93,12 @@ def _torch(embedding_dim: int, mixed_precision: bool) -> list[float]:
 
 def _programs(dim: int) -> dict:
     ours = functools.partial(_tensorflow, generated.IDS, embedding_dim=dim)
-    return {
+    rivals = {
         "MTReclib's MMoE, PyTorch": lambda: _torch(dim, False),
         "the same, under torch.autocast to bfloat16": lambda: _torch(dim, True),
-        "pwiser-tf, BCE": lambda: ours(0.0),
+    }
+    return (rivals if importlib.util.find_spec("torch") else {}) | {
+        "pwiser-tf, BCE": lambda: ours(pwiser_weight=0.0),
         "pwiser-tf, BCE + PWiseR": ours,
         "pwiser-tf, BCE + PWiseR, --mixed_precision": lambda: ours(mixed_precision=True),
     }
