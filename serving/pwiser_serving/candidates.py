@@ -182,7 +182,7 @@ class CandidateFile(BaseFile):
         return Batch(self.path, [], dict.fromkeys(self.header, ()))
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
-        """The rows after the header but for the first `skip`, in batches of at most `rows`.
+        """The rows after the header and after the first `skip`, in batches of at most `rows`.
 
         Blank lines are skipped.
         """

@@ -224,7 +224,7 @@ class Scorer(BaseScorer):
         if isinstance(version, str) and (not version or version.isdecimal()):
             raise ValueError(
                 f"version: found {version!r}, expected the number of a version as an int, or a "
-                "label, which is no number"
+                "label, which is not a number"
             )
         if isinstance(version, numbers.Integral) and not 0 <= version < 2**63:
             raise ValueError(f"version must be from 0 to 2**63 - 1, found {version}")

@@ -2,7 +2,7 @@
 
     python -m pwiser_serving.server --port 8500 --model_name demo --model_base_path exported/demo
 
-Flags have TF Serving's names and, where they are the same, its defaults.
+Flags have TF Serving's names and, if they are equal, its defaults.
 """
 
 import _thread
@@ -118,7 +118,7 @@ def _serve(flags, stop: threading.Event) -> None:
     http = None
     if flags.rest_api_port:
         calls = rest.Calls(flags.rest_api_timeout_in_ms / 1000 or None)
-        application = rest.application(
+        application = rest.Application(
             models,
             service,
             monitoring,

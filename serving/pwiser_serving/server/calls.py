@@ -73,7 +73,7 @@ class Turns:
         """Waits for a turn of that model, and holds it within the `with`.
 
         Raises:
-          Status: RESOURCE_EXHAUSTED where too many of the model's requests wait already, or the
+          Status: RESOURCE_EXHAUSTED if too many of the model's requests wait already, or the
             call's status when it is ended.
         """
         self._take(name, call)

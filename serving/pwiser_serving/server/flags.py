@@ -1,4 +1,4 @@
-"""Flags: those of TF Serving (main.cc), by their names and, where they are the same, its defaults.
+"""Flags: those of TF Serving (main.cc), by their names and, if they are equal, its defaults.
 
 Each has its effect, or none (then the log says so), or is refused with the reason.
 """

@@ -129,7 +129,7 @@ def inputs(document: dict, data_types: Mapping[str, int]) -> tuple[dict[str, np.
 
 
 def examples(document: dict) -> input_pb2.Input:
-    """The Examples of a Classify or Regress request, with their context where it has one.
+    """The Examples of a Classify or Regress request, with their context if there is one.
 
     Raises:
       Status: INVALID_ARGUMENT.
@@ -477,27 +477,16 @@ def _check(value: object, level: int, shape: list[int], data_type: int) -> None:
 
 
 def _check_leaf(value: object, data_type: int) -> None:
-    if type(value) is dict and data_type == tensor_pb2.DT_STRING:
-        _decode_base64(value)
+    if data_type == tensor_pb2.DT_STRING and type(value) in (str, dict):
+        _bytes(value)
         return
     name = tensors.data_type_name(data_type)
     if type(value) is not dict and data_type not in _KNOWN:
         raise invalid_argument(f"Conversion of JSON Value: {_quote(value)} to type: {name}")
-    if data_type == tensor_pb2.DT_STRING and type(value) is str:
-        _bytes(value)
-    elif not _fits(value, data_type):
+    if _values([value], data_type) is None:
         raise invalid_argument(
             f"JSON Value: {_quote(value)} Type: {_type_name(value)} is not of expected type: {name}"
         )
-
-
-def _fits(value: object, data_type: int) -> bool:
-    if data_type in _FLOATS:
-        return type(value) in (int, float)
-    if data_type in _BOUNDS:
-        low, high = _BOUNDS[data_type]
-        return type(value) is int and low <= value <= high
-    return data_type == tensor_pb2.DT_BOOL and type(value) is bool
 
 
 def _format_error(value: object, message: str) -> Status:
@@ -515,7 +504,7 @@ def _joined(shape: list[int]) -> str:
 
 
 def _quote(value: object) -> str:
-    """A value's JSON for a message, cut where it is long."""
+    """A value's JSON for a message, cut if it is long."""
     text = ""
     for piece in _pieces(value, 0):
         if len(text) >= _QUOTED:

@@ -46,7 +46,7 @@ class Models:
     """The models of a configuration, which can change while they are in service. Thread-safe.
 
     Args:
-      load: a version's folder to a Servable; raises Status where it does not load.
+      load: a version's folder to a Servable; raises Status if it does not load.
       allow_labels_for_unavailable: a new label may name a version that is not in service (yet).
       retries: when a version that failed is tried again.
     """
@@ -89,7 +89,7 @@ class Models:
           version by its label.
 
         Raises:
-          Status: INVALID_ARGUMENT for an empty name or an unknown label, NOT_FOUND where that
+          Status: INVALID_ARGUMENT for an empty name or an unknown label, NOT_FOUND if that
             version is not in service.
         """
         if not name:
@@ -109,7 +109,7 @@ class Models:
         """The states of a model's versions, newest first, or of one of them.
 
         Raises:
-          Status: NOT_FOUND where there are none.
+          Status: NOT_FOUND if there are none.
         """
         model = self._models.get(name) or self._removed.get(name)
         statuses = model.statuses() if model else []
@@ -167,7 +167,7 @@ class Models:
         """Takes a new configuration, and returns after a look at each model's versions.
 
         Raises:
-          Status: as `configure`; UNKNOWN where a new model has no version that loads: it stays
+          Status: as `configure`; UNKNOWN if a new model has no version that loads: it stays
             configured, and is served as soon as it has one.
         """
         new = self.configure(config)
@@ -324,7 +324,7 @@ def _platform(entry: Message) -> str:
 
 
 def _policy(entry: Message) -> Policy:
-    """A ModelConfig's version policy; the newest version where it names none."""
+    """A ModelConfig's version policy; the newest version if it names none."""
     policy = entry.model_version_policy
     choice = policy.WhichOneof("policy_choice")
     if choice == "all":

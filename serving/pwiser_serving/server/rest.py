@@ -131,17 +131,7 @@ class Calls:
                 call.end(cancelled("the client has closed its connection"))
 
 
-def application(
-    models: Models,
-    service: Service,
-    monitoring: metrics.Monitoring,
-    turns: Turns,
-    calls: Calls,
-    *,
-    max_bytes: int,
-    monitoring_path: str | None = None,
-    cors: bool = False,
-) -> Callable:
+class Application:
     """The WSGI application.
 
     Args:
@@ -150,31 +140,6 @@ def application(
       max_bytes: the largest body, also after it is uncompressed; monitoring_path: where the metrics
       are, or None; cors: allow pages of any origin to use the API.
     """
-    rest = _Rest(models, service, monitoring, turns, calls, max_bytes)
-
-    def answer(environ: dict, start_response: Callable) -> Iterable[bytes]:
-        # As it was sent: a name may hold %2F, and for TF Serving the query is a part of it.
-        path = re.sub("^https?://[^/]*", "", environ["REQUEST_URI"], flags=re.IGNORECASE)
-        content_type, headers = "application/json", []
-        if monitoring_path is not None and path == monitoring_path:
-            status, content_type = "200 OK", metrics.CONTENT_TYPE
-            body = monitoring.text().encode("utf-8", "replace")
-        elif path.lower().startswith("/v1/"):
-            status, body = rest.answer(environ["REQUEST_METHOD"], path, environ)
-            headers = _CORS_HEADERS if cors else []
-        else:
-            status, body = "404 Not Found", json_tensors.error("Not Found")
-        if environ["REQUEST_METHOD"] == "HEAD":
-            body = b""
-        headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]
-        start_response(status, headers)
-        return [body]
-
-    return answer
-
-
-class _Rest:
-    """Answers what is asked under /v1/."""
 
     def __init__(
         self,
@@ -183,13 +148,35 @@ class _Rest:
         monitoring: metrics.Monitoring,
         turns: Turns,
         calls: Calls,
+        *,
         max_bytes: int,
+        monitoring_path: str | None = None,
+        cors: bool = False,
     ):
         self._models, self._service, self._monitoring = models, service, monitoring
         self._turns, self._calls = turns, calls
         self._max_uncompressed = min(max_bytes, _MAX_UNCOMPRESSED)
+        self._monitoring_path, self._cors_headers = monitoring_path, _CORS_HEADERS if cors else []
 
-    def answer(self, method: str, path: str, environ: dict) -> tuple[str, bytes]:
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        # As it was sent: a name may hold %2F, and for TF Serving the query is a part of it.
+        path = re.sub("^https?://[^/]*", "", environ["REQUEST_URI"], flags=re.IGNORECASE)
+        content_type, headers = "application/json", []
+        if self._monitoring_path is not None and path == self._monitoring_path:
+            status, content_type = "200 OK", metrics.CONTENT_TYPE
+            body = self._monitoring.text().encode("utf-8", "replace")
+        elif path.lower().startswith("/v1/"):
+            status, body = self._answer(environ["REQUEST_METHOD"], path, environ)
+            headers = self._cors_headers
+        else:
+            status, body = "404 Not Found", json_tensors.error("Not Found")
+        if environ["REQUEST_METHOD"] == "HEAD":
+            body = b""
+        headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]
+        start_response(status, headers)
+        return [body]
+
+    def _answer(self, method: str, path: str, environ: dict) -> tuple[str, bytes]:
         """The HTTP status line and the body."""
         pattern = {"POST": _POST, "GET": _GET}.get(method)
         match = pattern and pattern.fullmatch(path)
@@ -306,7 +293,7 @@ class Server:
     """The HTTP server.
 
     Args:
-      application: of `application`; calls: those of the application, looked at here; port: to
+      application: an Application; calls: those of the application, looked at here; port: to
       listen on, 0 for a free one; max_bytes: the largest body; a larger one is answered with 413.
 
     Attributes:
@@ -375,7 +362,7 @@ class Server:
             _log.exception("a fault of the REST server", extra={"event": "fault"})
 
     def _close_idle(self) -> bool:
-        """Closes connections without an open request. True where others are left."""
+        """Closes connections without an open request. True if others are left."""
         for channel in list(self._server.active_channels.values()):
             if not (channel.requests or channel.request or channel.total_outbufs_len):
                 channel.handle_close()

@@ -206,7 +206,7 @@ class SavedModel:
         return _regression(found["outputs"], len(examples))
 
     def _example_outputs(self, method: str, name: str) -> tuple[str, ...]:
-        """The outputs of a signature that classifies or regresses; Status where it cannot."""
+        """The outputs of a signature that classifies or regresses; Status if it cannot."""
         if name not in self.signatures:
             raise invalid_argument(f"No signature was found with the name: {name}")
         signature = self.signatures[name]

@@ -86,7 +86,7 @@ class Versions:
     Args:
       name: the model's name in requests.
       base_path: the folder of the version folders, whose names are numbers.
-      load: a version's folder to a Servable; raises Status where it does not load.
+      load: a version's folder to a Servable; raises Status if it does not load.
       policy: which versions are wanted.
       retries: see Retries.
 
@@ -138,7 +138,7 @@ class Versions:
         """A version, or with None the newest, and its servable, kept open within the `with`.
 
         Raises:
-          Status: NOT_FOUND where that version, or with None any, is not in service.
+          Status: NOT_FOUND if that version, or with None any, is not in service.
         """
         with self._lock:
             newest = max(self._loaded, default=None)
@@ -254,7 +254,7 @@ class Versions:
         return True
 
     def _retire_all_but(self, wanted: set[int]) -> bool:
-        """Takes the other versions out of service. True where there were any."""
+        """Takes the other versions out of service. True if there were any."""
         with self._lock:
             retired = [self._loaded.pop(version) for version in self._loaded.keys() - wanted]
             for loaded in retired:
