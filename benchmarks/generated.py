@@ -19,6 +19,10 @@ from pwiser_tf.tasks import LossConfig
 NUMBERS = 63
 # Of each category, id 0 included.
 IDS = tuple(50 * (position + 1) for position in range(16))
+_SIZES = {
+    "sample": ("shared_bottom", {"bottom_units": (128, 64), "tower_units": (32,)}),
+    "mmoe": ("mmoe", {}),
+}
 
 
 def schema(ids: Sequence[int] = IDS, rows: int = 1000, shards: tuple[Shard, ...] = ()) -> Schema:
@@ -44,10 +48,9 @@ def trainable(of: Schema, pwiser_weight: float = 0.1, **config) -> keras.Model:
     return model
 
 
-def export(folder: pathlib.Path, architecture: str = "shared_bottom") -> None:
-    """Saves an untrained model: "mmoe" of MTReclib's size, or "shared_bottom" of the size of
-    configs/sample.flags."""
-    sizes = {"bottom_units": (128, 64), "tower_units": (32,)} if architecture != "mmoe" else {}
+def export(folder: pathlib.Path, size: str = "sample") -> None:
+    """Saves an untrained model: "sample" as in configs/sample.flags, or "mmoe" as in MTReclib."""
+    architecture, sizes = _SIZES[size]
     tasks = {"ctr": LossConfig(), "ctcvr": LossConfig()}
     model = MODELS[architecture](schema(), ModelConfig(embedding_dim=16, **sizes), tasks)
     features = {

@@ -1,6 +1,6 @@
 """What serving costs on top of the model: the local server beside naive ones, over gRPC and REST.
 
-    python -m benchmarks.serving [--architecture=mmoe | --model=exported/demo/1] [--rounds=5]
+    python -m benchmarks.serving [--size=mmoe | --model=exported/demo/1] [--rounds=5]
 
 Without --model an untrained one of 16 categorical and 63 numerical features is exported (see
 benchmarks/generated.py). These take turns within each round, each server in its own process, so
@@ -59,9 +59,7 @@ Times = dict[str, list[list[float]]]
 def define_flags() -> None:
     """Defines the flags of this command line."""
     flags.DEFINE_string("model", None, "A version's folder of an export with pwiser_tf.")
-    flags.DEFINE_enum(
-        "architecture", "shared_bottom", ["shared_bottom", "mmoe"], "Of the exported model."
-    )
+    flags.DEFINE_enum("size", "sample", ["sample", "mmoe"], "Of the model that is exported.")
     flags.DEFINE_integer("rounds", 5, "Rounds in which the cases take turns.", lower_bound=1)
     flags.DEFINE_integer("callers", 4, "Callers for requests per second.", lower_bound=1)
     flags.DEFINE_float("seconds", 1, "Of load for requests per second, a server and round.")
@@ -178,7 +176,7 @@ def export() -> None:
     """Writes the model to --model."""
     from benchmarks import generated
 
-    generated.export(pathlib.Path(FLAGS.model), FLAGS.architecture)
+    generated.export(pathlib.Path(FLAGS.model), FLAGS.size)
 
 
 WORKERS = {
@@ -475,8 +473,8 @@ def main() -> None:
         model = FLAGS.model
         if not model:
             model = f"{folder}/1"
-            flag = f"--architecture={FLAGS.architecture}"
-            machine.run("benchmarks.serving", "--worker=export", flag, f"--model={model}")
+            size = f"--size={FLAGS.size}"
+            machine.run("benchmarks.serving", "--worker=export", size, f"--model={model}")
         measure(pathlib.Path(model))
 
 
