@@ -95,6 +95,7 @@ class Partial:
         resumable: bool,
     ):
         self.folder = output.with_name(f"{output.name}.partial")
+        self._description, self._aside = self.folder / "command.json", self.folder / "unfinished"
         self.rows, self.version = 0, None
         self._output, self._names, self._command = output, names, dict(command)
         self._resumable = resumable
@@ -107,13 +108,12 @@ class Partial:
         # Released when the process ends.
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{self.folder}: another command is writing it") from None
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read()
-        except BaseException:
+        except BaseException as error:
             os.close(self._lock)
+            if isinstance(error, BlockingIOError):
+                raise OutputError(f"{self.folder}: another command is writing it") from None
             raise
         return self
 
@@ -148,14 +148,6 @@ class Partial:
             self.save([no_rows], 0)
         self._put(self._output, lambda path: self._format.join(self._parts, path, self._names))
         self.discard()
-
-    @property
-    def _description(self) -> pathlib.Path:
-        return self.folder / "command.json"
-
-    @property
-    def _aside(self) -> pathlib.Path:
-        return self.folder / "unfinished"
 
     def _put(self, path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
         """Writes a file under another name, to disk, and renames it."""
