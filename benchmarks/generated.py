@@ -42,8 +42,8 @@ def schema(ids: Sequence[int] = IDS, rows: int = 1000, shards: tuple[Shard, ...]
 
 def trainable(of: Schema, pwiser_weight: float = 0.1, **config) -> keras.Model:
     """MTReclib's MMoE, compiled with Adam."""
-    loss = LossConfig(loss="pwiser", pwiser_weight=pwiser_weight)
-    model = MODELS["mmoe"](of, ModelConfig(**config), {"ctr": loss, "ctcvr": loss})
+    loss = LossConfig(pwiser_weight=pwiser_weight)
+    model = MODELS["mmoe"](of, ModelConfig(name="mmoe", **config), loss)
     model.compile(optimizer=keras.optimizers.legacy.Adam(1e-3))
     return model
 
@@ -51,8 +51,8 @@ def trainable(of: Schema, pwiser_weight: float = 0.1, **config) -> keras.Model:
 def export(folder: pathlib.Path, size: str = "sample") -> None:
     """Saves an untrained model: "sample" as in configs/sample.flags, or "mmoe" as in MTReclib."""
     architecture, sizes = _SIZES[size]
-    tasks = {"ctr": LossConfig(), "ctcvr": LossConfig()}
-    model = MODELS[architecture](schema(), ModelConfig(embedding_dim=16, **sizes), tasks)
+    config = ModelConfig(name=architecture, embedding_dim=16, **sizes)
+    model = MODELS[architecture](schema(), config)
     features = {
         "categorical": np.zeros((1, len(IDS)), np.int64),
         "numerical": np.zeros((1, NUMBERS), np.float32),
