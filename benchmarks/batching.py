@@ -1,24 +1,24 @@
-"""Derives TF Serving's batching parameters from the model call's time, and says if they pay.
+"""Derives TF Serving's batching parameters from the time of the model call.
 
     python -m benchmarks.batching [--model=models/demo/1] > serving/deploy/batching.config
 
-Run it on the machine that will serve, with nothing else on it. What is printed is the file, with
-what was measured in its comments. Without --model it measures a new model of the demo's sizes
-(configs/sample.flags), and otherwise its fast signature. The model lies in a TF 1 Session with the
-default threads, as in TF Serving. Rows are random: a model's time does not depend on their values.
+Run it on the machine that will serve, without other load. It prints the file; the measurements are
+in its comments. Without --model it measures a new model of the size of configs/sample.flags. The
+model is in a TF 1 Session with the default threads, as in TF Serving. Rows are random: a model's
+time does not depend on their values.
 
 - allowed_batch_sizes: the shortest list with which no batch, padded up to the next size of the
-  list, takes more than --padding longer than it would unpadded (see `ladder`).
+  list, takes more than --padding longer than without padding (see `ladder`).
 - max_execution_batch_size: the largest batch that takes at most --latency_ms. A larger request is
-  split, up to max_batch_size, which is --largest_request (what the client sends at most).
+  split, up to max_batch_size, which is --largest_request (the most that the client sends).
 - num_batch_threads: the cores that this process may use.
-- batch_timeout_micros: what a request of --rows rows can win at best: the time of its own call,
-  less its share of a full batch's. To wait longer for company never pays.
-- max_enqueued_batches: those of the largest request, and what is worked off in --latency_ms.
+- batch_timeout_micros: what a request of --rows rows can gain at most: the time of its own call
+  minus its share of a full batch's. A longer wait can never be faster.
+- max_enqueued_batches: those of the largest request, and those that run within --latency_ms.
 
-Whether batching pays at all is measured apart: --callers threads that each call with --rows rows,
-beside the batch threads calling with the same rows put together and padded. That is at full load,
-and the work of putting together is not in it; with less load there is only the wait.
+Whether batching is faster at all is measured separately: --callers threads that each call with
+--rows rows, against the batch threads with the same rows put together and padded. That is at full
+load, without the work of putting together; at less load there is only the wait.
 """
 
 import pwiser_tf.quiet  # noqa: F401
@@ -38,13 +38,11 @@ import tensorflow as tf
 from absl import flags
 from tensorflow.core.protobuf import config_pb2
 
+from benchmarks import generated, machine
 from pwiser_tf.command_line import run
 from pwiser_tf.errors import DataError
-from pwiser_tf.export import ServedModel
-from pwiser_tf.models import MODELS, ModelConfig
-from pwiser_tf.schema import Categorical, Numerical, Schema, Split
 
-# Batching that gives less than this many times the rows a second is not worth its wait.
+# Batching that gives less than this many times the rows per second is not worth its wait.
 PAYS = 1.1
 _TURNS, _TURN_SECONDS = 5, 0.7
 
@@ -56,7 +54,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 50, "Rows of a usual request.", lower_bound=1)
     flags.DEFINE_integer("callers", 8, "Requests in flight.", lower_bound=1)
     flags.DEFINE_integer("largest_request", 4096, "Rows of the largest request.", lower_bound=1)
-    flags.DEFINE_float("latency_ms", 10, "What a batch's call may take.", lower_bound=0.001)
+    flags.DEFINE_float("latency_ms", 10, "The longest call of a batch.", lower_bound=0.001)
     flags.DEFINE_float("padding", 0.25, "Share of time that padding may add.", lower_bound=0.01)
     flags.DEFINE_integer("turns", 15, "Times that each size is measured.", lower_bound=1)
 
@@ -199,23 +197,6 @@ def _rows_per_second(call: Callable[[int], float], rows: int, threads: int) -> f
     return sum(done) / (time.perf_counter() - start)
 
 
-def _demo_model(folder: pathlib.Path) -> None:
-    """Saves an untrained model of the AliExpress layout, in the sizes of configs/sample.flags."""
-    schema = Schema(
-        dataset="generated",
-        categorical=tuple(Categorical(f"c{k}", "int64", range(999)) for k in range(16)),
-        numerical=tuple(Numerical(f"n{k}", "identity", 0.5, 0.3, 0.5) for k in range(63)),
-        click="click",
-        conversion="conversion",
-        group=None,
-        splits={"train": Split(1, 0, 0, 0, ())},
-    )
-    units = {"bottom_units": (128, 64), "tower_units": (32,)}
-    sizes = ModelConfig(name="shared_bottom", embedding_dim=16, **units)
-    served = ServedModel(MODELS["shared_bottom"](schema, sizes), schema)
-    tf.saved_model.save(served, str(folder), signatures=served.functions)
-
-
 def derive(model: Model, cores: int, args: flags.FlagValues) -> str:
     """Measures the model and returns the text of batching.config.
 
@@ -252,7 +233,8 @@ def derive(model: Model, cores: int, args: flags.FlagValues) -> str:
     verdict = "it pays." if ratio >= PAYS else "it does not pay: leave it off."
     shown = [size for size in sizes if size & (size - 1) == 0 or size == sizes[-1]]
     return f"""\
-# --enable_batching --batching_parameters_file: requests that come together run together.
+# --enable_batching --batching_parameters_file: requests that arrive together run together.
+# Measured on {machine.header()}.
 # Printed by this command, on {cores} cores; measure your own model on your own machine:
 #     {" ".join(["python -m benchmarks.batching", *sys.argv[1:]])}
 # {args.callers} callers of {rows} rows, as many as they can: {single:,.0f} rows/s each for itself,
@@ -267,7 +249,7 @@ enable_large_batch_splitting {{ value: true }}
 # {rows} rows take {1e6 * alone:.0f} us alone, and {1e6 * shared:.0f} us in a batch of {company} \
 such requests: a longer wait cannot pay.
 batch_timeout_micros {{ value: {max(0, round(1e6 * (alone - shared)))} }}
-# A batch a core. The largest request may wait, and what is worked off in {args.latency_ms:g} ms; a
+# A batch a core. The largest request may wait, and what runs within {args.latency_ms:g} ms; a
 # request that finds more waiting is UNAVAILABLE.
 num_batch_threads {{ value: {cores} }}
 max_enqueued_batches {{ value: {enqueued} }}
@@ -291,7 +273,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(args.model or name)
         if not args.model:
-            _demo_model(folder)
+            generated.export(folder)
         elif not folder.is_dir():
             raise DataError(f"--model: no such folder: {folder}")
         print(derive(Model(folder, args.signature, args.largest_request), cores, args), end="")

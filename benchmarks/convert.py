@@ -22,6 +22,7 @@ import time
 
 from absl import flags
 
+from benchmarks import machine
 from pwiser_tf import command_line
 from pwiser_tf.convert import aliexpress
 
@@ -32,7 +33,7 @@ def define_flags() -> None:
     """Defines the flags of this command line."""
     flags.DEFINE_integer("rows", 600_000, "Rows of the generated file.", lower_bound=1)
     flags.DEFINE_integer("repeats", 3, "Runs of each; the fastest counts.", lower_bound=1)
-    flags.DEFINE_bool("baseline_too", True, "Whether to run the baseline, which is slow.")
+    flags.DEFINE_bool("baseline_too", True, "Run the baseline too, which is slow.")
     # For the processes that this one starts.
     flags.DEFINE_string("run_baseline", None, "Only convert this file with the baseline.")
     flags.DEFINE_string("output_dir", None, "Where --run_baseline writes.")
@@ -40,6 +41,10 @@ def define_flags() -> None:
 
 def baseline(path: str, folder: str, shards: int = 16) -> None:
     """Converts a processed AliExpress file as most projects do; prints the seconds it took."""
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
     import tensorflow as tf
 
     started = time.perf_counter()
@@ -84,12 +89,14 @@ def measure(arguments: list[str]) -> Run:
     """Runs a Python module as a process to its end."""
     started = time.perf_counter()
     with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=ROOT, stdout=out)
+        process = subprocess.Popen(
+            [sys.executable, "-m", *arguments], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+        )
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - started
-        if status:
-            raise RuntimeError(f"{arguments} failed")
         out.seek(0)
+        if status:
+            raise RuntimeError(f"{arguments} failed: {out.read()}")
         cpu = usage.ru_utime + usage.ru_stime
         return Run(seconds, cpu, usage.ru_maxrss / 1024, out.read())
 
@@ -126,7 +133,7 @@ def main() -> None:
                 )
                 seconds = float(run.output.split()[-1])
                 runs["baseline"].append(dataclasses.replace(run, seconds=seconds))
-        print(f"{values.rows:,} rows, 82 columns, {size:.0f} MB, {os.cpu_count()} cores")
+        print(f"{machine.header()}\n\n{values.rows:,} rows, 82 columns, {size:.0f} MB\n")
         print("| converter | rows/s | ratio | CPU s | peak MB |\n|---|---|---|---|---|")
         slowest = max(min(run.seconds for run in found) for found in runs.values() if found)
         for name, found in runs.items():

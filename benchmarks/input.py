@@ -19,42 +19,37 @@ import pwiser_tf.quiet  # noqa: F401
 
 import numpy as np
 import tensorflow as tf
-import tf_keras as keras
-from absl import app, flags
+from absl import flags
 
-from pwiser_tf import data, records
-from pwiser_tf.models import MODELS, ModelConfig
-from pwiser_tf.schema import Categorical, Numerical, Schema, Shard, Split
-from pwiser_tf.tasks import LossConfig
+from benchmarks import generated, machine
+from pwiser_tf import command_line, data, records
+from pwiser_tf.schema import Schema, Shard
 from pwiser_tf.training import share_cores
 
 FLAGS = flags.FLAGS
-flags.DEFINE_integer("rows", 400_000, "Rows to read.")
-flags.DEFINE_integer("shards", 4, "Files they lie in.")
-flags.DEFINE_integer("batch_size", 2048, "Rows a batch.")
-flags.DEFINE_integer("turns", 5, "Turns of each pipeline.")
+
+
+def define_flags() -> None:
+    """Defines the flags of this command line."""
+    flags.DEFINE_integer("rows", 400_000, "Rows to read.")
+    flags.DEFINE_integer("shards", 4, "Files they lie in.")
+    flags.DEFINE_integer("batch_size", 2048, "Rows a batch.")
+    flags.DEFINE_integer("turns", 5, "Turns of each pipeline.")
 
 
 def _generate(folder: pathlib.Path) -> Schema:
+    """Writes the records and gives their schema."""
     random = np.random.default_rng(0)
-    shards = []
+    ids, shards = (1000,) * 16, []
     for number in range(FLAGS.shards):
         rows = FLAGS.rows // FLAGS.shards
-        ids = random.integers(0, 1000, (rows, 16))
-        numbers = random.random((rows, 63), np.float32)
+        numbers = random.random((rows, generated.NUMBERS), np.float32)
         grades = random.choice(3, rows, p=[0.95, 0.045, 0.005])
-        encoded = records.encode(ids, numbers, grades, np.arange(rows))
+        categories = random.integers(0, ids[0], (rows, len(ids)))
+        encoded = records.encode(categories, numbers, grades, np.arange(rows))
         shards.append(Shard(f"train-{number}.tfrecord", rows, encoded.nbytes))
         encoded.tofile(folder / shards[-1].file)
-    return Schema(
-        dataset="generated",
-        categorical=tuple(Categorical(f"c{k}", "int64", range(999)) for k in range(16)),
-        numerical=tuple(Numerical(f"n{k}", "identity", 0.5, 0.3, 0.5) for k in range(63)),
-        click="click",
-        conversion="conversion",
-        group="search",
-        splits={"train": Split(FLAGS.rows, FLAGS.rows // 20, FLAGS.rows // 200, 0, tuple(shards))},
-    )
+    return generated.schema(ids, FLAGS.rows, tuple(shards))
 
 
 def _serialized(folder: pathlib.Path) -> tf.data.Dataset:
@@ -96,8 +91,7 @@ def _rows_per_second(dataset: tf.data.Dataset) -> float:
 
 def _rows_trained_per_second(folder: pathlib.Path, schema: Schema) -> float:
     """Of MMoE on one batch in memory, so that input costs nothing."""
-    model = MODELS["mmoe"](schema, ModelConfig(embedding_dim=16), LossConfig())
-    model.compile(optimizer=keras.optimizers.legacy.Adam(1e-3))
+    model = generated.trainable(schema, embedding_dim=16)
     batches = _ours(folder, schema).take(1).cache().repeat()
     model.fit(batches, steps_per_epoch=3, verbose=0)
     steps, start = 15, time.perf_counter()
@@ -105,8 +99,9 @@ def _rows_trained_per_second(folder: pathlib.Path, schema: Schema) -> float:
     return steps * FLAGS.batch_size / (time.perf_counter() - start)
 
 
-def main(_) -> None:
+def main() -> None:
     """Prints a Markdown table."""
+    print(machine.header(), end="\n\n")
     share_cores()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
@@ -125,4 +120,5 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    define_flags()
+    command_line.run(main)

@@ -18,18 +18,20 @@ ranknet and combined_pair, whose time goes with the pairs, above 200 million of 
 Markdown table.
 """
 
-import json
-import subprocess
-import sys
 import time
 from typing import NamedTuple
+
+import pwiser_tf.quiet  # noqa: F401
+
+# isort: split
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
-from absl import app, flags
+from absl import flags
 
-from pwiser_tf import losses
+from benchmarks import machine
+from pwiser_tf import command_line, losses
 from tests import oracles
 
 FLAGS = flags.FLAGS
@@ -46,13 +48,13 @@ _LIVE_MATRICES = 4
 
 
 def define_flags():
-    flags.DEFINE_list("rows", "2048,8192,32768,131072,524288,1048576", "Batch sizes.")
+    flags.DEFINE_list("rows", "2048,32768,131072,1048576", "Batch sizes.")
     flags.DEFINE_list("rates", ".001,.01", "Conversions per row.")
     flags.DEFINE_integer("repeats", 20, "Passes timed for each figure.", lower_bound=1)
     flags.DEFINE_float("pair_gb", 4, "Skip the pair matrix above this many GB.")
     flags.DEFINE_float("checked_pairs", 2e9, "Skip the error above this many pairs.")
     flags.DEFINE_bool("memory", True, "Measure memory: one process a figure, 5 s each.")
-    flags.DEFINE_string("only", "", "A method: print its MB as JSON and end.")
+    flags.DEFINE_string("only", "", "Used by the benchmark itself: a method whose MB to print.")
 
 
 class Batch(NamedTuple):
@@ -182,14 +184,9 @@ def peak_megabytes(method: str, rows: int, rate: float) -> float:
 
 
 def peak_megabytes_in_fresh_process(method: str, rows: int, rate: float) -> float:
-    command = [sys.executable, "-m", "benchmarks.loss", f"--only={method}"]
-    output = subprocess.run(
-        [*command, f"--rows={rows}", f"--rates={rate}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        check=True,
-    ).stdout
-    return json.loads(output)
+    return float(
+        machine.run("benchmarks.loss", f"--only={method}", f"--rows={rows}", f"--rates={rate}")
+    )
 
 
 def errors(one_pass, batch: Batch) -> str:
@@ -206,11 +203,13 @@ def errors(one_pass, batch: Batch) -> str:
     return f"{of_loss:.0e} / {of_gradient:.0e}"
 
 
-def main(_):
+def main() -> None:
+    """Prints a Markdown table, or with --only a number of MB."""
     sizes = [(int(rows), float(rate)) for rows in FLAGS.rows for rate in FLAGS.rates]
     if FLAGS.only:
-        print(json.dumps(peak_megabytes(FLAGS.only, *sizes[0])))
+        print(peak_megabytes(FLAGS.only, *sizes[0]))
         return
+    print(machine.header(), end="\n\n")
     columns = ["rows", "conversions"]
     columns += [f"{method} ms" for method in METHODS]
     columns += [f"{method} MB" for method in MEASURED_IN_MEMORY] if FLAGS.memory else []
@@ -236,4 +235,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command_line.run(main)

@@ -1,6 +1,6 @@
 """Exact AUC and GAUC against scikit-learn in time, and against keras.metrics.AUC in value.
 
-    python -m benchmarks.metrics --rows=1000000,10000000
+    python -m benchmarks.metrics [--rows=1000000,10000000]
 
 needs scikit-learn (pip install '.[bench]'). Both sides of a comparison run in turn on the same
 generated rows, and the fastest of --repeats runs counts: read the ratios, not the seconds. GAUC by
@@ -10,12 +10,17 @@ scikit-learn, a call a group, is timed on a slice of the groups and extrapolated
 import time
 from collections.abc import Callable
 
+import pwiser_tf.quiet  # noqa: F401
+
+# isort: split
+
 import numpy as np
 import pandas as pd
 import sklearn.metrics
 import tf_keras as keras
 from absl import flags
 
+from benchmarks import machine
 from pwiser_tf import command_line, metrics
 
 ROWS = flags.DEFINE_list("rows", ["1000000", "10000000"], "Row counts to measure.")
@@ -109,6 +114,7 @@ def compare_gauc(labels, probabilities, groups) -> None:
 
 def main() -> None:
     """Measures every row count at every rate."""
+    print(machine.header(), end="\n\n")
     for rows in map(int, ROWS.value):
         for name, rate in RATES.items():
             labels, probabilities, groups = generate(rows, rate)

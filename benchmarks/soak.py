@@ -1,6 +1,6 @@
 """Versions come, break and go while callers ask: does a request fail, does memory grow?
 
-    python -m benchmarks.soak --seconds=600 --callers=8
+    python -m benchmarks.soak [--seconds=60 --callers=8]
 
 Starts our server on a model of which version after version appears in the base path: every
 seventh is broken (its graph is cut short), every fifth is removed again while it is in service.
@@ -25,7 +25,10 @@ import threading
 import time
 
 import grpc
-from absl import app, flags, logging
+from absl import flags
+
+from benchmarks import machine
+from pwiser_tf import command_line
 
 FLAGS = flags.FLAGS
 BROKEN_EVERY, REMOVED_EVERY = 7, 5
@@ -181,6 +184,7 @@ def run(folder: pathlib.Path) -> list[str]:
             graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
     (aside / "1").rename(base_path / "1")
     memory, good = [], {1}
+    print(f"{machine.header()}\n")
     print("version  what       shown after s    requests  failures  memory MB")
     with server(base_path) as (process, address), Callers(address, FLAGS.callers) as callers:
         start = time.monotonic()
@@ -227,11 +231,10 @@ def run(folder: pathlib.Path) -> list[str]:
     return problems
 
 
-def main(_):
+def main() -> None:
+    """Prints a table, and what is wrong."""
     import pwiser_tf.quiet  # noqa: F401
 
-    # TensorFlow has something to say about each export.
-    logging.set_verbosity(logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         problems = run(pathlib.Path(folder))
     for problem in problems:
@@ -241,4 +244,4 @@ def main(_):
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command_line.run(main)

@@ -7,7 +7,7 @@ import types
 import numpy as np
 import pytest
 
-from benchmarks import batching
+from benchmarks import batching, generated
 from pwiser_tf.errors import DataError
 
 
@@ -137,7 +137,7 @@ def test_padding_counts_as_work_without_an_answer(steady):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    batching._demo_model(folder)
+    generated.export(folder)
     return folder
 
 

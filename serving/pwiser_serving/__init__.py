@@ -3,14 +3,13 @@
     with pwiser_serving.Scorer("localhost:8500", "demo") as scorer:
         scores = scorer.score({"price": [1.5, 2.0], "brand": ["acme", None]})
 
-Nothing here imports TensorFlow, but for what `python -m pwiser_serving.server` needs, and a
-SavedModelScorer when it is made.
+Only `python -m pwiser_serving.server`, and the first SavedModelScorer, import TensorFlow.
 """
 
 import os
 
-# gRPC prints a line for each TLS handshake that fails, beside the error that tells of it; before
-# 1.71 as an error. The variable is read when gRPC is imported.
+# gRPC prints a line for each failed TLS handshake beside the error, before 1.71 as an error. The
+# variable is read when gRPC is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from pwiser_serving.connection import TLS

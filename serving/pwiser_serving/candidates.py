@@ -1,4 +1,4 @@
-"""Candidates: a file of raw features, read in batches. Here a CSV, its text turned into values;
+"""Candidates: a file of raw features, read in batches. Here a CSV, whose text becomes values;
 parquet.py and tfrecord.py read the other formats in the same way."""
 
 import csv
@@ -11,7 +11,7 @@ import pathlib
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 import numpy as np
 
@@ -22,18 +22,17 @@ from pwiser_serving.protos import tensor_pb2
 from pwiser_serving.scorer import RAW_SIGNATURE
 
 _LARGEST_FLOAT = float(np.finfo(np.float32).max)
-# What stands for standard input, or output, in place of a file's path.
+# Stands for standard input, or output, in place of a file's path.
 STANDARD = pathlib.Path("-")
-# The first bytes of what gzip wrote; no text in UTF-8 begins so.
+# The first bytes of a gzip file; no text in UTF-8 begins with them.
 _GZIP = b"\x1f\x8b\x08"
-# A text may be as long as it likes: the converter has no limit either.
+# No limit for the length of a text: the converter has none either.
 csv.field_size_limit(sys.maxsize)
 
 
 class CandidateError(ValueError):
-    """A candidate file that cannot be scored. The message names file, row (in a CSV the line, with
-    the header as line 1; else counted from 1), column, what was found and what was expected, in
-    one line."""
+    """A candidate file that cannot be scored. The message, one line, names the file, the row (the
+    line of a CSV, otherwise counted from 1), the column, what was found and what was expected."""
 
     def __init__(self, expected: str, *, file, row=None, column=None, found=None):
         place = ["standard input" if file == STANDARD else str(file)]
@@ -44,7 +43,7 @@ class CandidateError(ValueError):
 
 
 def format_suffix(path: pathlib.Path) -> str:
-    """The suffix that says a file's format: ".csv" of "x.csv" and of "x.csv.gz"."""
+    """The suffix that names a file's format: ".csv" of "x.csv" and of "x.csv.gz"."""
     return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
 
 
@@ -67,8 +66,8 @@ class _Unzipped(gzip.GzipFile):
 
 
 def open_file(path: pathlib.Path) -> BinaryIO:
-    """A candidate file's content, or that of standard input; unzipped where its first bytes say
-    that it is gzip's, whatever its name.
+    """A candidate file's content, or that of standard input; unzipped if its first bytes are those
+    of gzip, whatever its name.
 
     Raises:
       CandidateError: it cannot be opened.
@@ -85,7 +84,7 @@ def open_file(path: pathlib.Path) -> BinaryIO:
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Some rows of the file: the line of each, and their text by column."""
+    """Some rows of a CSV: the line of each, and their text by column."""
 
     file: pathlib.Path
     rows: Sequence[int]
@@ -96,7 +95,7 @@ class Batch:
         return self.columns[name]
 
     def features(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, Sequence]:
-        """What the model takes, by name. CandidateError: a text that is no such value."""
+        """What the model takes, by name. CandidateError: a text that is not such a value."""
         return {name: self._values(name, info.dtype) for name, info in inputs.items()}
 
     def _values(self, name: str, data_type: int) -> np.ndarray | Sequence[str]:
@@ -123,7 +122,7 @@ class Batch:
 
 
 def require_columns(path, row: int | None, have: Sequence[str], names: Sequence[str], reason: str):
-    """CandidateError where one of the names is absent from a header, or twice in it."""
+    """CandidateError if one of the names is missing in a header, or twice in it."""
     for name in names:
         if have.count(name) > 1:
             raise CandidateError("each column once", file=path, row=row, found=name)
@@ -136,15 +135,31 @@ def require_columns(path, row: int | None, have: Sequence[str], names: Sequence[
             )
 
 
-class CandidateFile:
-    """A CSV with a header, in UTF-8, its cells separated by the delimiter. Use it in a `with`.
+class BaseFile:
+    """A candidate file that is used in a `with`.
+
+    Attributes:
+      path: the file; signature: the one that its rows go to; total: the number of rows, if known.
+    """
+
+    path: pathlib.Path
+    signature = RAW_SIGNATURE
+    total: int | None = None
+    _file: BinaryIO
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+
+class CandidateFile(BaseFile):
+    """A CSV with a header, in UTF-8, its cells separated by the delimiter.
 
     Raises:
       CandidateError: no such file, no header, text that is not UTF-8.
     """
-
-    signature = RAW_SIGNATURE
-    total = None
 
     def __init__(self, path: pathlib.Path, delimiter: str = ","):
         self.path = path
@@ -158,14 +173,8 @@ class CandidateFile:
             self._file.close()
             raise
 
-    def __enter__(self) -> "CandidateFile":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._file.close()
-
     def require(self, names: Sequence[str], reason: str) -> None:
-        """CandidateError where a column is absent or twice there; the reason says who needs it."""
+        """CandidateError if a column is missing or twice there; the reason says who needs it."""
         require_columns(self.path, 1, self.header, names, reason)
 
     def no_rows(self) -> Batch:
@@ -173,12 +182,18 @@ class CandidateFile:
         return Batch(self.path, [], dict.fromkeys(self.header, ()))
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
-        """The rows after the header, in batches of at most so many; blank lines are none.
+        """The rows after the header and after the first `skip`, in batches of at most `rows`.
 
-        Args:
-          skip: leave out so many rows first, unread but for where they end.
+        Blank lines are skipped.
         """
-        lines, collected = [], []
+        numbered = self._numbered(skip)
+        while found := list(itertools.islice(numbered, rows)):
+            lines, cells = zip(*found, strict=True)
+            columns = dict(zip(self.header, zip(*cells, strict=True), strict=True))
+            yield Batch(self.path, lines, columns)
+
+    def _numbered(self, skip: int) -> Iterator[tuple[int, list[str]]]:
+        """The rows after the first `skip`, each with its line."""
         for row in itertools.islice(self._rows(), skip, None):
             line = self._reader.line_num
             if len(row) != len(self.header):
@@ -187,22 +202,11 @@ class CandidateFile:
                     file=self.path,
                     row=line,
                 )
-            lines.append(line)
-            collected.append(row)
-            if len(lines) == rows:
-                yield self._batch(lines, collected)
-                lines, collected = [], []
-        if lines:
-            yield self._batch(lines, collected)
-
-    def _batch(self, lines: list[int], rows: list[list[str]]) -> Batch:
-        return Batch(self.path, lines, dict(zip(self.header, zip(*rows, strict=True), strict=True)))
+            yield line, row
 
     def _rows(self) -> Iterator[list[str]]:
         try:
-            for row in self._reader:
-                if row:
-                    yield row
+            yield from filter(None, self._reader)
         except csv.Error as error:
             raise CandidateError(
                 f"not well-formed CSV ({error})", file=self.path, row=self._reader.line_num
@@ -216,10 +220,8 @@ class CandidateFile:
             except UnicodeDecodeError as error:
                 text, found = "", f"byte 0x{line[error.start]:02x}"
             if found or "\0" in text:
-                found = found or "a zero byte"
-                raise CandidateError(
-                    f"found {found}, expected text in UTF-8", file=self.path, row=number
-                )
+                expected = f"found {found or 'a zero byte'}, expected text in UTF-8"
+                raise CandidateError(expected, file=self.path, row=number)
             yield text
 
 
@@ -228,7 +230,7 @@ def _integer(text: str) -> int:
         return MISSING_INTEGER
     if text.lstrip("-").isdecimal():
         return int(text)
-    # A column with gaps is often written as 3.0. A float is not exact, but tells which are huge.
+    # A column with gaps is often written as 3.0. The float only finds numbers that are too big.
     _finite(text)
     number = decimal.Decimal(text)
     if number != int(number):
@@ -242,7 +244,7 @@ def _float(text: str) -> float:
 
 def _finite(text: str) -> float:
     number = float(text)
-    # Python reads 1_000 as a number; whoever wrote the file hardly meant one.
+    # Python reads 1_000 as a number, which a file hardly means.
     if "_" in text or not abs(number) <= _LARGEST_FLOAT:
         raise ValueError(text)
     return number

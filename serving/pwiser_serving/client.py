@@ -5,25 +5,24 @@
     python -m pwiser_serving.client status --server localhost:8500 --model demo
     python -m pwiser_serving.client metadata --server localhost:8500 --model demo
 
-`score` reads a CSV with a header or a Parquet file, with a column for each raw feature of the
-model, in any order, and others, which are ignored; an empty cell or null is a missing value. Or a
-TFRecord file (.tfrecord, .tfrecords) of tf.train.Examples of raw features. The suffix says which;
-a file with another one is a CSV. A CSV or TFRecord may be compressed by gzip (x.csv.gz), which is
-recognised by its content. `--input -` reads a CSV, compressed or not, from standard input.
+`score` reads a CSV with a header or a Parquet file, which has a column for each raw feature of the
+model, in any order; other columns are ignored, and an empty cell or null is a missing value. Or a
+TFRecord file (.tfrecord, .tfrecords) of tf.train.Examples of raw features. A file with another
+suffix is a CSV. A CSV or TFRecord may be compressed by gzip, which is recognised by its content.
+`--input -` reads a CSV, compressed or not, from standard input.
 
 The output has a row for each row of the input, in its order: the columns of --keep, then ctr, cvr
-and ctcvr. Its suffix says in which format: .jsonl, .parquet, otherwise CSV; .csv.gz and .jsonl.gz
+and ctcvr. Its suffix chooses the format: .jsonl, .parquet, otherwise CSV; .csv.gz and .jsonl.gz
 are compressed. `--output -` writes a CSV to standard output, as the scores arrive. Without --output
 a table is printed.
 
-An output file appears whole or not at all. A command that did not come to its end, for whatever
-reason, leaves OUTPUT.partial, and the same command goes on from there: no row is lost or there
-twice. All rows are scored by the version that answered first, so that those of two models never
-mix; where the server no longer holds it, or the input or a flag is another, the command says so
-and does nothing: remove OUTPUT.partial to begin anew. An input that is no regular file, as standard
-input, cannot be read again: of it nothing is kept.
+An output file appears whole or not at all. A command that ends early leaves OUTPUT.partial, and the
+same command continues after it: no row is lost or there twice. All rows are scored by the version
+that answered first. If the server no longer has it, or if the input or a flag has changed, the
+command says so and does nothing: remove OUTPUT.partial to begin again. Nothing is kept of an input
+that cannot be read again, as standard input.
 
-A request above the server's message limit is sent again in parts; a row that is too large alone is
+A request above the server's message limit is sent again in parts; a row that alone is too large is
 an error of the input.
 
 Exit code 0: done. 2: the command, the input or the model's name is wrong. 1: the server is away,
@@ -50,12 +49,12 @@ from pwiser_serving.connection import TLS
 from pwiser_serving.errors import FeatureError, ModelNotFound, RequestTooLarge, ScoringError
 from pwiser_serving.scorer import OUTPUTS, RAW_SIGNATURE, Scorer
 
-# As many requests' rows as this make a part of the output: what an ended command loses at most.
+# The rows of so many requests make a part of the output: a command that ends early loses no more.
 _REQUESTS_PER_PART = 16
 
 _END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# Of these the command is the reason, not the server: the same one will not succeed later.
+# Errors of the command, not of the server: the same command will not succeed later.
 _WRONG_COMMAND = (
     grpc.StatusCode.INVALID_ARGUMENT,
     grpc.StatusCode.NOT_FOUND,
@@ -70,7 +69,7 @@ def open_candidates(path: pathlib.Path, delimiter: str = ","):
     """A candidate file by its suffix: TFRecord, Parquet, otherwise CSV.
 
     Raises:
-      CandidateError: it cannot be opened or read so.
+      CandidateError: it cannot be opened or read in this format.
     """
     suffix = format_suffix(path)
     if suffix in (".tfrecord", ".tfrecords"):
@@ -94,9 +93,8 @@ def score_file(
     """The output's columns, batch by batch: those of keep, then the scores.
 
     Args:
-      scorer: calls `candidates.signature`.
-      candidates: what `open_candidates` gave.
-      skip: leave out so many rows first.
+      scorer: calls `candidates.signature`; candidates: from `open_candidates`; skip: rows to leave
+      out first.
 
     Raises:
       CandidateError: the file does not hold what the model takes.
@@ -161,7 +159,7 @@ def _stream(flags: argparse.Namespace, candidates, asked: Scorer, options: dict)
     out, header = sys.stdout.buffer, outputs.csv_header([*flags.keep, *OUTPUTS])
     with _scorer(flags, pinned, **options) as scorer, _progress(candidates, 0) as tell:
         for columns in score_file(scorer, candidates, flags.keep):
-            # Not before: a command that is wrong from the first row on writes nothing.
+            # A command whose first row is wrong writes nothing.
             out.write((header + outputs.csv_rows(columns)).encode())
             header = ""
             rows += len(columns[OUTPUTS[0]])
@@ -173,7 +171,7 @@ def _stream(flags: argparse.Namespace, candidates, asked: Scorer, options: dict)
 
 
 def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) -> None:
-    """Scores into a file, after what an earlier command has done of it."""
+    """Scores into a file, after the rows of an earlier command."""
     identity = _identity(flags.input)
     command = {
         "input": identity,
@@ -203,7 +201,7 @@ def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) 
             if isinstance(error, ModelNotFound) and partial.rows:
                 error.add_note(
                     f"{partial.folder} holds {partial.rows} rows of this version: remove it to "
-                    "begin anew, if it will not come back"
+                    "begin again, if the version will not come back"
                 )
             elif partial.keeps(error):
                 error.add_note(_kept(partial))
@@ -212,7 +210,7 @@ def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) 
 
 
 def _save(batches: Iterator[outputs.Columns], partial: outputs.Partial, tell) -> None:
-    """Saves the batches in parts, and at a failure also the part that it interrupts."""
+    """Saves the batches in parts; after a failure also the unfinished part."""
     part, rows = [], 0
     try:
         for columns in batches:
@@ -220,7 +218,7 @@ def _save(batches: Iterator[outputs.Columns], partial: outputs.Partial, tell) ->
             rows += len(columns[OUTPUTS[0]])
             tell(len(columns[OUTPUTS[0]]))
             if len(part) == _REQUESTS_PER_PART:
-                # Forgotten first: a part that cannot be saved is not to be tried again below.
+                # Reset first: `finally` must not try a part again that cannot be saved.
                 full, part = part, []
                 saved, rows = rows, 0
                 partial.save(full, saved)
@@ -239,26 +237,25 @@ def _require_unchanged(path: pathlib.Path, identity: dict[str, int] | None) -> N
 
 
 def _identity(path: pathlib.Path) -> dict[str, int] | None:
-    """What shows that a file has not changed; None for one that cannot be read again."""
+    """Facts that show that a file has not changed; None if it cannot be read again."""
     if path == STANDARD or not stat.S_ISREG((found := path.stat()).st_mode):
         return None
     return {"bytes": found.st_size, "modified_ns": found.st_mtime_ns}
 
 
 def _kept(partial: outputs.Partial) -> str:
-    return f"{partial.folder} keeps {partial.rows} rows: the same command goes on after them"
+    return f"{partial.folder} keeps {partial.rows} rows: the same command continues after them"
 
 
 def _end_on_signals(partial: outputs.Partial | None = None) -> None:
-    """SIGINT and SIGTERM end the process at once, saying what is kept.
+    """SIGINT and SIGTERM end the process at once, and print what is kept.
 
-    They raise nothing: an exception in the midst of a gRPC call leaves its channel so that
-    closing it, which the way out does, waits for ever.
+    They do not raise: after an exception within a gRPC call, closing its channel waits forever.
     """
 
     def end(number, _):
         if partial and partial.keeps(None):
-            # Not print: the signal may have come in the midst of one.
+            # Not print: the signal may have interrupted one.
             os.write(sys.stderr.fileno(), f"\n{_kept(partial)}\n".encode())
         elif partial:
             partial.discard()
@@ -271,8 +268,8 @@ def _end_on_signals(partial: outputs.Partial | None = None) -> None:
 
 @contextlib.contextmanager
 def _opened(partial: outputs.Partial) -> Iterator[None]:
-    """The partial, open, and what a signal does then. One that comes while it is being opened,
-    when what it holds is not known yet, is heard right after."""
+    """Opens the partial, and sets what a signal does. A signal during the opening, when its rows
+    are not known yet, takes effect right after."""
     came = []
     for number in _END_SIGNALS:
         signal.signal(number, lambda number, _: came.append(number))
@@ -285,7 +282,7 @@ def _opened(partial: outputs.Partial) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _progress(candidates, done: int) -> Iterator[Callable[[int], object]]:
-    """A bar at a terminal; gives a function to be told of each batch's rows."""
+    """A bar at a terminal; gives a function to call with each batch's rows."""
     if not sys.stderr.isatty():
         yield lambda rows: None
         return
@@ -296,7 +293,7 @@ def _progress(candidates, done: int) -> Iterator[Callable[[int], object]]:
 
 
 def _print(batches: Iterator[outputs.Columns], header: Sequence[str]) -> None:
-    """Prints a table whose widths are those of the first batch."""
+    """Prints a table with the widths of the first batch."""
     widths = None
     for columns in batches:
         kept = [outputs.texts(columns[name]) for name in header[: -len(OUTPUTS)]]
@@ -362,7 +359,7 @@ def _scorer(flags: argparse.Namespace, version: int | str | None, **options) -> 
         command_line.fail(error)
 
 
-# The flags that are TLS's arguments.
+# The flags for the arguments of TLS.
 _TLS_FLAGS = {
     "root_certificates": "PEM file of the authorities to trust; those of gRPC by default",
     "private_key": "PEM file, for a server that asks who its client is",
@@ -393,7 +390,7 @@ def _parser() -> command_line.Parser:
         add("--model", required=True, help="the model's name on the server")
         add("--version", type=_version, help="a version's number or label; the newest by default")
         add("--timeout", type=float, default=timeout, help="seconds for one request")
-        add("--tls", action="store_true", help="speak TLS; a flag for its files says so as well")
+        add("--tls", action="store_true", help="use TLS; also on with a flag of its files")
         for flag, meaning in _TLS_FLAGS.items():
             add(f"--{flag}", help=meaning)
         if name == "score":
@@ -445,7 +442,7 @@ def _check_output(parser: command_line.Parser, flags: argparse.Namespace) -> Non
     if not flags.output.absolute().parent.is_dir():
         parser.error(f"--output: {flags.output.parent} is not a folder")
     if flags.output.exists():
-        # It is replaced, which must not happen to a device, or to what is being read.
+        # It is replaced: it must not be a device, or the input.
         if not flags.output.is_file():
             parser.error(f"--output: {flags.output} is a folder or device, expected a file's name")
         read = 0 if flags.input == STANDARD else flags.input
@@ -463,7 +460,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         flags.run(flags)
     except BrokenPipeError:
-        # The reader of the table has seen enough; Python would complain when it flushes.
+        # The table's reader has closed the pipe: Python must not fail when it flushes.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except ScoringError as error:
         command_line.fail(error, 2 if error.code in _WRONG_COMMAND else 1)

@@ -1,4 +1,4 @@
-"""What both commands share: a user's mistake is one line on stderr and exit code 2."""
+"""What both commands share: a user's mistake is one line on stderr, and exit code 2."""
 
 import argparse
 import sys

@@ -1,4 +1,4 @@
-"""The connection to a server: TLS, tries, keepalive."""
+"""The connection to a server: TLS, retries, keepalive."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ import grpc
 
 from pwiser_serving import services
 
-# Only a call that reached no server is tried again: to score twice is harmless, but a server that
+# Only a call that reached no server is tried again: scoring twice is harmless, but a server that
 # fails for another reason needs less work, not more.
 _RETRY = {
     "name": [{"service": services.PREDICT.service}, {"service": services.GET_MODEL_STATUS.service}],
@@ -25,21 +25,21 @@ _RETRY = {
 _OPTIONS = [
     ("grpc.max_send_message_length", -1),
     ("grpc.max_receive_message_length", -1),
-    # gRPC keeps a request for another try only within this many bytes, by default 256 KiB: less
-    # than 1000 rows have.
+    # gRPC keeps requests for a retry up to this many bytes; the default, 256 KiB, is less than
+    # 1000 rows.
     ("grpc.per_rpc_retry_buffer_size", 2**30),
-    # A server that comes back is found within the tries, not after gRPC's seconds.
+    # So that the retries find a server that comes back.
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # A server with gRPC's defaults, as TF Serving is, hangs up on a client that pings more often
-    # than every five minutes, or without a call under way. What finds a peer that is silently gone
-    # is the second value: on Linux it also bounds how long sent bytes may stay unacknowledged.
+    # A server with gRPC's defaults, such as TF Serving, disconnects a client that pings more often
+    # than every five minutes, or without a running call. The second value finds a peer that is
+    # gone: on Linux it also bounds how long sent bytes may stay unacknowledged.
     ("grpc.keepalive_time_ms", 360_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 0),
 ]
 
-# The variables that gRPC's core reads: of each group only the first that is set.
+# The variables that gRPC's core reads: in each group the first that is set.
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 _NO_PROXIES = ("no_grpc_proxy", "no_proxy")
 
@@ -51,13 +51,13 @@ Path = str | os.PathLike
 
 @dataclasses.dataclass(frozen=True)
 class TLS:
-    """How to speak to a server over TLS.
+    """Settings of a TLS connection.
 
     Attributes:
-      root_certificates: a PEM file with the authorities to trust; None for those that gRPC brings.
-      private_key, certificate_chain: PEM files by which this client shows who it is, both or
-        neither (mutual TLS).
-      server_name: the name that the server's certificate must bear; None for the address's host.
+      root_certificates: a PEM file with the authorities to trust; None for gRPC's own list.
+      private_key, certificate_chain: PEM files that identify this client (mutual TLS), both or
+        neither.
+      server_name: the name in the server's certificate; None for the address's host.
     """
 
     root_certificates: Path | None = None
@@ -67,7 +67,7 @@ class TLS:
 
 
 def is_local(address: str) -> bool:
-    """Whether an address is this machine: a Unix socket, or loopback addresses alone."""
+    """Whether an address is this machine: a Unix socket, or only loopback addresses."""
     if address.startswith(("unix:", "unix-abstract:")):
         return True
     hosts = _SCHEME.sub("", address, count=1)
@@ -76,9 +76,9 @@ def is_local(address: str) -> bool:
 
 def proxy(address: str) -> str | None:
     """The environment variable that makes gRPC use a proxy for this address, and its value without
-    user and password: "http_proxy=http://proxy:3128". None where there is no such variable."""
+    user and password: "http_proxy=http://proxy:3128". None if there is none."""
     name, value = _first_set(_PROXIES)
-    # gRPC speaks to HTTP proxies alone, and ignores others.
+    # gRPC uses only HTTP proxies.
     if is_local(address) or not value.lower().startswith("http://"):
         return None
     host = _SCHEME.sub("", address, count=1).rsplit(":", 1)[0].strip("[]").lower()
@@ -89,19 +89,19 @@ def proxy(address: str) -> str | None:
 
 
 def _first_set(names: tuple[str, ...]) -> tuple[str, str]:
-    """The first of these environment variables that is set, and its value; "" where none is."""
+    """The first of these environment variables that is set, and its value; "" if none is."""
     return next(((name, os.environ[name]) for name in names if name in os.environ), ("", ""))
 
 
 def open_channel(address: str, tls: TLS | None, *, several_servers: bool) -> grpc.Channel:
-    """A channel to the address; it connects at its first call, to loopback never by a proxy.
+    """A channel to the address. It connects at the first call, to loopback without a proxy.
 
     Args:
-      several_servers: spread the calls over all the servers that the address stands for; else
-        they go to the first that answers.
+      several_servers: spread the calls over all servers of the address; otherwise they go to the
+        first that answers.
 
     Raises:
-      ValueError: a file of `tls` is not there or does not hold what it should.
+      ValueError: a file of `tls` is missing or wrong.
     """
     config = {"methodConfig": [_RETRY]}
     if several_servers:
@@ -120,7 +120,7 @@ def open_channel(address: str, tls: TLS | None, *, several_servers: bool) -> grp
 
 
 def _credentials(tls: TLS) -> grpc.ChannelCredentials:
-    # gRPC takes any bytes here and fails at the first call, with a message that names no file.
+    # Checked here: gRPC would fail at the first call, with a message that names no file.
     import ssl
 
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -129,14 +129,17 @@ def _credentials(tls: TLS) -> grpc.ChannelCredentials:
         try:
             context.load_verify_locations(cadata=roots.decode("ascii"))
         except (ssl.SSLError, UnicodeDecodeError):
-            raise _wrong("root_certificates", tls.root_certificates, "certificates") from None
+            raise ValueError(
+                f"TLS: root_certificates {tls.root_certificates}: found no PEM, expected "
+                "certificates"
+            ) from None
     key = _read("private_key", tls.private_key)
     chain = _read("certificate_chain", tls.certificate_chain)
     if (key is None) != (chain is None):
         raise ValueError("TLS: private_key and certificate_chain go together, found one of them")
     if key is not None:
         try:
-            # An empty password: OpenSSL would ask for one at the terminal.
+            # Without a password OpenSSL would ask for one at the terminal.
             context.load_cert_chain(tls.certificate_chain, tls.private_key, password="")
         except ssl.SSLError:
             raise ValueError(
@@ -153,7 +156,3 @@ def _read(name: str, path: Path | None) -> bytes | None:
         return pathlib.Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"TLS: {name} {path}: {error.strerror}") from None
-
-
-def _wrong(name: str, path: Path, expected: str) -> ValueError:
-    return ValueError(f"TLS: {name} {path}: found no PEM, expected {expected}")

@@ -1,4 +1,4 @@
-"""What a caller of the client may meet. Every message is one line."""
+"""The client's errors. Every message is one line."""
 
 import grpc
 
@@ -7,13 +7,13 @@ class FeatureError(ValueError):
     """Features that the model cannot take: missing, unknown, of another type or shape.
 
     Attributes:
-      feature: its name; row: the position in the array, from 0, or None where all of it is wrong;
+      feature: its name; row: the position in the array, from 0, or None if all of it is wrong;
       found: the value found, as text, or None; expected: what was expected, or without `found`
       the whole message.
     """
 
     def __init__(self, feature: str, expected: str, *, row: int | None = None, found=None):
-        # The exception's arguments are those that it is built from, so that it can be pickled.
+        # Pickling calls __init__ with these.
         super().__init__(feature, expected)
         self.feature, self.row, self.expected = feature, row, expected
         self.found = None if found is None else shorten(found)
@@ -55,7 +55,7 @@ class ScoringError(RuntimeError):
 
 
 class ServerUnavailable(ScoringError):
-    """No server answers at that address, after several tries: none is there, or TLS failed."""
+    """No server answers at that address after several tries: none is there, or TLS failed."""
 
 
 class DeadlineExceeded(ScoringError):
@@ -63,8 +63,8 @@ class DeadlineExceeded(ScoringError):
 
 
 class RequestTooLarge(ScoringError):
-    """A request above the server's message limit. The Scorer splits it by rows, so that a caller
-    meets this only for a single row.
+    """A request above the server's message limit. The Scorer splits it by rows, so this is raised
+    only for a single row.
 
     Attributes:
       row: its position in the features, from 0.
@@ -80,17 +80,17 @@ class RequestTooLarge(ScoringError):
 
 
 class ModelNotFound(ScoringError):
-    """The server does not hold that model, version or label, at least not now."""
+    """The server does not have that model, version or label now."""
 
 
 class UsageError(RuntimeError):
-    """A Scorer that is used after close(), or waited for inside a callback of one of its futures:
-    callbacks run on gRPC's only thread, which must go on for an answer to arrive."""
+    """A Scorer is used after close(), or waits for an answer inside a callback of a future:
+    callbacks run on gRPC's only thread, which receives the answers."""
 
 
-# The words of gRPC's core, and of Go's, for a request that it does not read.
+# How gRPC, in C++ and in Go, refuses a large request.
 _TOO_LARGE = "message larger than max"
-# A label that the server does not know is no NOT_FOUND there, though it is one for the caller.
+# The server answers an unknown label with INVALID_ARGUMENT.
 _UNKNOWN_LABEL = "Unrecognized servable version label"
 
 
@@ -102,10 +102,10 @@ def scoring_error(
     proxy: str | None,
     error: grpc.RpcError,
 ) -> ScoringError:
-    """The typed error for a call that gRPC says has failed.
+    """The typed error for a failed gRPC call.
 
     Args:
-      proxy: the environment variable, with its value, whose proxy stands before the server.
+      proxy: the environment variable of the proxy that is used, with its value, or None.
     """
     code, details = error.code(), error.details() or ""
     kind = ScoringError
@@ -123,6 +123,6 @@ def scoring_error(
 
 
 def shorten(value: object) -> str:
-    """A value as it may stand in a message: text quoted, at most 80 characters."""
+    """A value for a message: text quoted, at most 80 characters."""
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= 80 else text[:77] + "..."

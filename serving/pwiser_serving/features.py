@@ -1,4 +1,4 @@
-"""Features: a caller's columns to the arrays that a signature expects."""
+"""Features: from a caller's columns to the arrays that a signature expects."""
 
 import decimal
 import numbers
@@ -15,7 +15,7 @@ MISSING_INTEGER = -(2**63)
 MISSING_STRING = b""
 MISSING_FLOAT = float("nan")
 
-# From here on a float may be another integer than the one that was meant.
+# From here on, not every integer is a float.
 _INEXACT = 2**53
 _INTEGER = "an integer of 64 bits (below 2**53 as a float)"
 
@@ -62,10 +62,9 @@ def _as_array(name: str, values: Sequence) -> np.ndarray:
             return np.where(np.ma.getmaskarray(values), None, values.data.astype(object))
         array = np.asarray(values)
         if array.dtype.kind in "mM":
-            # One by one: times in nanoseconds are integers in an object array.
+            # One by one: astype(object) would turn nanoseconds into integers.
             return np.fromiter(array.flat, object, array.size).reshape(array.shape)
-        # Text lies in an object array: NumPy would give all of a column the longest one's width,
-        # and turn a number beside a text into text.
+        # Objects: NumPy would pad all texts to the longest one, and turn numbers into text.
         return array if array.dtype.kind in "biufO" else np.asarray(values, object)
     except (TypeError, ValueError):
         raise FeatureError(name, "found no array, or rows of several lengths") from None
@@ -83,7 +82,7 @@ def _integers(name: str, values: Sequence) -> np.ndarray:
         if np.all(missing | (np.abs(array) < np.float64(_INEXACT))):
             _refuse(name, array, ~missing & (array != np.trunc(array)))
             return np.where(missing, MISSING_INTEGER, np.where(missing, 0, array).astype("<i8"))
-        # Of integers with a gap among them NumPy makes floats; asked so, it leaves them exact.
+        # NumPy makes floats of integers with a gap; as objects they stay exact.
         array = np.asarray(values, object)
     return _one_by_one(name, array, np.empty(array.shape, "<i8"), _int_or_none, _INTEGER)
 
@@ -119,7 +118,7 @@ def _strings(name: str, values: Sequence) -> np.ndarray:
     try:
         encoded = [text.encode() for text in texts]
     except (AttributeError, UnicodeEncodeError):
-        # Not all of them are plain text: one by one, to allow what is missing and find the fault.
+        # One by one, to accept missing values and find the wrong one.
         encoded = [_string(name, row, value) for row, value in enumerate(texts)]
     result = np.empty(len(encoded), object)
     result[:] = encoded
@@ -145,7 +144,7 @@ _CONVERSIONS = {
 
 
 def _is_missing(value: object) -> bool:
-    """None, "", NaN and pandas' NA, which is told by its type's name: pandas may be absent."""
+    """None, "", NaN and pandas' NA, which is found by its type's name without importing pandas."""
     if value is None or (isinstance(value, str) and not value):
         return True
     if _is_number(value):
@@ -154,14 +153,14 @@ def _is_missing(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    # Python's own first, as they are the most. A time is an integer to NumPy.
+    # Python's types first, as the most frequent. To NumPy a timedelta is an integer.
     return isinstance(value, int | float | numbers.Real | decimal.Decimal | np.bool_) and (
         not isinstance(value, np.timedelta64)
     )
 
 
 def _int_or_none(value: object) -> int | None:
-    """The value as an integer of 64 bits; None where it is none."""
+    """The value as an integer of 64 bits; None if it is not one."""
     if not _is_number(value):
         return None
     try:

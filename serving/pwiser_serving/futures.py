@@ -1,4 +1,4 @@
-"""Work that waits for futures, without a thread of its own."""
+"""Work that waits for futures without a separate thread."""
 
 import concurrent.futures
 import contextlib
@@ -17,7 +17,7 @@ _this_thread = threading.local()
 
 
 def refuse_in_callback() -> None:
-    """UsageError inside a callback, where what is waited for could never come."""
+    """UsageError inside a callback, which must not wait for an answer."""
     if getattr(_this_thread, "completes", False):
         raise UsageError(
             "cannot wait for an answer inside a callback of a future, which would block the "
@@ -26,8 +26,8 @@ def refuse_in_callback() -> None:
 
 
 class Run(concurrent.futures.Future):
-    """The future of a run. Its `result` and `exception` raise UsageError where they would have to
-    wait inside a callback."""
+    """The future of a run. Its `result` and `exception` raise UsageError if they would wait inside
+    a callback."""
 
     def result(self, timeout=None):
         self._check()
@@ -43,10 +43,10 @@ class Run(concurrent.futures.Future):
 
 
 def run(steps: Generator[Any, Any, Result]) -> "concurrent.futures.Future[Result]":
-    """Runs a generator that yields a future wherever it waits, and is sent the future's result.
+    """Runs a generator that yields each future it waits for, and is sent the future's result.
 
-    It goes on in whichever thread completes the future. A cancelled run cancels the future that
-    it waits for, which raises where the generator stands.
+    It continues in the thread that completes the future. Cancelling the run cancels the future that
+    it waits for, which raises at the `yield`.
 
     Args:
       steps: yields futures of gRPC or of concurrent.futures; an exception of theirs is raised at
@@ -82,7 +82,7 @@ def run(steps: Generator[Any, Any, Result]) -> "concurrent.futures.Future[Result
                 if not inner.done():
                     break
         except StopIteration as end:
-            # It may be cancelled in this very moment.
+            # It may be cancelled at this moment.
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 outer.set_result(end.value)
         except BaseException as error:
@@ -101,9 +101,9 @@ def run(steps: Generator[Any, Any, Result]) -> "concurrent.futures.Future[Result
 
 
 class Race(concurrent.futures.Future):
-    """The first good answer of several copies of one call; it cancels the others.
+    """The first good answer of several copies of one call; the other copies are cancelled.
 
-    Where all of them fail, the first one's failure is its own.
+    If all fail, it fails with the first one's error.
     """
 
     def __init__(self, start: Callable[[], grpc.Future]):
@@ -114,7 +114,7 @@ class Race(concurrent.futures.Future):
         self._order = threading.Lock()
 
     def add(self) -> None:
-        """Sends one more copy, unless the race is over."""
+        """Sends one more copy, unless there is a result."""
         with self._order:
             if self.done():
                 return

@@ -1,4 +1,4 @@
-"""Hedging: a second copy of a request that takes long."""
+"""Hedging: a second copy of a slow request."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ import grpc
 
 from pwiser_serving.futures import Race
 
-# Tokens do not pile up in quiet hours: a burst of hedges is what an overloaded fleet needs least.
+# Few: an overloaded fleet must not get a burst of hedges that were saved in quiet hours.
 _MOST_TOKENS = 10.0
 
 
@@ -18,14 +18,14 @@ _MOST_TOKENS = 10.0
 class Hedge:
     """Sends a second copy of a request that has no answer yet; the first answer counts.
 
-    It cuts the slowest answers of a fleet in which now and then one server is slow: the copies go
-    to different servers where the address stands for several (`dns:///name:8500` of a headless
-    Kubernetes service, `ipv4:10.0.0.1:8500,10.0.0.2:8500`). With one server it only adds load.
+    It shortens the slowest answers of a fleet whose servers are sometimes slow: the copies go to
+    different servers of the address (`dns:///name:8500` of a headless Kubernetes service,
+    `ipv4:10.0.0.1:8500,10.0.0.2:8500`). With one server it only adds load.
 
     Attributes:
       after_seconds: how long to wait for the first; take the 95th percentile of the latency.
-      budget: of 1 request, how many may be sent twice. A fleet that is slow as a whole must not
-        get twice the load.
+      budget: the share of requests that may be sent twice, so that a fleet that is slow as a whole
+        does not get twice the load.
     """
 
     after_seconds: float
@@ -40,10 +40,9 @@ class Hedge:
 
 
 class Hedger:
-    """Sends calls, and each one's second copy when its time has come. Thread-safe.
+    """Sends calls, and second copies when their time has come. Thread-safe.
 
-    One thread serves all calls: every request waits equally long, so the order in which they were
-    sent is the order in which their times come.
+    One thread and one queue serve all calls, because each waits equally long.
     """
 
     def __init__(self, hedge: Hedge):
@@ -55,7 +54,7 @@ class Hedger:
         self._closed = False
 
     def send(self, start: Callable[[], grpc.Future]) -> Race:
-        """The call that `start` begins, and perhaps begins once more."""
+        """The call that `start` sends, perhaps twice."""
         race = Race(start)
         race.add()
         with self._changed:
@@ -92,5 +91,5 @@ class Hedger:
             try:
                 race.add()
             except ValueError:
-                # The channel was closed meanwhile, which ends the first copy too.
+                # The channel was closed, which ends the first copy too.
                 return

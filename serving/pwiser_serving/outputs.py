@@ -1,4 +1,4 @@
-"""Outputs: scored rows in a file that appears whole or not at all, and can be resumed."""
+"""Outputs: scored rows in a file that appears whole or not at all, and that can be resumed."""
 
 import contextlib
 import csv
@@ -27,19 +27,19 @@ _PART = re.compile(r"rows-(\d+)-(\d+)")
 
 
 class OutputError(ValueError):
-    """An output that cannot be written, or not be resumed by this command."""
+    """An output that cannot be written, or that this command cannot resume."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How a file of rows is written: a part of it, and the whole out of the parts."""
+    """How a file of rows is written: each part, and the whole from the parts."""
 
     write: Callable[[pathlib.Path, Sequence[Columns]], None]
     join: Callable[[Sequence[pathlib.Path], pathlib.Path, Sequence[str]], None]
 
 
 def output_format(path: pathlib.Path) -> Format:
-    """The format by the file's suffix, CSV for an unknown one; of text also within gzip.
+    """The format by the file's suffix, CSV for an unknown one; text also within gzip.
 
     Raises:
       OutputError: Parquet without pyarrow, or within gzip.
@@ -63,25 +63,24 @@ NO_PARQUET = "Parquet needs pyarrow: pip install 'pwiser-serving[parquet]'"
 
 
 class Partial:
-    """What a command has done of its output so far: the folder OUTPUT.partial beside it.
+    """The part of a command's output that is done: the folder OUTPUT.partial beside it.
 
-    The folder holds the command's description and parts, each a file of whole rows that is
-    complete on disk before it gets its name. However a command ends, the next one finds exactly
-    the rows that are done, and goes on after them; at the end the parts are joined and moved into
-    place in one rename. A partial is resumed only by the same command, on the same input, with
-    the same version of the model, and is refused otherwise: the rows of two never mix, and hours
-    of work are not thrown away for a mistyped flag. Use it in a `with`, which keeps the partial
-    where an error leaves rows worth keeping, and removes it where the input was wrong.
+    The folder holds the command's description and parts, files of whole rows that are complete on
+    disk before they get their names. However a command ends, the next one continues after exactly
+    these rows; at the end the parts are joined and moved into place in one rename. Only the same
+    command, on the same input, with the same version of the model, resumes a partial; another one
+    is refused, so that rows do not mix and no work is lost by a mistyped flag. Use it in a `with`,
+    which keeps the partial after an error, and removes it if the input was wrong.
 
     Args:
       output: the file to write.
       names: its columns, in order.
-      command: what must be the same when it is resumed, by a name for messages.
-      resumable: False where the input cannot be read again: nothing is resumed or kept.
+      command: what must be equal when it is resumed, by a name for messages.
+      resumable: False if the input cannot be read again: nothing is resumed or kept.
 
     Attributes:
       folder: where it is; rows: how many rows are done; version: the model's version that scored
-      them, or None where none are.
+      them, or None if there are none.
 
     Raises:
       OutputError: the partial is another command's, or one is writing it now; OSError.
@@ -96,6 +95,7 @@ class Partial:
         resumable: bool,
     ):
         self.folder = output.with_name(f"{output.name}.partial")
+        self._description, self._aside = self.folder / "command.json", self.folder / "unfinished"
         self.rows, self.version = 0, None
         self._output, self._names, self._command = output, names, dict(command)
         self._resumable = resumable
@@ -105,16 +105,15 @@ class Partial:
 
     def __enter__(self) -> "Partial":
         self.folder.mkdir(exist_ok=True)
-        # Released when the process ends, in whatever way.
+        # Released when the process ends.
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{self.folder}: another command is writing it") from None
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._read()
-        except BaseException:
+        except BaseException as error:
             os.close(self._lock)
+            if isinstance(error, BlockingIOError):
+                raise OutputError(f"{self.folder}: another command is writing it") from None
             raise
         return self
 
@@ -126,44 +125,32 @@ class Partial:
             os.close(self._lock)
 
     def keeps(self, error: BaseException | None) -> bool:
-        """Whether a command that ends by this error leaves rows for the next one."""
+        """Whether a command that ends with this error leaves rows for the next one."""
         wrong_input = isinstance(error, CandidateError | FeatureError)
         return self._resumable and self.rows > 0 and not wrong_input
 
     def begin(self, version: int | None) -> None:
-        """Notes which version scores the rows, before the first of them is saved."""
+        """Notes which version scores the rows, before the first one is saved."""
         self.version = version
-        described = {
-            "command": self._command,
-            "version": version,
-            "resumable": self._resumable,
-        }
+        described = {"command": self._command, "version": version, "resumable": self._resumable}
         self._put(self._description, lambda path: path.write_text(json.dumps(described)))
 
     def save(self, batches: Sequence[Columns], rows: int) -> None:
-        """Keeps so many more rows, which are the batches'."""
+        """Keeps the batches, which have so many rows."""
         part = self.folder / f"rows-{self.rows:012d}-{self.rows + rows:012d}"
         self._put(part, lambda path: self._format.write(path, batches))
         self._parts.append(part)
         self.rows += rows
 
     def finish(self, no_rows: Columns) -> None:
-        """Moves the whole output into place; `no_rows` are its columns, for one without rows."""
+        """Moves the whole output into place; `no_rows` are its columns without rows."""
         if not self._parts:
             self.save([no_rows], 0)
         self._put(self._output, lambda path: self._format.join(self._parts, path, self._names))
         self.discard()
 
-    @property
-    def _description(self) -> pathlib.Path:
-        return self.folder / "command.json"
-
-    @property
-    def _aside(self) -> pathlib.Path:
-        return self.folder / "unfinished"
-
     def _put(self, path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:
-        """Writes a file aside, to disk, and gives it its name."""
+        """Writes a file under another name, to disk, and renames it."""
         try:
             write(self._aside)
             with open(self._aside, "rb+") as file:
@@ -173,7 +160,7 @@ class Partial:
             raise OSError(error.errno, error.strerror, str(self._output)) from None
 
     def _read(self) -> None:
-        """What an earlier command has left."""
+        """Reads what an earlier command has left."""
         if not self._description.exists():
             self._clear()
             return
@@ -199,11 +186,11 @@ class Partial:
 
     def _refusal(self, reason: str) -> OutputError:
         return OutputError(
-            f"{self.folder}: cannot be resumed, {reason}; remove this folder to begin anew"
+            f"{self.folder}: cannot be resumed, {reason}; remove this folder to begin again"
         )
 
     def _clear(self) -> None:
-        # The description first: without it the rest is nothing. And nothing but what is ours.
+        # The description first: without it the rest is ignored. Only our files.
         for path in (self._description, self._aside, *self.folder.iterdir()):
             if path in (self._description, self._aside) or _PART.fullmatch(path.name):
                 path.unlink(missing_ok=True)
@@ -214,12 +201,12 @@ class Partial:
             return
         self._clear()
         with contextlib.suppress(OSError):
-            # Not empty: someone keeps a file of theirs here.
+            # Somebody else's file is there.
             self.folder.rmdir()
 
 
 def texts(column: Sequence) -> Sequence[str]:
-    """A column as text: the shortest that gives a float32 again, "" for a missing value."""
+    """A column as text: the shortest that gives the float32 again, "" for a missing value."""
     if isinstance(column, np.ndarray):
         return column.astype(str).tolist()
     if hasattr(column, "to_pylist"):
@@ -234,11 +221,11 @@ def _text(value: object) -> str:
 def _values(column: Sequence) -> Sequence[object]:
     """A column as JSON writes it."""
     if isinstance(column, np.ndarray):
-        # By the float32's text: as a double it would have twice the digits.
+        # From the float32's text: as a double it would have twice the digits.
         column = [float(text) for text in texts(column)]
     elif hasattr(column, "to_pylist"):
         column = column.to_pylist()
-    # JSON has no word for NaN and the infinities.
+    # JSON has no NaN and no infinities.
     return [
         None if isinstance(value, float) and not math.isfinite(value) else value for value in column
     ]
@@ -281,8 +268,8 @@ def _join_text(
     header: bool,
     zipped: bool,
 ) -> None:
-    """Writes the parts one after another. Within gzip, the bytes too depend on the rows alone: the
-    parts are compressed here, all in one stream, and no name or time is noted."""
+    """Joins the parts. With gzip too, the bytes depend only on the rows: one compressed stream,
+    without a name or time."""
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(open(whole, "wb"))
         if zipped:

@@ -1,4 +1,4 @@
-"""Parquet: candidates from such a file, and scored rows to one. The only room with pyarrow."""
+"""Parquet: candidates from such a file, and scored rows to one. Only this module needs pyarrow."""
 
 import itertools
 import pathlib
@@ -9,12 +9,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pwiser_serving import features
-from pwiser_serving.candidates import CandidateError, require_columns
+from pwiser_serving.candidates import BaseFile, CandidateError, require_columns
 from pwiser_serving.errors import FeatureError
 from pwiser_serving.protos import tensor_pb2
-from pwiser_serving.scorer import RAW_SIGNATURE
 
-# Of the output. Enough for a reader to be fast, few enough to be held in memory.
+# Of the output. Enough for a fast reader, few enough for the memory.
 _ROWS_PER_GROUP = 2**17
 
 
@@ -67,22 +66,13 @@ class Batch:
         return values
 
 
-class CandidateFile:
-    """A Parquet file. Use it in a `with`.
-
-    Attributes:
-      total: the number of rows.
-
-    Raises:
-      CandidateError: no such file, or none in Parquet.
-    """
-
-    signature = RAW_SIGNATURE
+class CandidateFile(BaseFile):
+    """A Parquet file. CandidateError: no such file, or not in Parquet."""
 
     def __init__(self, path: pathlib.Path):
         self.path = path
         try:
-            # Opened here first: the system's reason is shorter than Arrow's.
+            # Opened first: the system's error is shorter than Arrow's.
             with open(path, "rb"):
                 self._file = pq.ParquetFile(path)
         except (OSError, pa.ArrowException) as error:
@@ -91,14 +81,8 @@ class CandidateFile:
         self._needed: set[str] = set()
         self.total = self._file.metadata.num_rows
 
-    def __enter__(self) -> "CandidateFile":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._file.close()
-
     def require(self, names: Sequence[str], reason: str) -> None:
-        """CandidateError where a column is absent or twice there; the others are not read."""
+        """CandidateError if a column is missing or twice there; other columns are not read."""
         require_columns(self.path, None, self._schema.names, names, reason)
         self._needed.update(names)
 
@@ -107,7 +91,7 @@ class CandidateFile:
         return Batch(self.path, 1, self._schema.empty_table())
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
-        """The rows, in batches of at most so many, but for the first `skip`."""
+        """The rows after the first `skip`, in batches of at most `rows`."""
         metadata = self._file.metadata
         sizes = [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
         ends = list(itertools.accumulate(sizes))
@@ -119,7 +103,7 @@ class CandidateFile:
                 batch_size=rows, row_groups=groups, columns=sorted(self._needed)
             )
             tables = (pa.Table.from_batches([batch]) for batch in read)
-            # Of the first group that is read, some rows may be among those to skip.
+            # The first group that is read may hold rows to skip.
             first = ends[groups[0]] - sizes[groups[0]]
             for table in _regroup(tables, rows, skip=skip - first):
                 yield Batch(self.path, skip + 1, table)
@@ -137,7 +121,7 @@ def write(path: pathlib.Path, batches: Sequence[Mapping[str, Sequence]]) -> None
 
 
 def join(parts: Sequence[pathlib.Path], path: pathlib.Path) -> None:
-    """Writes one Parquet file of several with the same columns, one after another in memory."""
+    """Joins Parquet files with the same columns, with one at a time in memory."""
     with pq.ParquetWriter(path, pq.read_schema(parts[0])) as writer:
         for table in _regroup(map(_whole, parts), _ROWS_PER_GROUP):
             writer.write_table(table.combine_chunks())
@@ -149,10 +133,10 @@ def _whole(path: pathlib.Path) -> pa.Table:
 
 
 def _regroup(tables: Iterator[pa.Table], rows: int, *, skip: int = 0) -> Iterator[pa.Table]:
-    """The tables' rows after the first `skip`, so many in each but the last.
+    """The tables' rows after the first `skip`, `rows` in each but the last.
 
-    Where a file was cut then makes no difference: a resumed command gives the very bytes of one
-    that was not interrupted, and a model's last digit may hang on the rows beside a row.
+    So a resumed command gives the same bytes as one that was not interrupted: the last digit of a
+    score may depend on the other rows of its batch.
     """
     waiting: list[pa.Table] = []
     for table in tables:
@@ -177,13 +161,13 @@ def _arrow(column: Sequence) -> pa.ChunkedArray | pa.Array:
 
 
 def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """A column without a dictionary, whose form may differ from batch to batch."""
+    """A column without a dictionary, which may differ from batch to batch."""
     kind = column.type
     return column.cast(kind.value_type) if pa.types.is_dictionary(kind) else column
 
 
 def _numpy(column: pa.ChunkedArray, data_type: int) -> np.ndarray:
-    """A column as `features` takes it: numbers, or objects; what is missing as it is there.
+    """A column as `features` takes it: numbers, or objects; missing values as in `features`.
 
     Raises:
       pa.ArrowException: a type that is neither number nor text.

@@ -10,7 +10,7 @@ import grpc
 import numpy as np
 
 from pwiser_serving.errors import ModelNotFound
-from pwiser_serving.scorer import OUTPUTS, BaseScorer, Model, Scores, by_name, joined
+from pwiser_serving.scorer import OUTPUTS, BaseScorer, Model, Scores, by_name, joined, require_types
 from pwiser_serving.server.status import Status
 
 
@@ -18,19 +18,17 @@ class SavedModelScorer(BaseScorer):
     """Scores candidates with a SavedModel on disk, in this process: in a notebook or a test.
 
     It takes the features that a Scorer takes, makes the same checks and gives the same scores as
-    the local server, which holds the model in the same way. It needs TensorFlow, which is imported
-    when the first one is made. Several threads may use one at once.
+    the local server. It needs TensorFlow, which is imported with the first one. Thread-safe.
 
     Args:
-      path: the folder of a version (exported/demo/3), or of a model (exported/demo): its newest
-        version is taken.
+      path: the folder of a version (exported/demo/3), or of a model (exported/demo) for its
+        newest version.
       signature: the signature to call. None chooses by the features' names, as a Scorer does.
-      rows_per_request: larger calls are run in parts of so many rows, which bounds the memory that
-        the model takes.
+      rows_per_request: larger calls are run in parts of so many rows, which bounds the memory.
 
     Attributes:
-      address: the version's folder; model: the model's name; version: a number, or None where the
-      folder's name is none.
+      address: the version's folder; model: the model's name; version: a number, or None if the
+      folder's name is not one.
 
     Raises:
       ImportError: TensorFlow is not installed.
@@ -47,13 +45,10 @@ class SavedModelScorer(BaseScorer):
         signature: str | None = None,
         rows_per_request: int = 4096,
     ):
-        for name, value, kind, expected in (
+        require_types(
             ("signature", signature, str | None, "a str or None"),
             ("rows_per_request", rows_per_request, numbers.Integral, "an int"),
-        ):
-            # True is an int, but hardly meant as one.
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise TypeError(f"{name}: found {value!r}, expected {expected}")
+        )
         if not rows_per_request > 0:
             raise ValueError(f"rows_per_request must be above 0, found {rows_per_request}")
         folder = _version_folder(pathlib.Path(path).absolute())
@@ -67,7 +62,7 @@ class SavedModelScorer(BaseScorer):
             code = grpc.StatusCode.NOT_FOUND
             raise ModelNotFound(self.address, self.model, self.version, code, details)
         try:
-            # Imported late: a client alone has no TensorFlow, and it takes seconds.
+            # Imported here: the client has no TensorFlow, whose import takes seconds.
             from pwiser_serving.server.saved_model import SavedModel
         except ModuleNotFoundError as error:
             raise ImportError(f"{error}: pip install 'pwiser-serving[server]'") from None
@@ -103,7 +98,7 @@ class SavedModelScorer(BaseScorer):
         return joined(parts)
 
     def close(self) -> None:
-        """Frees the model; calls that are running end with an error. Once more does nothing."""
+        """Frees the model; running calls end with an error. May be called again."""
         if not self._closed:
             self._closed = True
             self._saved_model.close()
@@ -112,10 +107,11 @@ class SavedModelScorer(BaseScorer):
         try:
             outputs = self._saved_model.predict(signature, arrays, OUTPUTS)
         except Status as status:
-            # It may have been running when this was closed.
+            # It may have been closed meanwhile.
             self._require_open()
             raise self._fault(status.code, status.message) from None
-        return self._checked(outputs, rows, [] if self.version is None else [self.version])
+        versions = [] if self.version is None else [self.version]
+        return self._checked(outputs.__getitem__, rows, versions)
 
 
 def _version_folder(path: pathlib.Path) -> pathlib.Path:
@@ -127,7 +123,7 @@ def _version_folder(path: pathlib.Path) -> pathlib.Path:
 
 
 def _number(folder: pathlib.Path) -> int | None:
-    """The version whose folder it is, or None where its name is none."""
+    """The version by the folder's name, or None."""
     return int(folder.name) if re.fullmatch(r"[0-9]{1,19}", folder.name) else None
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import numbers
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import grpc
@@ -32,13 +32,13 @@ OUTPUTS = ("ctr", "cvr", "ctcvr")
 RAW_SIGNATURE = "predict_raw"
 ID_SIGNATURE = "predict"
 
-# Which of them a call takes is told by its features' names: raw ones, ids, serialized Examples.
+# A call takes the one with its features' names: raw features, ids, serialized Examples.
 _SIGNATURES = (RAW_SIGNATURE, ID_SIGNATURE, services.DEFAULT_SIGNATURE)
 
-# Seconds. gRPC counts nanoseconds in 64 bits, and takes a deadline beyond them for one in the past.
+# Seconds. gRPC counts nanoseconds in 64 bits, and a deadline beyond them is in the past.
 _LONGEST_TIMEOUT = 1e9
 
-# What a server may say to features that the model took yesterday.
+# What a server answers to features that only an older version takes.
 _CHANGED_MODEL = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION)
 
 
@@ -46,8 +46,8 @@ class Scores(dict[str, np.ndarray]):
     """The scores of one call: "ctr", "cvr" and "ctcvr", float32 [n].
 
     Attributes:
-      versions: the versions of the model that answered, in order; several only where the server
-        changed over during the call. Empty where there were no rows, or the server does not say.
+      versions: the versions of the model that answered, in order; several only if the server
+        changed versions during the call. Empty if there were no rows, or the server names none.
     """
 
     def __init__(self, values: Mapping[str, np.ndarray], versions: Iterable[int] = ()):
@@ -56,13 +56,13 @@ class Scores(dict[str, np.ndarray]):
 
     @property
     def version(self) -> int | None:
-        """The version that answered; None where it was not exactly one."""
+        """The version that answered; None if it was not exactly one."""
         return self.versions[0] if len(self.versions) == 1 else None
 
 
 class VersionStatus(NamedTuple):
-    """How one version of a model is: its state (START, LOADING, AVAILABLE, UNLOADING or END), and
-    the code and message of its error, OK and empty where it has none."""
+    """One version of a model: its state (START, LOADING, AVAILABLE, UNLOADING or END), and the code
+    and message of its error, OK and empty if there is none."""
 
     version: int
     state: str
@@ -75,7 +75,7 @@ class Metadata:
     """What a version of a model takes and gives.
 
     Attributes:
-      version: which one; None where the server does not say.
+      version: which one; None if the server does not say.
       signatures: [signature]["inputs" or "outputs"][name] is {"type": "int64", "shape": [None]},
         with None for a size that is free; [signature]["method"] is the method's name.
     """
@@ -97,7 +97,7 @@ class Model:
 
 
 class BaseScorer:
-    """What a Scorer and a SavedModelScorer share: the checks, and how they fail."""
+    """The checks that a Scorer and a SavedModelScorer share, and their errors."""
 
     address: str
     model: str
@@ -134,13 +134,13 @@ class BaseScorer:
         return signature, arrays, rows
 
     def _checked(
-        self, outputs: Mapping[str, np.ndarray], rows: int, versions: Iterable[int]
+        self, output: Callable[[str], np.ndarray], rows: int, versions: Iterable[int]
     ) -> Scores:
-        """A model's outputs as scores; ScoringError where they are none."""
+        """A model's outputs by name as scores; ScoringError if they are not scores."""
         scores = {}
         for name in OUTPUTS:
             try:
-                scores[name] = outputs[name].astype(np.float32)
+                scores[name] = output(name).astype(np.float32)
             except ValueError as error:
                 details = f"the answer's {name} cannot be read: {error}"
                 raise self._fault(grpc.StatusCode.INTERNAL, details) from None
@@ -161,34 +161,33 @@ class BaseScorer:
 class Scorer(BaseScorer):
     """Scores candidates with a model that a server of TF Serving's gRPC API holds.
 
-    Keep it: one channel is opened at the first call and used for all that follow, and what the
-    model takes is asked from the server then, and again when a new version answers. Several
-    threads may use one Scorer at once. A process that forks opens its Scorers after the fork:
-    gRPC's connections do not survive one.
+    Keep it: the first call opens the channel that all later calls use, and asks the server what the
+    model takes, as does a call after which a new version answered. Thread-safe. A process that
+    forks must open its Scorers after the fork: gRPC's connections do not survive one.
 
     Args:
       address: host:port of the server, or any name that gRPC takes.
       model: the model's name there.
       version: the version to use, or the label of one ("stable"); None for the newest.
-      timeout: seconds that one request may take, tries and hedges included. A call that is split,
-        or must ask first what the model takes, is several requests, each with this time: one that
-        makes progress goes on, one that hangs ends.
-      tls: speak TLS, so; None for a plain connection.
+      timeout: seconds for one request, retries and hedges included. A call that is split, or must
+        first ask what the model takes, is several requests, each with this time.
+      tls: settings of TLS; None for a plain connection.
       signature: the signature to call. None chooses by the features' names: `predict_raw` for raw
         features, `predict` for `categorical` and `numerical`, `serving_default` for serialized
         tf.train.Examples.
-      rows_per_request: larger calls are split into requests of so many rows. A request that the
-        server finds too large for its message limit is split further.
-      requests_in_flight: how many of one call's requests are on their way at once.
-      hedge: send a second copy of a slow request; None for never. Calls are then spread over all
-        servers that the address stands for.
+      rows_per_request: larger calls are split into requests of so many rows. A request above the
+        server's message limit is split further.
+      requests_in_flight: how many requests of one call are sent at once.
+      hedge: send a second copy of a slow request; None for never. With it, calls are spread over
+        all servers of the address.
 
-    Every method raises UsageError once the Scorer is closed. Those that wait for an answer (all but
-    score_future and score_async) also do so inside a callback of a future, which could never end.
+    Every method raises UsageError after close(). Those that wait for an answer (all but
+    score_future and score_async) also raise it inside a callback of a future, where they would wait
+    forever.
 
     Raises:
       TypeError: an argument of another type.
-      ValueError: an argument out of range, a TLS file that is not there or no PEM.
+      ValueError: an argument out of range, a TLS file that is missing or not PEM.
     """
 
     def __init__(
@@ -204,7 +203,7 @@ class Scorer(BaseScorer):
         requests_in_flight: int = 4,
         hedge: Hedge | None = None,
     ):
-        for name, value, kind, expected in (
+        require_types(
             ("address", address, str, 'a str, "host:port"'),
             ("model", model, str, "a str"),
             ("version", version, numbers.Integral | str | None, "an int, a label (str) or None"),
@@ -214,10 +213,7 @@ class Scorer(BaseScorer):
             ("rows_per_request", rows_per_request, numbers.Integral, "an int"),
             ("requests_in_flight", requests_in_flight, numbers.Integral, "an int"),
             ("hedge", hedge, Hedge | None, "a pwiser_serving.Hedge or None"),
-        ):
-            # True is an int, but hardly meant as one.
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise TypeError(f"{name}: found {value!r}, expected {expected}")
+        )
         if not (timeout > 0 and rows_per_request > 0 and requests_in_flight > 0):
             raise ValueError(
                 "timeout, rows_per_request and requests_in_flight must be above 0, found "
@@ -228,13 +224,13 @@ class Scorer(BaseScorer):
         if isinstance(version, str) and (not version or version.isdecimal()):
             raise ValueError(
                 f"version: found {version!r}, expected the number of a version as an int, or a "
-                "label, which is no number"
+                "label, which is not a number"
             )
         if isinstance(version, numbers.Integral) and not 0 <= version < 2**63:
             raise ValueError(f"version must be from 0 to 2**63 - 1, found {version}")
         if not address or not model:
             raise ValueError(f"address and model are needed, found {address!r} and {model!r}")
-        # Plain numbers: gRPC adds the timeout to the time of day, which no float32 can hold.
+        # Plain numbers: gRPC adds the timeout to the time of day, which does not fit a float32.
         self.address, self.model, self.signature = address, model, signature
         self.version = int(version) if isinstance(version, numbers.Integral) else version
         self.timeout, self.rows_per_request = float(timeout), int(rows_per_request)
@@ -252,8 +248,8 @@ class Scorer(BaseScorer):
     def score(self, features: Mapping[str, Sequence]) -> Scores:
         """Scores the candidates, in their order.
 
-        A call that is split while the server changes to another version is scored again, all by
-        the newer one, where the server still holds it.
+        If the server changes to another version during a call that is split, all of it is scored
+        again by the newer one, if the server still has it.
 
         Args:
           features: columns of raw features by name (lists, NumPy arrays, a pandas frame), each
@@ -267,19 +263,19 @@ class Scorer(BaseScorer):
         Raises:
           TypeError: `features` has no columns by name, as a list of rows; nothing was sent.
           FeatureError: the model does not take these features; nothing was sent.
-          ServerUnavailable, DeadlineExceeded, ModelNotFound: as they say.
-          RequestTooLarge: one row alone is above the server's message limit.
-          ScoringError: the server refused or failed otherwise; the kind of all four.
+          ScoringError: the server refused or failed. Its subclasses are ServerUnavailable,
+            DeadlineExceeded, ModelNotFound, and RequestTooLarge: one row alone is above the
+            server's message limit.
         """
         return self._wait(self._steps(features))
 
     def score_future(self, features: Mapping[str, Sequence]) -> "concurrent.futures.Future[Scores]":
         """As `score`, without waiting: a future with the scores or the exception.
 
-        `features` must not change until it is done. No thread waits for it: its callbacks run on
-        gRPC's own thread, which receives all answers. They should be short, and cannot wait for an
-        answer: score(), score_batches(), inputs(), metadata(), status() and the result of a future
-        that is not done raise UsageError there. Use score_future, or another thread.
+        `features` must not change until it is done. Its callbacks run on gRPC's thread, which
+        receives all answers. They should be short, and cannot wait for an answer: score() and the
+        other methods that wait, and the result of a future that is not done, raise UsageError
+        there. Use score_future, or another thread.
         """
         return futures.run(self._steps(features))
 
@@ -288,10 +284,10 @@ class Scorer(BaseScorer):
         return await asyncio.wrap_future(self.score_future(features))
 
     def score_batches(self, batches: Iterable[Mapping[str, Sequence]]) -> Iterator[Scores]:
-        """Scores a stream of features in bounded memory, as `score` does each of them.
+        """Scores a stream of features in bounded memory, each as `score` does.
 
-        A batch of at most rows_per_request rows gives one result, also one without rows; a larger
-        one gives several. Results come in order, while later requests are on their way.
+        A batch of at most rows_per_request rows, also one without rows, gives one result; a larger
+        one gives several. Results come in order, while later requests are running.
 
         Raises: as `score`; TypeError also for the features of one batch in place of a stream.
         """
@@ -305,7 +301,7 @@ class Scorer(BaseScorer):
         return self._results(batches)
 
     def inputs(self, signature: str) -> dict[str, tensor_pb2.TensorInfo]:
-        """What a signature of the model takes, by name; empty where there is no such signature."""
+        """What a signature of the model takes, by name; empty if there is no such signature."""
         self._require_open()
         return dict(self._known_model().inputs(signature))
 
@@ -323,7 +319,8 @@ class Scorer(BaseScorer):
         return Metadata(model.version, signatures)
 
     def status(self) -> list[VersionStatus]:
-        """Asks the server how the model's versions are, or the one asked for, newest first.
+        """Asks the server for the state of each of the model's versions, or of the Scorer's
+        version, newest first.
 
         Raises:
           ModelNotFound: the server knows no such model, version or label.
@@ -343,7 +340,7 @@ class Scorer(BaseScorer):
         return sorted(found, reverse=True, key=lambda status: status.version)
 
     def close(self) -> None:
-        """Closes the channel; running calls end with UsageError. Once more does nothing."""
+        """Closes the channel; running calls end with UsageError. May be called again."""
         self._closed = True
         if self._hedger:
             self._hedger.close()
@@ -364,7 +361,7 @@ class Scorer(BaseScorer):
                 refused = isinstance(error, FeatureError) or error.code in _CHANGED_MODEL
                 if asked_now or not refused:
                     raise
-                # Perhaps the model was replaced by one that takes other features.
+                # The model may have been replaced by one that takes other features.
                 before, model, asked_now = model, (yield from self._ask()), True
                 if model == before:
                     raise
@@ -373,7 +370,7 @@ class Scorer(BaseScorer):
                 model = yield from self._ask()
                 scores = yield from self._call(model, features, scores.versions[-1])
             except ModelNotFound:
-                # Removed already, as happens when a server goes back to an older version.
+                # The server has gone back to an older version.
                 pass
         return scores
 
@@ -410,11 +407,11 @@ class Scorer(BaseScorer):
         try:
             return future.result()
         except ScoringError:
-            # Perhaps the model was replaced by one that takes other features: ask again.
+            # The model may have been replaced by one that takes other features: ask again.
             self._model = None
             raise
         finally:
-            # Without effect on one that is done: for a caller that is interrupted.
+            # For a caller that is interrupted: no effect on one that is done.
             future.cancel()
 
     def _wait(self, steps: Generator):
@@ -433,11 +430,11 @@ class Scorer(BaseScorer):
         try:
             return (yield self._send(method, request))
         except grpc.RpcError as error:
-            # A request that was running when the Scorer was closed.
+            # The Scorer may have been closed meanwhile.
             self._require_open()
             raise self._error(error) from None
         except ValueError:
-            # So says a channel that was closed in this very moment.
+            # The channel was closed at this moment.
             self._require_open()
             raise
 
@@ -458,7 +455,7 @@ class Scorer(BaseScorer):
         except FeatureError:
             if known is None:
                 raise
-            # The server may hold a newer version by now, which takes other features.
+            # The server may have a newer version by now, which takes other features.
             self._model = None
             columns = self._columns(self._known_model(), features)
         return self._requests(*columns, None)
@@ -466,8 +463,7 @@ class Scorer(BaseScorer):
     def _requests(
         self, signature: str, arrays: Mapping[str, np.ndarray], count: int, version: int | None
     ) -> Iterator["concurrent.futures.Future[Scores]"]:
-        """Sends each request when it is asked for; gives the futures of their scores, one at
-        least."""
+        """Sends the next request for each `next`; gives the futures of scores, at least one."""
         for start in range(0, max(1, count), self.rows_per_request):
             end = min(start + self.rows_per_request, count)
             yield futures.run(self._request(signature, arrays, start, end, version))
@@ -480,8 +476,8 @@ class Scorer(BaseScorer):
         end: int,
         version: int | None,
     ) -> Generator[object, object, Scores]:
-        """A generator: scores the rows from start to end in one request, or where that is above
-        the server's message limit, one half after the other."""
+        """A generator: scores the rows from start to end in one request, or if that is above the
+        server's message limit, one half after the other."""
         if start == end:
             return joined([])
         try:
@@ -518,16 +514,10 @@ class Scorer(BaseScorer):
         spec, known = response.model_spec, self._model
         versions = [spec.version.value] if spec.HasField("version") else []
         if known and versions and versions != [known.version]:
-            # Another version, perhaps with other features: to be asked before the next call.
+            # Another version, perhaps with other features: ask before the next call.
             self._model = None
-        outputs = {}
-        for name in OUTPUTS:
-            try:
-                outputs[name] = tensors.decode(response.outputs[name])
-            except ValueError as error:
-                details = f"the answer's {name} cannot be read: {error}"
-                raise self._fault(grpc.StatusCode.INTERNAL, details) from None
-        return self._checked(outputs, rows, versions)
+        outputs = response.outputs
+        return self._checked(lambda name: tensors.decode(outputs[name]), rows, versions)
 
     def _known_model(self) -> Model:
         return self._model or self._wait(self._ask())
@@ -553,7 +543,7 @@ class Scorer(BaseScorer):
         """A generator of the model's status."""
         spec = self._spec()
         if isinstance(self.version, str):
-            # The server's status knows no labels, and would list all versions.
+            # The server ignores labels here, and would list all versions.
             spec.version.value = (yield from self._ask()).version or 0
         request = service_pb2.GetModelStatusRequest(model_spec=spec)
         return (yield from self._exchange(self._get_status, request))
@@ -583,8 +573,16 @@ class Scorer(BaseScorer):
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
+def require_types(*arguments: tuple[str, object, type, str]) -> None:
+    """TypeError for the first argument (name, value, type, expected) of another type."""
+    for name, value, kind, expected in arguments:
+        # True is an int, but hardly meant as one.
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise TypeError(f"{name}: found {value!r}, expected {expected}")
+
+
 def joined(parts: Sequence[Scores]) -> Scores:
-    """Several requests' scores as one; none of them where there is no request."""
+    """The scores of several requests as one; empty if there is no request."""
     if len(parts) == 1:
         return parts[0]
     empty = np.zeros(0, np.float32)
@@ -595,11 +593,11 @@ def joined(parts: Sequence[Scores]) -> Scores:
 
 
 def by_name(features) -> dict[str, Sequence]:
-    """A caller's features as a dict, checked as far as that needs no model.
+    """A caller's features as a dict, with the checks that need no model.
 
     Raises:
       TypeError: they are not columns by name.
-      FeatureError: two columns of one name, or a value that is no column.
+      FeatureError: two columns of one name, or a value that is not a column.
     """
     if not callable(getattr(features, "keys", None)):
         found = _type_name(features)
@@ -622,7 +620,7 @@ def by_name(features) -> dict[str, Sequence]:
         raise FeatureError(twice, f"found {count} columns of this name, expected one")
     columns = {name: features[name] for name in names}
     for name, values in columns.items():
-        # What a column is needs no list of types: it has a length, and values by position.
+        # Any type with a length, and values by position.
         if isinstance(values, str | bytes | Mapping) or not (
             hasattr(values, "__len__") and hasattr(values, "__getitem__")
         ):

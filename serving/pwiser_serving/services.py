@@ -1,14 +1,13 @@
-"""The methods of TF Serving's gRPC API that are spoken here, by name and message types."""
+"""The methods of TF Serving's gRPC API that the client calls, by name and message types."""
 
-import dataclasses
+from typing import NamedTuple
 
 from google.protobuf.message import Message
 
 from pwiser_serving.protos import service_pb2
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """One gRPC method: /service/name, from a request to a response."""
 
     service: str
@@ -21,24 +20,15 @@ class Method:
         return f"/{self.service}/{self.name}"
 
 
-PREDICT = Method(
-    "tensorflow.serving.PredictionService",
-    "Predict",
-    service_pb2.PredictRequest,
-    service_pb2.PredictResponse,
-)
-GET_MODEL_METADATA = Method(
-    "tensorflow.serving.PredictionService",
-    "GetModelMetadata",
-    service_pb2.GetModelMetadataRequest,
-    service_pb2.GetModelMetadataResponse,
-)
-GET_MODEL_STATUS = Method(
-    "tensorflow.serving.ModelService",
-    "GetModelStatus",
-    service_pb2.GetModelStatusRequest,
-    service_pb2.GetModelStatusResponse,
-)
+def _method(service: str, name: str) -> Method:
+    """A method whose messages are named after it."""
+    messages = (getattr(service_pb2, f"{name}{kind}") for kind in ("Request", "Response"))
+    return Method(f"tensorflow.serving.{service}", name, *messages)
+
+
+PREDICT = _method("PredictionService", "Predict")
+GET_MODEL_METADATA = _method("PredictionService", "GetModelMetadata")
+GET_MODEL_STATUS = _method("ModelService", "GetModelStatus")
 
 # The one metadata field there is.
 SIGNATURE_FIELD = "signature_def"

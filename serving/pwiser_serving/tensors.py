@@ -9,7 +9,7 @@ from pwiser_serving.protos import tensor_pb2
 Tensor = tensor_pb2.Tensor
 
 try:
-    # TensorFlow's small types. A client alone does without: its scores are numbers of 32 bits.
+    # TensorFlow's small types. A client does not need them: its scores have 32 bits.
     import ml_dtypes
 except ImportError:
     ml_dtypes = None
@@ -66,14 +66,13 @@ _PACKED = {
     if field in ("float_val", "double_val", "scomplex_val", "dcomplex_val")
 }
 
-# A shape may claim this many elements more than were sent, and sizes up to this without any
-# element: a few bytes must not fill the memory, here or in the model, whose own tensors may be a
-# thousand times as large.
+# A shape may claim this many elements more than were sent, and sizes up to this without elements:
+# a few bytes must not fill the memory, here or in the model.
 MAX_PADDING = 2**16
 
 
 def numpy_type(data_type: int) -> np.dtype | None:
-    """The NumPy type of a data type, object for strings; None where there is none."""
+    """The NumPy type of a data type, object for strings; None if there is none."""
     return _TYPES.get(data_type, (None,))[0]
 
 
@@ -94,8 +93,8 @@ def encode(array: np.ndarray, *, as_content: bool = True) -> Tensor:
 
     Args:
       array: numbers, booleans, or objects that are bytes.
-      as_content: numbers as raw bytes, which is far faster, or one by one as TF Serving answers
-        unless told otherwise. Strings always go one by one.
+      as_content: numbers as raw bytes, which is far faster, or one by one as TF Serving answers by
+        default. Strings are always sent one by one.
 
     Raises:
       TypeError: the array has a type that TensorFlow does not know.
@@ -124,7 +123,7 @@ def fill(tensor: Tensor, array: np.ndarray, *, as_content: bool = True) -> None:
     if field == "float8_val":
         tensor.float8_val = array.tobytes()
     elif data_type in _PACKED and array.size:
-        # Numbers one by one are on the wire what they are in memory, behind a tag and their length.
+        # On the wire: a tag, the length, and the numbers as in memory.
         tensor.MergeFromString(_PACKED[data_type] + _varint(array.nbytes) + array.tobytes())
     else:
         if field == "half_val":
@@ -139,8 +138,8 @@ def fill(tensor: Tensor, array: np.ndarray, *, as_content: bool = True) -> None:
 def decode(tensor: Tensor) -> np.ndarray:
     """A Tensor message as an array; numbers sent as raw bytes give a read-only view of them.
 
-    Fewer values than the shape has elements: the last one is repeated, or zero where there is
-    none. More: the rest is dropped. So does TensorFlow.
+    As in TensorFlow, if there are fewer values than elements, the last one is repeated, or zero if
+    there is none; if there are more, the rest is dropped.
 
     Raises:
       ValueError: unknown data type, impossible shape, a byte count that does not fit the shape,
@@ -149,7 +148,7 @@ def decode(tensor: Tensor) -> np.ndarray:
     if tensor.dtype not in _TYPES:
         raise ValueError(f"data type {tensor.dtype}")
     dtype, field = _TYPES[tensor.dtype]
-    # TensorFlow too goes by the sizes alone, whatever unknown_rank says.
+    # TensorFlow too ignores unknown_rank.
     shape = [dimension.size for dimension in tensor.tensor_shape.dim]
     if shape and min(shape) < 0:
         raise ValueError("a shape that is not fully known")
@@ -187,11 +186,11 @@ def _listed(field, dtype: np.dtype) -> np.ndarray:
     if isinstance(field, bytes):
         return np.frombuffer(field, dtype)
     if dtype.kind == "c":
-        # Real and imaginary parts in turn; a part without its other one is dropped.
+        # Real and imaginary parts alternate; an incomplete pair is dropped.
         parts = np.array(field, f"<f{dtype.itemsize // 2}")
         return parts[: len(parts) // 2 * 2].view(dtype)
     if dtype.names or (dtype.itemsize < 4 and dtype.kind != "b"):
-        # Small types travel as 32 bits; TensorFlow too keeps the lower ones.
+        # Small types are sent as 32 bits; TensorFlow too keeps the lower ones.
         narrow = np.dtype(f"u{dtype.itemsize}")
         return np.array(field, np.int32).astype(narrow).view(dtype)
     return np.array(field, dtype)
@@ -215,7 +214,7 @@ def _pad(values: np.ndarray, count: int) -> np.ndarray:
 def _split_strings(content: bytes, count: int):
     """Strings sent as raw bytes: their lengths as varints, then their bytes."""
     lengths, position = [], 0
-    # Each length takes a byte at least: a huge count fails here before anything is allocated.
+    # Each length takes at least a byte: a huge count fails before memory is allocated.
     if count > len(content):
         raise ValueError("fewer strings than the shape has elements")
     for _ in range(count):

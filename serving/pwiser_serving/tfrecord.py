@@ -1,5 +1,6 @@
-"""Candidates in a TFRecord file: serialized tf.train.Examples of raw features, sent unopened."""
+"""Candidates in a TFRecord file: serialized tf.train.Examples of raw features, sent as they are."""
 
+import itertools
 import pathlib
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,7 +9,7 @@ import crc32c
 import numpy as np
 
 from pwiser_serving import services
-from pwiser_serving.candidates import CandidateError, open_file
+from pwiser_serving.candidates import BaseFile, CandidateError, open_file
 from pwiser_serving.protos import tensor_pb2
 
 # A record's frame: its length, the length's masked CRC32C, the data, the data's masked CRC32C.
@@ -34,26 +35,19 @@ class Batch:
         return dict.fromkeys(inputs, records)
 
 
-class CandidateFile:
-    """A TFRecord file. Use it in a `with`. CandidateError: it cannot be opened."""
+class CandidateFile(BaseFile):
+    """A TFRecord file. CandidateError: it cannot be opened."""
 
     signature = services.DEFAULT_SIGNATURE
-    total = None
 
     def __init__(self, path: pathlib.Path):
         self.path = path
-        # The model's raw features: a record must hold one of them at least.
+        # The model's raw features: a record must hold at least one of them.
         self.names: Sequence[str] = ()
         self._file = open_file(path)
 
-    def __enter__(self) -> "CandidateFile":
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self._file.close()
-
     def require(self, names: Sequence[str], reason: str) -> None:
-        """CandidateError where there is a name: the records have no columns."""
+        """CandidateError if there is a name: the records have no columns."""
         for name in names:
             raise CandidateError(
                 f"a TFRecord file has no columns to take, which {reason}",
@@ -66,18 +60,20 @@ class CandidateFile:
         return Batch(1, [])
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
-        """The records, in batches of at most so many, but for the first `skip`.
+        """The records after the first `skip`, in batches of at most `rows`.
 
         Raises:
-          CandidateError: a record that is cut off, or whose checksum is another; or one that holds
-            none of the model's features, as every Example would pass the model that is another's:
-            all of its features would be missing.
+          CandidateError: a record that is cut off or has a wrong checksum; or one that holds none
+            of the model's features: the model would take it, with all features missing.
         """
+        records = itertools.islice(self._records(), skip, None)
+        while found := list(itertools.islice(self._checked(records, skip), rows)):
+            yield Batch(skip + 1, found)
+            skip += len(found)
+
+    def _checked(self, records: Iterator[bytes], skip: int) -> Iterator[bytes]:
         names = [name.encode() for name in self.names]
-        first, collected = skip + 1, []
-        for number, record in enumerate(self._records(), 1):
-            if number <= skip:
-                continue
+        for number, record in enumerate(records, skip + 1):
             if names and not any(name in record for name in names):
                 have = ", ".join(self.names)
                 raise CandidateError(
@@ -85,26 +81,19 @@ class CandidateFile:
                     file=self.path,
                     row=number,
                 )
-            collected.append(record)
-            if len(collected) == rows:
-                yield Batch(first, collected)
-                first, collected = number + 1, []
-        if collected:
-            yield Batch(first, collected)
+            yield record
 
     def _records(self) -> Iterator[bytes]:
-        number = 0
-        while True:
-            number += 1
+        for number in itertools.count(1):
             header = self._read(_LENGTH.size, number)
             if not header:
                 return
             length, checksum = _LENGTH.unpack(header)
-            # Checked before it is believed: a broken length may ask for all the memory.
+            # Checked first: a wrong length may ask for all the memory.
             if _masked(header[:8]) != checksum:
                 raise CandidateError(
-                    "the record's length does not match its checksum: a corrupt file, or none of "
-                    "TFRecords",
+                    "the record's length does not match its checksum: a corrupt file, or not a "
+                    "TFRecord file",
                     file=self.path,
                     row=number,
                 )
@@ -116,7 +105,7 @@ class CandidateFile:
             yield record
 
     def _read(self, size: int, number: int) -> bytes:
-        """So many bytes, or none at the end of the file."""
+        """The next `size` bytes, or none at the end of the file."""
         try:
             data = self._file.read(size)
         except (OSError, OverflowError, MemoryError) as error:
@@ -127,6 +116,6 @@ class CandidateFile:
 
 
 def _masked(data: bytes) -> int:
-    """TFRecord's checksum: rotated and shifted, for data that holds checksums itself."""
+    """TFRecord's masked checksum."""
     checksum = crc32c.crc32c(data)
     return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF

@@ -106,7 +106,7 @@ def test_the_same_command_goes_on_where_the_server_failed(model, candidates, tmp
             kept = int(err.split(f"{partial} keeps ")[1].split()[0])
             # In the order of the answers: up to 3 of the requests that were answered came later.
             assert done + 97 <= kept <= done + 100
-            assert err.endswith(" rows: the same command goes on after them\n")
+            assert err.endswith(" rows: the same command continues after them\n")
             assert not output.exists()
             done = kept
         calls, model.before = model.calls, lambda: None
@@ -164,7 +164,7 @@ def test_a_killed_command_is_resumed(model, candidates, tmp_path, run, number, s
             assert process.returncode == -number
             assert not output.exists()
             if number != signal.SIGKILL:
-                assert err.endswith(" rows: the same command goes on after them\n")
+                assert err.endswith(" rows: the same command continues after them\n")
         model.before = lambda: None
         code, err = run(*arguments)
         assert code == 0
@@ -187,7 +187,7 @@ def test_a_killed_server_loses_no_row(candidates, tmp_path, run):
             err = process.communicate(timeout=30)[1]
         assert process.returncode == 1
         assert "UNAVAILABLE: no server answers" in err
-        assert err.endswith("the same command goes on after them\n")
+        assert err.endswith("the same command continues after them\n")
         # Still away: nothing is lost by asking.
         assert run(*arguments)[0] == 1
     with fake_server.process(port):
@@ -209,7 +209,7 @@ def test_rows_of_two_versions_never_mix(model, candidates, tmp_path, run):
         assert code == 2
         assert "version 1: NOT_FOUND" in err
         assert f"{partial} holds " in err
-        assert "rows of this version: remove it to begin anew" in err
+        assert "rows of this version: remove it to begin again" in err
         assert not output.exists()
         # It is back beside the new one: the rest is scored by it too.
         model.set_version(1)
@@ -259,7 +259,7 @@ def test_another_command_does_not_go_on(model, candidates, tmp_path, run, change
         assert (code, err) == (
             2,
             f"error: {partial}: cannot be resumed, it was begun with another {change}; remove "
-            "this folder to begin anew\n",
+            "this folder to begin again\n",
         )
         # Nothing of it was touched, and what may differ does not matter.
         assert sorted(path.read_bytes() for path in partial.iterdir()) == before

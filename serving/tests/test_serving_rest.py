@@ -636,7 +636,7 @@ def application(models, monitoring, calls, **options):
     """The WSGI application in front of the models, for two requests at a time."""
     service = Service(models, monitoring, Turns(2))
     options = {"max_bytes": 100_000} | options
-    return rest.application(models, service, monitoring, Turns(2), calls, **options)
+    return rest.Application(models, service, monitoring, Turns(2), calls, **options)
 
 
 class Site:

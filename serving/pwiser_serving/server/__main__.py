@@ -2,7 +2,7 @@
 
     python -m pwiser_serving.server --port 8500 --model_name demo --model_base_path exported/demo
 
-Flags have TF Serving's names and, where they are the same, its defaults.
+Flags have TF Serving's names and, if they are equal, its defaults.
 """
 
 import _thread
@@ -28,12 +28,12 @@ from pwiser_serving.server import flags as server_flags
 
 _log = logging.getLogger("pwiser_serving")
 
-# Longer than any request should run: then the server ends without its answer.
+# Longer than any request should run; then the server ends without its answer.
 _GRACE_SECONDS = 30
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """The command. Returns when SIGTERM or SIGINT has stopped the server.
+    """The command. Returns after SIGTERM or SIGINT has stopped the server.
 
     A second signal ends the process at once.
     """
@@ -47,18 +47,24 @@ def main(arguments: list[str] | None = None) -> None:
     logs.set_up()
     for name, reason in flags.ignored.items():
         _log.info("--%s: no effect here: %s", name, reason, extra={"event": "flag"})
-    stop = _stop_event()
+    try:
+        _serve(flags, _stop_event())
+    except _UserError as error:
+        command_line.fail(error)
+
+
+def _serve(flags, stop: threading.Event) -> None:
+    """Serves until the event is set."""
+    # Errors in flags are reported before TensorFlow's import, which takes four seconds.
     credentials = flags.ssl_config_file and _credentials(flags.ssl_config_file)
     monitoring_path = flags.monitoring_config_file and _metrics_path(flags.monitoring_config_file)
     if not flags.model_config_file and not pathlib.Path(flags.model_base_path).is_dir():
-        command_line.fail(f"--model_base_path: {flags.model_base_path} is not a folder")
-
-    # Imported late: a wrong flag is told at once, not after TensorFlow's four seconds.
+        raise _UserError(f"--model_base_path: {flags.model_base_path} is not a folder")
     try:
         with quiet.libraries():
             import tensorflow  # noqa: F401
     except ModuleNotFoundError as error:
-        command_line.fail(f"{error}: pip install 'pwiser-serving[server]'")
+        raise _UserError(f"{error}: pip install 'pwiser-serving[server]'") from None
     from tensorflow_serving.config import model_server_config_pb2
 
     from pwiser_serving.server import memory, rest
@@ -71,85 +77,82 @@ def main(arguments: list[str] | None = None) -> None:
     from pwiser_serving.server.versions import Retries
 
     memory.settle()
-    monitoring = Monitoring()
-    try:
-        load_options = _load_options(flags)
-    except _BadFile as problem:
-        command_line.fail(f"--tensorflow_session_config_file: {problem}")
+    monitoring, load_options = Monitoring(), _load_options(flags)
     models = Models(
         lambda folder: SavedModel(folder, monitoring, load_options),
         allow_labels_for_unavailable=flags.allow_version_labels_for_unavailable_models,
         retries=Retries(flags.max_num_load_retries, flags.load_retry_interval_micros / 1e6),
     )
 
-    def configuration() -> model_server_config_pb2.ModelServerConfig:
-        if not flags.model_config_file:
-            return single_model(flags.model_name, pathlib.Path(flags.model_base_path))
-        return _read(flags.model_config_file, model_server_config_pb2.ModelServerConfig())
+    def configure() -> bool:
+        """Whether the models' configuration has changed, which is in force then."""
+        if flags.model_config_file:
+            config = model_server_config_pb2.ModelServerConfig()
+            _read("--model_config_file", flags.model_config_file, config)
+        else:
+            config = single_model(flags.model_name, pathlib.Path(flags.model_base_path))
+        changed = config != models.config
+        if changed:
+            try:
+                models.configure(config)
+            except Status as status:
+                raise _UserError(f"--model_config_file: {status}") from None
+        return changed
 
-    try:
-        models.configure(configuration())
-    except (_BadFile, Status) as problem:
-        command_line.fail(f"--model_config_file: {problem}")
+    configure()
     for model in models.all():
         if not (model.base_path.is_dir() or flags.serve_what_loads):
-            command_line.fail(f"model {model.name}: {model.base_path} is not a folder")
-
+            raise _UserError(f"model {model.name}: {model.base_path} is not a folder")
     service = Service(
         models,
         monitoring,
         Turns(flags.grpc_max_threads),
         as_content=flags.enable_serialization_as_tensor_content,
     )
+    max_bytes = flags.max_message_bytes
     server = grpc_server(
-        service,
-        max_message_bytes=flags.max_message_bytes,
-        arguments=flags.grpc_channel_arguments,
+        service, max_message_bytes=max_bytes, arguments=flags.grpc_channel_arguments
     )
     health = flags.enable_grpc_healthcheck_service and Health(server)
     addresses = _bind(server, flags, credentials)
     http = None
     if flags.rest_api_port:
         calls = rest.Calls(flags.rest_api_timeout_in_ms / 1000 or None)
-        application = rest.application(
+        application = rest.Application(
             models,
             service,
             monitoring,
             Turns(flags.rest_api_num_threads),
             calls,
-            max_bytes=flags.max_message_bytes,
+            max_bytes=max_bytes,
             monitoring_path=monitoring_path,
             cors=flags.rest_api_enable_cors_support,
         )
         try:
-            http = rest.Server(
-                application, calls, flags.rest_api_port, max_bytes=flags.max_message_bytes
-            )
+            http = rest.Server(application, calls, flags.rest_api_port, max_bytes=max_bytes)
         except OSError as error:
-            command_line.fail(f"--rest_api_port: {flags.rest_api_port}: {error.strerror}")
+            problem = f"--rest_api_port: {flags.rest_api_port}: {error.strerror}"
+            raise _UserError(problem) from None
 
     seconds = flags.file_system_poll_wait_seconds
     if _wait_until_available(models, seconds, stop, all_of_them=not flags.serve_what_loads):
         server.start()
         if http:
             http.start()
-        # Whoever started it may have closed stdout or stopped reading it.
+        # Nobody may read stdout, or it may be closed.
         with contextlib.suppress(OSError):
             print(f"pwiser_serving: serving {_served(models)} on {addresses}", flush=True)
             if http:
                 print(f"pwiser_serving: REST API on 0.0.0.0:{http.port}", flush=True)
-        if flags.model_config_file and flags.model_config_file_poll_wait_seconds:
-            threading.Thread(
-                target=_follow_file,
-                args=(models, configuration, flags.model_config_file_poll_wait_seconds, stop),
-                daemon=True,
-            ).start()
+        if flags.model_config_file and (wait := flags.model_config_file_poll_wait_seconds):
+            follow = (models, configure, wait, stop)
+            threading.Thread(target=_follow_file, args=follow, daemon=True).start()
         while not stop.wait(seconds or None):
             models.poll()
-        _log.info("told to stop", extra={"event": "stopping"})
+        _log.info("stopping on a signal", extra={"event": "stopping"})
         if health:
             health.end()
-        # Both refuse what is new from here on, and answer what has come.
+        # Both refuse new requests from here on, and answer the open ones.
         stopped = server.stop(_GRACE_SECONDS)
         if http:
             http.stop(_GRACE_SECONDS)
@@ -158,9 +161,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _hold_standard_files() -> None:
-    """Opens those of stdin, stdout and stderr that are closed, to nowhere.
+    """Opens those of stdin, stdout and stderr that are closed, as /dev/null.
 
-    Otherwise a socket gets such a number, and what a library prints goes to a client.
+    Otherwise a socket gets the number, and what a library prints goes to a client.
     """
     for number in range(3):
         try:
@@ -170,7 +173,7 @@ def _hold_standard_files() -> None:
 
 
 def _allow_many_files() -> None:
-    """Lifts the bound on open files, often 1024, as far as it may: a connection is one."""
+    """Raises the limit of open files, often 1024, to its maximum: each connection is one."""
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
@@ -183,7 +186,7 @@ def _stop_event() -> threading.Event:
     def handle(*_):
         for number in numbers:
             signal.signal(number, signal.SIG_DFL)
-        # This runs in the main thread, which may hold the event's lock at this very moment.
+        # In another thread: this one may hold the event's lock at this moment.
         _thread.start_new_thread(stop.set, ())
 
     for number in numbers:
@@ -191,20 +194,20 @@ def _stop_event() -> threading.Event:
     return stop
 
 
-class _BadFile(Exception):
-    """A file of the user's that cannot be read, told in one line."""
+class _UserError(Exception):
+    """A mistake in a flag or in a file that it names, in one line."""
 
 
-def _read(path: str, message: Message) -> Message:
-    """A message from its text form in a file."""
+def _read(flag: str, path: str, message: Message) -> Message:
+    """Fills a message from its text form in a file."""
     try:
         return text_format.Parse(pathlib.Path(path).read_text("utf-8"), message)
     except OSError as error:
-        raise _BadFile(f"{path}: {error.strerror}") from None
+        raise _UserError(f"{flag}: {path}: {error.strerror}") from None
     except (text_format.ParseError, UnicodeDecodeError) as error:
-        # TF Serving's words, which its tests look for.
+        # TF Serving's words.
         kind = message.DESCRIPTOR.full_name
-        raise _BadFile(f"{path}: Error parsing text-format {kind}: {error}") from None
+        raise _UserError(f"{flag}: {path}: Error parsing text-format {kind}: {error}") from None
 
 
 def _load_options(flags):
@@ -214,8 +217,8 @@ def _load_options(flags):
     from pwiser_serving.server.saved_model import LoadOptions
 
     session = tensorflow_config_pb2.ConfigProto()
-    if flags.tensorflow_session_config_file:
-        _read(flags.tensorflow_session_config_file, session)
+    if path := flags.tensorflow_session_config_file:
+        _read("--tensorflow_session_config_file", path, session)
     threads = flags.tensorflow_intra_op_parallelism or flags.tensorflow_session_parallelism
     if threads:
         session.intra_op_parallelism_threads = threads
@@ -232,13 +235,10 @@ def _load_options(flags):
 
 def _credentials(path: str) -> grpc.ServerCredentials:
     """What gRPC needs for TLS, from an SSLConfig file."""
-    try:
-        config = _read(path, config_pb2.SSLConfig())
-    except _BadFile as problem:
-        command_line.fail(f"--ssl_config_file: {problem}")
+    config = _read("--ssl_config_file", path, config_pb2.SSLConfig())
     for name in ("server_key", "server_cert") + ("custom_ca",) * config.client_verify:
         if not getattr(config, name):
-            command_line.fail(f"--ssl_config_file: {path}: {name} is missing")
+            raise _UserError(f"--ssl_config_file: {path}: {name} is missing")
     return grpc.ssl_server_credentials(
         [(config.server_key.encode(), config.server_cert.encode())],
         root_certificates=config.custom_ca.encode() or None,
@@ -247,28 +247,26 @@ def _credentials(path: str) -> grpc.ServerCredentials:
 
 
 def _metrics_path(path: str) -> str | None:
-    """Where a MonitoringConfig file wants the metrics, or None where it does not enable them."""
+    """Where a MonitoringConfig file wants the metrics; None if it does not enable them."""
     from pwiser_serving.server import monitoring
 
-    try:
-        config = _read(path, config_pb2.MonitoringConfig()).prometheus_config
-    except _BadFile as problem:
-        command_line.fail(f"--monitoring_config_file: {problem}")
+    flag = "--monitoring_config_file"
+    config = _read(flag, path, config_pb2.MonitoringConfig()).prometheus_config
     where = config.path or monitoring.DEFAULT_PATH
     if not where.startswith("/"):
-        command_line.fail(f"--monitoring_config_file: {path}: found path {where!r}, expected /...")
+        raise _UserError(f"{flag}: {path}: found path {where!r}, expected /...")
     return where if config.enable else None
 
 
 def _bind(server: grpc.Server, flags, credentials: grpc.ServerCredentials | None) -> str:
-    """Takes the port, or a free one for 0, and the socket; returns where gRPC listens."""
-    found = []
-    for flag, address in (
-        ("--port", f"0.0.0.0:{flags.port}" if flags.port or not flags.grpc_socket_path else ""),
-        ("--grpc_socket_path", flags.grpc_socket_path and f"unix:{flags.grpc_socket_path}"),
-    ):
-        if not address:
-            continue
+    """Binds the port (a free one for 0) and the socket; returns where gRPC listens."""
+    found, places = [], []
+    if flags.port or not flags.grpc_socket_path:
+        places.append(("--port", "0.0.0.0:", flags.port))
+    if flags.grpc_socket_path:
+        places.append(("--grpc_socket_path", "unix:", flags.grpc_socket_path))
+    for flag, scheme, place in places:
+        address = f"{scheme}{place}"
         try:
             with quiet.libraries():
                 if credentials:
@@ -276,22 +274,20 @@ def _bind(server: grpc.Server, flags, credentials: grpc.ServerCredentials | None
                 else:
                     port = server.add_insecure_port(address)
         except RuntimeError:
-            # It says no more than that it failed: with TLS there are two reasons.
-            which = f"{flag} or --ssl_config_file" if credentials else flag
-            place = address.removeprefix("0.0.0.0:").removeprefix("unix:")
-            reasons = f"{place} is in use, or may not be used"
+            reasons = f"{flag}: {place} is in use, or may not be used"
             if credentials:
-                reasons += ", or the key and the certificates are not PEM texts that fit"
-            command_line.fail(f"{which}: {reasons}")
-        found.append(f"0.0.0.0:{port}" if flag == "--port" else address)
+                # gRPC does not say which of the two it is.
+                reasons = f"{flag} or --ssl_config_file: {place} is in use, or may not be used, or "
+                reasons += "the key and the certificates are not PEM texts that fit"
+            raise _UserError(reasons) from None
+        found.append(f"{scheme}{port}" if flag == "--port" else address)
     return " and ".join(found)
 
 
 def _wait_until_available(
     models, seconds: float, stop: threading.Event, *, all_of_them: bool
 ) -> bool:
-    """Waits until each model has a version in service, or one model has; False where told to stop
-    before."""
+    """Waits until all models, or one, have a version in service; False if stopped before."""
 
     def ready() -> bool:
         missing = models.missing()
@@ -301,7 +297,7 @@ def _wait_until_available(
     while True:
         looks = models.poll()
         next_look = time.monotonic() + seconds
-        # A load may take minutes: neither a signal nor the other models should wait for it.
+        # A load may take minutes, in which signals and the other models go on.
         while futures.wait(looks, timeout=0.1).not_done:
             if stop.is_set():
                 return False
@@ -310,44 +306,40 @@ def _wait_until_available(
         for model in models.missing():
             if model in warned or model.loading:
                 continue
-            problem = f"{model.base_path} holds no version that loads"
             _log.warning(
-                "%s yet; waiting", problem, extra={"event": "waiting", "model": model.name}
+                "%s holds no version that loads yet; waiting",
+                model.base_path,
+                extra={"event": "waiting", "model": model.name},
             )
             warned.add(model)
         if ready():
             return True
         if not seconds:
-            missing = models.missing()[0]
-            command_line.fail(f"{missing.base_path} holds no version that loads")
+            raise _UserError(f"{models.missing()[0].base_path} holds no version that loads")
         if stop.wait(max(0, next_look - time.monotonic())):
             return False
 
 
 def _follow_file(
-    models, configuration: Callable[[], Message], seconds: float, stop: threading.Event
+    models, configure: Callable[[], bool], seconds: float, stop: threading.Event
 ) -> None:
-    """Reads the models' configuration again and again, and goes by it where it has changed."""
-    from pwiser_serving.server.status import Status
-
-    told = None
+    """Reads the models' configuration again and again, and uses it when it has changed."""
+    reported = None
     while not stop.wait(seconds):
         try:
-            config = configuration()
-            if config != models.config:
-                models.configure(config)
-                # Nobody waits for the loads: the file may change again before they are done.
+            if configure():
+                # Without waiting for the loads: the file may change again before they are done.
                 models.look_again()
                 _log.info("a new configuration is in force", extra={"event": "reload"})
-            told = None
-        except (_BadFile, Status) as problem:
-            # Tried again, as a label may wait for its version, but told once.
-            if str(problem) != told:
-                _log.error("--model_config_file: %s", problem, extra={"event": "reload"})
-            told = str(problem)
+            reported = None
+        except _UserError as problem:
+            # Tried again, as a label may wait for its version, but reported once.
+            if str(problem) != reported:
+                _log.error("%s", problem, extra={"event": "reload"})
+            reported = str(problem)
         except Exception:
             if stop.is_set():
-                # The models were closed meanwhile.
+                # The models are closed.
                 return
             _log.exception("reading --model_config_file", extra={"event": "fault"})
 
@@ -361,5 +353,5 @@ def _served(models) -> str:
 if __name__ == "__main__":
     main()
     logging.shutdown()
-    # What still runs (a load, a request beyond the grace) has threads that Python would wait for.
+    # Not sys.exit, which would wait for the threads of a running load or request.
     os._exit(0)

@@ -1,16 +1,16 @@
 """JSON to arrays and back, as TensorFlow Serving's REST API defines it.
 
 What is accepted, the messages, the digits of numbers and the layout of answers are those of
-tensorflow/serving (util/json_tensor.cc). It differs in four points:
+tensorflow/serving (util/json_tensor.cc), except:
 
-- after `JSON Parse error:` come the words of Python's parser, except for a number that is too big;
+- after `JSON Parse error:` comes the message of Python's parser, unless a number is too big;
 - a key that occurs twice in an object is refused;
-- a document may not be nested deeper than Python's parser goes;
+- a document may be nested only as deeply as Python's parser can read;
 - a data type that JSON does not have (half, bfloat16, complex, quantized, ...) is INVALID_ARGUMENT
-  in requests as in answers, where TF Serving answers requests with UNIMPLEMENTED.
+  in requests as in answers (TF Serving answers requests with UNIMPLEMENTED).
 
-orjson parses what is plain JSON. What it refuses, and what has a key twice, is parsed again by
-Python's slower parser, which knows the rules beyond JSON and says what is wrong.
+orjson parses plain JSON. What it refuses, and what has a key twice, is parsed again by Python's
+slower parser, which accepts NaN and Inf and says what is wrong.
 """
 
 import base64
@@ -34,21 +34,21 @@ from pwiser_serving.server.status import Status, invalid_argument
 
 _BOM = b"\xef\xbb\xbf"
 _START = re.compile("\ufeff?[ \t\r\n]*")
-# A string, or what is sought: what looks like that within a string is passed over.
+# A string, or the pattern: matches within strings are skipped.
 _STRING = r'"(?:[^"\\]|\\.)*"|'
 _CONSTANT = re.compile(_STRING + "-?(?:Inf(?:inity)?|NaN)", re.DOTALL)
 _NUMBER = re.compile(_STRING + r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?", re.DOTALL)
 
-# A value quoted in a message is cut after so many characters.
+# The most characters of a value in a message.
 _QUOTED = 256
-# An input that holds bytes rather than text, and says so by its name.
+# Outputs with such a name hold bytes, not text.
 _BYTES_SUFFIX = "_bytes"
-# The dimensions that every NumPy takes.
+# The dimensions that every version of NumPy can have.
 _MAX_RANK = 32
 
 _WIDE = (-(2**31), 2**31 - 1)
-# The whole numbers that JSON may give for a data type. TF Serving reads the small types as 32 bits
-# and keeps the lower ones.
+# The whole numbers that JSON may have for a data type. TF Serving reads the small types as 32 bits
+# and keeps the lower bits.
 _BOUNDS = {
     tensor_pb2.DT_INT8: _WIDE,
     tensor_pb2.DT_INT16: _WIDE,
@@ -68,7 +68,7 @@ _KNOWN = {*_BOUNDS, *_FLOATS, tensor_pb2.DT_BOOL, tensor_pb2.DT_STRING}
 def parse(body: bytes) -> dict:
     """A request's body, which must be a JSON object. What follows it is ignored.
 
-    Bytes that are no UTF-8 are kept, as surrogate escapes.
+    Bytes that are not UTF-8 are kept, as surrogate escapes.
 
     Raises:
       Status: INVALID_ARGUMENT.
@@ -79,7 +79,7 @@ def parse(body: bytes) -> dict:
         document = _parse_strictly(body)
     else:
         # orjson keeps the last of two equal keys: then the text has more colons than the document
-        # has keys. Colons in strings look the same, so that then the rest alone is counted.
+        # has keys. If there are more, those in strings are not counted.
         if not any(_has_keys(document, count(body)) for count in (_colons, _colons_but_in_strings)):
             document = _parse_strictly(body)
     if type(document) is not dict:
@@ -88,13 +88,12 @@ def parse(body: bytes) -> dict:
 
 
 def signature_name(document: dict) -> str:
-    """The signature that a request names, "" where it names none."""
+    """The signature that a request names, or ""."""
     name = document.get("signature_name", "")
     if type(name) is not str:
         raise _format_error(
             document, "not formatted correctly. 'signature_name' key must be a string value."
         )
-    # A name that is no text is no signature's either.
     return name.encode("utf-8", "replace").decode()
 
 
@@ -130,7 +129,7 @@ def inputs(document: dict, data_types: Mapping[str, int]) -> tuple[dict[str, np.
 
 
 def examples(document: dict) -> input_pb2.Input:
-    """The Examples of a Classify or Regress request, with their context where it has one.
+    """The Examples of a Classify or Regress request, with their context if there is one.
 
     Raises:
       Status: INVALID_ARGUMENT.
@@ -140,7 +139,7 @@ def examples(document: dict) -> input_pb2.Input:
     if "context" in document:
         listed = result.example_list_with_context
         _fill_example(document["context"], listed.context)
-        # An empty context is one too.
+        # Set, even if it is empty.
         listed.context.SetInParent()
     # TF Serving says classify for both.
     if "examples" not in document:
@@ -162,7 +161,7 @@ def _has_keys(document: object, count: int) -> bool:
     level = [document]
     while level:
         count -= sum(len(value) for value in level if type(value) is dict)
-        # The usual request ends here, before its values are looked at.
+        # A usual request returns here.
         if not count:
             return True
         level = [
@@ -175,17 +174,17 @@ def _has_keys(document: object, count: int) -> bool:
 
 
 def _colons(body: bytes) -> int:
-    # Several times faster than bytes.count where there are many.
+    # Several times faster than bytes.count if there are many.
     return int(np.count_nonzero(np.frombuffer(body, np.uint8) == ord(":")))
 
 
 def _colons_but_in_strings(body: bytes) -> int:
     if b"\\" in body:
-        # A quote after two backslashes ends a string, one after a single backslash does not.
+        # A quote after two backslashes ends a string; after one backslash it does not.
         body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
     characters = np.frombuffer(body, np.uint8)
     quotes, colons = (np.flatnonzero(characters == ord(mark)) for mark in '":')
-    # An even number of quotes stands before what is in no string.
+    # An even number of quotes stands before what is outside strings.
     return int(np.count_nonzero(np.searchsorted(quotes, colons) % 2 == 0))
 
 
@@ -204,15 +203,15 @@ def _parse_strictly(body: bytes) -> object:
         constants.append(float(token))
         return "NaN".rjust(len(token))
 
-    # Python's parser knows no Inf, -Inf and -NaN. It reads NaN, of the same length, in the place
-    # of every constant, and asks for their values in the same order.
+    # Python's parser does not know Inf, -Inf and -NaN. It reads NaN, padded to the same length, in
+    # place of each constant, and asks for the values in the same order.
     readable = text
     if "Inf" in text or "-NaN" in text:
         readable = _CONSTANT.sub(hide, text)
     values = iter(constants)
     decoder = json.JSONDecoder(
         object_pairs_hook=_unique,
-        # Whole numbers of more than 64 bits are doubles, and those too big for one are refused.
+        # Integers of more than 64 bits become doubles; those too big for a double are refused.
         parse_float=orjson.loads,
         parse_int=orjson.loads,
         parse_constant=lambda name: next(values, float(name)),
@@ -265,20 +264,20 @@ def _rows(document: dict, data_types: Mapping[str, int]) -> dict[str, np.ndarray
 
 
 def _named_rows(rows: list, data_types: Mapping[str, int]) -> dict[str, np.ndarray | None]:
-    """Rows that are objects as arrays by name, None for what is wrong."""
+    """Rows that are objects as arrays by name; None for a wrong one."""
     if set(map(type, rows)) != {dict} or set(map(len, rows)) != {len(data_types)}:
         return dict.fromkeys(data_types)
     arrays = {}
     for data_type in set(data_types.values()):
         names = [name for name in data_types if data_types[name] == data_type]
-        # The first name twice: of a single one this would get bare values instead of tuples.
+        # The first name twice: with a single name, itemgetter would not give tuples.
         values = map(operator.itemgetter(*names, names[0]), rows)
         width = len(names) + 1
         try:
             leaves = list(itertools.chain.from_iterable(values))
         except KeyError:
             return dict.fromkeys(data_types)
-        # Plain values of all inputs of a type, the usual case, are converted at once.
+        # Usual case: plain values of all inputs of a type are converted at once.
         table = _values(leaves, data_type)
         if table is not None:
             columns = np.ascontiguousarray(table.reshape(-1, width).T)
@@ -312,7 +311,7 @@ def _columns(value: object, data_types: Mapping[str, int]) -> dict[str, np.ndarr
 
 
 def _shape(value: object) -> list[int]:
-    """The shape of nested lists, as their first elements tell it."""
+    """The shape of nested lists, by their first elements."""
     shape = []
     while type(value) is list:
         shape.append(len(value))
@@ -323,7 +322,7 @@ def _shape(value: object) -> list[int]:
 
 
 def _array(value: object, data_type: int) -> np.ndarray | None:
-    """Nested lists as an array, or None where anything is wrong with them: `_check` says what."""
+    """Nested lists as an array, or None if anything is wrong with them: `_check` says what."""
     shape = _shape(value)
     if len(shape) > _MAX_RANK:
         return None
@@ -337,10 +336,10 @@ def _array(value: object, data_type: int) -> np.ndarray | None:
 
 
 def _values(leaves: list, data_type: int) -> np.ndarray | None:
-    """Values as an array, [n], or None where one does not fit the data type."""
+    """Values as an array, [n], or None if one does not fit the data type."""
     if data_type in _FLOATS:
         array = _numbers(leaves, "d")
-        # What is too big for a float is an infinity.
+        # A value that is too big for a float becomes infinite.
         with np.errstate(over="ignore"):
             return None if array is None else array.astype(tensors.numpy_type(data_type))
     if data_type in _BOUNDS:
@@ -361,13 +360,13 @@ def _values(leaves: list, data_type: int) -> np.ndarray | None:
 
 
 def _numbers(leaves: list, kind: str) -> np.ndarray | None:
-    """Numbers as an array, [n], or None where one does not fit NumPy's and struct's code `kind`."""
+    """Numbers as an array, [n], or None if one does not fit the type code `kind`."""
     try:
-        # Twice as fast as NumPy's own conversion, and as strict as JSON but for booleans.
+        # Twice as fast as NumPy's conversion, and as strict as JSON except for booleans.
         array = np.frombuffer(struct.pack(f"{len(leaves)}{kind}", *leaves), kind)
     except struct.error:
         return None
-    # A boolean is no number here, though it is one to Python.
+    # In Python, but not here, a boolean is a number.
     places = np.flatnonzero((array == 0) | (array == 1)).tolist()
     return None if bool in set(map(type, map(leaves.__getitem__, places))) else array
 
@@ -389,7 +388,7 @@ def _is_base64(value: object) -> bool:
 
 
 def _is_object(value: object) -> bool:
-    """Whether a value is an object, and not bytes in the form of one."""
+    """Whether a value is an object, and not {"b64": ...}."""
     return type(value) is dict and not _is_base64(value)
 
 
@@ -407,11 +406,11 @@ def _decode_base64(value: dict) -> bytes:
         raise invalid_argument("Unable to base64 decode") from None
 
 
-# What follows says what is wrong, in TF Serving's order. It is slow, and asked only then.
+# What follows finds the error, in TF Serving's order. It is slow.
 
 
 def _wrong_rows(rows: list, named: bool, data_types: Mapping[str, int]) -> Status:
-    """What is wrong with the first row that is not as it should be."""
+    """The error of the first wrong row."""
     shapes: dict[str, list[int]] = {}
     for number, row in enumerate(rows):
         if named and not _is_object(row):
@@ -440,10 +439,7 @@ def _wrong_rows(rows: list, named: bool, data_types: Mapping[str, int]) -> Statu
 def _check_item(
     name: str, value: object, shapes: dict[str, list[int]], data_types: Mapping[str, int]
 ) -> None:
-    """Raises Status for what is wrong with one row's value of one input.
-
-    `shapes` holds the first row's, and is filled by it.
-    """
+    """Raises Status if one row's value of one input is wrong. `shapes` are the first row's."""
     if name not in data_types:
         raise invalid_argument(f"JSON object: does not have named input: {name}")
     shape = _shape(value)
@@ -458,7 +454,7 @@ def _check_item(
 
 
 def _check(value: object, level: int, shape: list[int], data_type: int) -> None:
-    """Raises Status for the first value that does not fit its place or the data type."""
+    """Raises Status for the first value with a wrong place or type."""
     if type(value) is not list:
         if level != len(shape):
             raise invalid_argument(
@@ -481,27 +477,16 @@ def _check(value: object, level: int, shape: list[int], data_type: int) -> None:
 
 
 def _check_leaf(value: object, data_type: int) -> None:
-    if type(value) is dict and data_type == tensor_pb2.DT_STRING:
-        _decode_base64(value)
+    if data_type == tensor_pb2.DT_STRING and type(value) in (str, dict):
+        _bytes(value)
         return
     name = tensors.data_type_name(data_type)
     if type(value) is not dict and data_type not in _KNOWN:
         raise invalid_argument(f"Conversion of JSON Value: {_quote(value)} to type: {name}")
-    if data_type == tensor_pb2.DT_STRING and type(value) is str:
-        _bytes(value)
-    elif not _fits(value, data_type):
+    if _values([value], data_type) is None:
         raise invalid_argument(
             f"JSON Value: {_quote(value)} Type: {_type_name(value)} is not of expected type: {name}"
         )
-
-
-def _fits(value: object, data_type: int) -> bool:
-    if data_type in _FLOATS:
-        return type(value) in (int, float)
-    if data_type in _BOUNDS:
-        low, high = _BOUNDS[data_type]
-        return type(value) is int and low <= value <= high
-    return data_type == tensor_pb2.DT_BOOL and type(value) is bool
 
 
 def _format_error(value: object, message: str) -> Status:
@@ -519,7 +504,7 @@ def _joined(shape: list[int]) -> str:
 
 
 def _quote(value: object) -> str:
-    """A value's JSON for a message, cut where it is long."""
+    """A value's JSON for a message, cut if it is long."""
     text = ""
     for piece in _pieces(value, 0):
         if len(text) >= _QUOTED:
@@ -585,10 +570,7 @@ def _add_value(value: object, name: str, feature: feature_pb2.Feature) -> None:
 
 
 def predictions(arrays: Mapping[str, np.ndarray], *, row: bool) -> bytes:
-    """The answer to a Predict request.
-
-    Args:
-      arrays: the outputs by name; row: whether the request was in the row format.
+    """The answer to a Predict request, in the row or the column format, from outputs by name.
 
     Raises:
       Status: INVALID_ARGUMENT for outputs that this format cannot hold.
@@ -619,7 +601,7 @@ def regressions(result: regression_pb2.RegressionResult) -> bytes:
 
 
 def error(message: str) -> bytes:
-    """The answer to a request that failed: always valid UTF-8, whatever it quotes."""
+    """The answer to a request that failed, always valid UTF-8."""
     return f'{{\n    "error": {_dump(message)}\n}}'.encode("utf-8", "replace")
 
 
@@ -635,25 +617,24 @@ def _row_answer(arrays: Mapping[str, np.ndarray]) -> str:
         size = len(array)
     columns = [_nest(_texts(name, array), array.shape, 1) for name, array in arrays.items()]
     if len(columns) == 1:
-        return (
-            '{\n    "predictions": [' + ", ".join(columns[0]) + ("\n    ]\n}" if size else "]\n}")
-        )
-    keys = [_dump(name).replace("%", "%%") + ": %s" for name in arrays]
-    row = "\n        {\n            " + ",\n            ".join(keys) + "\n        }"
-    rows = ",".join(row % values for values in zip(*columns, strict=True))
+        rows = ", ".join(columns[0])
+    else:
+        keys = [_dump(name).replace("%", "%%") + ": %s" for name in arrays]
+        row = "\n        {\n            " + ",\n            ".join(keys) + "\n        }"
+        rows = ",".join(row % values for values in zip(*columns, strict=True))
     return '{\n    "predictions": [' + rows + ("\n    ]\n}" if size else "]\n}")
 
 
 def _column_answer(arrays: Mapping[str, np.ndarray]) -> str:
-    if len(arrays) == 1:
-        ((name, array),) = arrays.items()
-        (text,) = _nest(_texts(name, array), array.shape, 0, indent=1)
-        return f'{{\n    "outputs": {text}\n}}'
-    lines = []
-    for name, array in arrays.items():
-        (text,) = _nest(_texts(name, array), array.shape, 0, indent=2)
-        lines.append(f"        {_dump(name)}: {text}")
-    return '{\n    "outputs": {\n' + ",\n".join(lines) + "\n    }\n}"
+    indent = 1 if len(arrays) == 1 else 2
+    texts = {
+        name: _nest(_texts(name, array), array.shape, 0, indent)[0]
+        for name, array in arrays.items()
+    }
+    if len(texts) == 1:
+        return f'{{\n    "outputs": {next(iter(texts.values()))}\n}}'
+    lines = ",\n".join(f"        {_dump(name)}: {text}" for name, text in texts.items())
+    return f'{{\n    "outputs": {{\n{lines}\n    }}\n}}'
 
 
 def _texts(name: str, array: np.ndarray) -> list[str]:
@@ -681,11 +662,11 @@ def _nest(
     """Joins an array's elements to nested lists.
 
     Args:
-      texts: the elements; shape: the array's; first: the axis at which the outermost lists begin;
-      indent: how deep they lie, for a line an element; None for one line.
+      texts: the elements; shape: the array's; first: the axis of the outermost lists; indent: how
+      deep they are, for one line an element, or None for a single line.
 
     Returns:
-      The outermost lists, or the elements where the array has no such axis.
+      The outermost lists, or the elements if the array has no such axis.
     """
     for axis in range(len(shape) - 1, first - 1, -1):
         start, between, end = "[", ", ", "]"
@@ -701,16 +682,13 @@ def _nest(
 
 
 def _decimals(array: np.ndarray) -> list[str]:
-    """Floats, [n], as TF Serving writes them: with six digits where that is exact, else in full."""
-    digits = 9 if array.dtype == np.float32 else 17
-    values = array.tolist()
-    # One formatting of all values is faster than one of each.
-    texts = (f"%.{digits}g " * len(values) % tuple(values)).split()
-    for place in np.flatnonzero(_may_be_short(array)).tolist():
-        text = f"{values[place]:.6g}"
-        if array.dtype.type(text) == values[place]:
-            texts[place] = text
-    # Only a whole number may have neither point nor exponent.
+    """Floats, [n], as TF Serving writes them: with six digits if that is exact, else in full."""
+    values, digits = tuple(array.tolist()), 9 if array.dtype == np.float32 else 17
+    # One format for all values is faster than one for each.
+    full, short = ((f"%.{n}g " * len(values) % values).split() for n in (digits, 6))
+    exact = np.array(short, "S").astype(array.dtype) == array
+    texts = [a if same else b for a, b, same in zip(short, full, exact.tolist(), strict=True)]
+    # Only a whole number can have neither point nor exponent.
     for place in np.flatnonzero(array == np.rint(array)).tolist():
         if "." not in texts[place] and "e" not in texts[place]:
             texts[place] += ".0"
@@ -719,21 +697,8 @@ def _decimals(array: np.ndarray) -> list[str]:
     return texts
 
 
-def _may_be_short(array: np.ndarray) -> np.ndarray:
-    """False for numbers that six digits do not give exactly; true for the others and a few more."""
-    limits = np.finfo(array.dtype)
-    with np.errstate(all="ignore"):
-        sizes = np.abs(array, dtype=np.float64)
-        # At least six digits before the point, a seventh where the logarithm is rounded up.
-        scaled = sizes * 10.0 ** (5 - np.floor(np.log10(sizes) - 1e-6))
-        distances = np.abs(scaled - np.rint(scaled))
-    # A number stands for all within half of its last bit, eps / 2 of it at most; 1e-14 for what is
-    # rounded here. NaN gives true: of zero, of what is not finite, of a scale that overflows.
-    return ~(distances > (limits.eps / 2 + 1e-14) * scaled) | (sizes < limits.tiny)
-
-
 def _encode(text: str) -> bytes:
-    # Strings that are no UTF-8 leave as the bytes that the model gave.
+    # Strings that are not UTF-8 are sent as the bytes that the model gave.
     return text.encode("utf-8", "surrogateescape")
 
 

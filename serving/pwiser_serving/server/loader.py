@@ -1,6 +1,6 @@
-"""Loader: what TensorFlow's loader in C++, which TF Serving uses, says of a SavedModel.
+"""Loader: the error of TensorFlow's C++ loader, which TF Serving uses, for a SavedModel.
 
-Python's loader has other words, and for some faults other codes.
+Python's loader has other messages, and for some faults other codes.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ _POINTER = ctypes.c_void_p
 
 
 def load_error(folder: pathlib.Path, tags: Sequence[str]) -> Status | None:
-    """The status with which the loader refuses that folder; None where it loads."""
+    """The status with which the C++ loader refuses that folder; None if it loads."""
     library = _library()
     status, graph = library.TF_NewStatus(), library.TF_NewGraph()
     options = library.TF_NewSessionOptions()

@@ -1,4 +1,4 @@
-"""The server's log: one JSON object a line on stderr, which people and collectors both read."""
+"""The server's log: one JSON object a line on stderr, for people and log collectors."""
 
 import contextlib
 import datetime
@@ -11,7 +11,7 @@ import time
 
 # What a record may carry beside its message, by `extra=`.
 _FIELDS = ("event", "model", "version", "method", "code")
-# Lines that wait to be written. Where nobody reads stderr, further ones are dropped.
+# Lines that wait to be written. If nobody reads stderr, further ones are dropped.
 _MAX_WAITING = 1000
 # How long the end of the process waits for them.
 _FLUSH_SECONDS = 1
@@ -32,7 +32,7 @@ class _Formatter(logging.Formatter):
 
 
 class _Handler(logging.Handler):
-    """Writes in a thread of its own: a full pipe or disk must not keep a request waiting."""
+    """Writes in a separate thread: a full pipe or disk delays no request."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class _Handler(logging.Handler):
     def _write(self) -> None:
         while True:
             line = self._lines.get()
-            # A disk that is full may have room for a later one.
+            # A full disk may have room again for a later line.
             with contextlib.suppress(OSError):
                 os.write(2, line.encode())
             self._lines.task_done()

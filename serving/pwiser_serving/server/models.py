@@ -1,4 +1,4 @@
-"""Models: from a ModelServerConfig to the models in service, and what a request gets of them."""
+"""Models: the models in service by a ModelServerConfig, and the version that a request gets."""
 
 import logging
 import pathlib
@@ -19,7 +19,6 @@ from pwiser_serving.server.status import (
     unknown,
 )
 from pwiser_serving.server.versions import (
-    RETRIES,
     Policy,
     Retries,
     Servable,
@@ -30,7 +29,7 @@ from pwiser_serving.server.versions import (
 _log = logging.getLogger(__name__)
 
 PLATFORM = "tensorflow"
-# Models that load at the same time; others wait for their turn.
+# Models that load at the same time; others wait.
 _LOADING_THREADS = 16
 
 
@@ -44,12 +43,10 @@ def single_model(name: str, base_path: pathlib.Path) -> model_server_config_pb2.
 
 
 class Models:
-    """The models of a configuration, which may be changed while they are in service.
-
-    Methods may be called from several threads at once.
+    """The models of a configuration, which can change while they are in service. Thread-safe.
 
     Args:
-      load: a version's folder to a Servable; raises Status where it does not load.
+      load: a version's folder to a Servable; raises Status if it does not load.
       allow_labels_for_unavailable: a new label may name a version that is not in service (yet).
       retries: when a version that failed is tried again.
     """
@@ -59,27 +56,27 @@ class Models:
         load: Callable[[pathlib.Path], Servable],
         *,
         allow_labels_for_unavailable: bool = False,
-        retries: Retries = RETRIES,
+        retries: Retries | None = None,
     ):
         self._load = load
         self._allow_labels_for_unavailable = allow_labels_for_unavailable
-        self._retries = retries
+        self._retries = retries or Retries()
         self._pool = futures.ThreadPoolExecutor(_LOADING_THREADS, thread_name_prefix="load")
-        # Held while the configuration is changed, and while a look begins or ends.
+        # Held while the configuration changes, and while a look begins or ends.
         self._configuring = threading.Lock()
-        self._config = model_server_config_pb2.ModelServerConfig()
-        # Both are replaced, never changed: readers need no lock.
+        self._config: model_server_config_pb2.ModelServerConfig | None = None
+        # These two are replaced, never changed: readers need no lock.
         self._models: dict[str, Versions] = {}
         self._labels: dict[tuple[str, str], int] = {}
         # Models that were removed, for the states of their versions.
         self._removed: dict[str, Versions] = {}
-        # The looks that are under way, and of which models another must follow.
+        # The running looks, and the models that need another look after it.
         self._looks: dict[Versions, futures.Future] = {}
         self._again: set[Versions] = set()
 
     @property
-    def config(self) -> model_server_config_pb2.ModelServerConfig:
-        """The configuration in force. Not to be changed."""
+    def config(self) -> model_server_config_pb2.ModelServerConfig | None:
+        """The configuration in force, None before the first. Do not change it."""
         return self._config
 
     def use(
@@ -92,7 +89,7 @@ class Models:
           version by its label.
 
         Raises:
-          Status: INVALID_ARGUMENT for an empty name or an unknown label, NOT_FOUND where that
+          Status: INVALID_ARGUMENT for an empty name or an unknown label, NOT_FOUND if that
             version is not in service.
         """
         if not name:
@@ -112,7 +109,7 @@ class Models:
         """The states of a model's versions, newest first, or of one of them.
 
         Raises:
-          Status: NOT_FOUND where there are none.
+          Status: NOT_FOUND if there are none.
         """
         model = self._models.get(name) or self._removed.get(name)
         statuses = model.statuses() if model else []
@@ -125,12 +122,12 @@ class Models:
         return statuses
 
     def configure(self, config: model_server_config_pb2.ModelServerConfig) -> list[str]:
-        """Goes by that configuration from the next look on, or changes nothing.
+        """Takes a new configuration for the next look, or changes nothing.
 
-        Models that it does not list are taken out of service. No version is loaded here.
+        Models that it does not list go out of service. No version is loaded here.
 
         Returns:
-          The names of the models that were not there before.
+          The names of the new models.
 
         Raises:
           Status: the configuration is refused, as TF Serving refuses it.
@@ -145,20 +142,15 @@ class Models:
             _check(entries, set(self._models))
             labels = self._checked_labels(entries)
             for entry in entries:
-                if (platform := _platform(entry)) != PLATFORM:
-                    raise invalid_argument(
-                        f"Model {entry.name} requests unsupported platform {platform}"
-                    )
                 _check_supported(entry)
             models, new = {}, []
             for entry in entries:
-                base_path, policy = pathlib.Path(entry.base_path), _policy(entry)
                 model = self._models.get(entry.name)
                 if model is None:
-                    model = Versions(entry.name, base_path, self._load, policy, self._retries)
+                    load, path = self._load, pathlib.Path(entry.base_path)
+                    model = Versions(entry.name, path, load, retries=self._retries)
                     new.append(entry.name)
-                else:
-                    model.configure(base_path, policy)
+                model.configure(pathlib.Path(entry.base_path), _policy(entry))
                 models[entry.name] = model
             removed = {name: model for name, model in self._models.items() if name not in models}
             self._models, self._labels, self._config = models, labels, config
@@ -172,11 +164,11 @@ class Models:
         return new
 
     def reload(self, config: model_server_config_pb2.ModelServerConfig) -> None:
-        """Goes by that configuration, and returns when each model's versions were looked at.
+        """Takes a new configuration, and returns after a look at each model's versions.
 
         Raises:
-          Status: as `configure` does, which changes nothing; UNKNOWN where a new model has no
-            version that loads: it stays configured, and is served as soon as it has one.
+          Status: as `configure`; UNKNOWN if a new model has no version that loads: it stays
+            configured, and is served as soon as it has one.
         """
         new = self.configure(config)
         futures.wait(self.look_again())
@@ -192,22 +184,18 @@ class Models:
         """Begins a look at the folder of each model that is not being looked at.
 
         Returns:
-          The looks that are under way. None of them raises.
+          The running looks. None of them raises.
         """
         with self._configuring:
             return [self._begin(model) for model in self._models.values()]
 
     def look_again(self) -> list[futures.Future]:
-        """Begins a look at each model's folder by the present configuration.
-
-        Returns:
-          The looks that are under way. None of them raises.
-        """
+        """As `poll`, but a look that is running is followed by another one: it may have begun
+        before the configuration changed."""
         with self._configuring:
-            # A look that is under way may have begun before a change. (Beginning another one at
-            # its side would take a thread of all models' to wait for it.)
+            # (Two looks at a time would make one thread wait for the other.)
             self._again |= self._looks.keys() & self._models.values()
-            return [self._begin(model) for model in self._models.values()]
+        return self.poll()
 
     def all(self) -> list[Versions]:
         """The models of the configuration."""
@@ -226,7 +214,7 @@ class Models:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, model: Versions) -> futures.Future:
-        """The look at a model that is under way, or a new one."""
+        """The running look at a model, or a new one."""
         if model not in self._looks:
             self._looks[model] = self._pool.submit(self._look, model)
         return self._looks[model]
@@ -236,12 +224,9 @@ class Models:
             try:
                 model.poll()
             except Exception:
-                # The next look may go well; the thread must be there for it.
-                _log.exception(
-                    "%s: looking for versions failed in a way that was not foreseen",
-                    model.name,
-                    extra={"event": "fault", "model": model.name},
-                )
+                # The thread goes on: the next look may succeed.
+                extra = {"event": "fault", "model": model.name}
+                _log.exception("%s: looking for versions failed", model.name, extra=extra)
             with self._configuring:
                 if model not in self._again:
                     del self._looks[model]
@@ -301,7 +286,9 @@ def _check(entries, present: set[str]) -> None:
 
 
 def _check_supported(entry) -> None:
-    """Raises Status for what TF Serving does and this server does not."""
+    """Raises Status for another platform, and for what only TF Serving does."""
+    if (platform := _platform(entry)) != PLATFORM:
+        raise invalid_argument(f"Model {entry.name} requests unsupported platform {platform}")
     if "://" in entry.base_path:
         raise unimplemented(
             f"Model {entry.name} has base_path {entry.base_path}: this server reads only folders "
@@ -337,7 +324,7 @@ def _platform(entry: Message) -> str:
 
 
 def _policy(entry: Message) -> Policy:
-    """A ModelConfig's version policy; the newest version where it names none."""
+    """A ModelConfig's version policy; the newest version if it names none."""
     policy = entry.model_version_policy
     choice = policy.WhichOneof("policy_choice")
     if choice == "all":

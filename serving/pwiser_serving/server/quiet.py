@@ -1,4 +1,4 @@
-"""Keeps what C++ libraries say off stderr, where the server's own lines would drown."""
+"""Keeps the output of C++ libraries off stderr, so that the server's own lines are found."""
 
 import contextlib
 import os
@@ -9,10 +9,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 @contextlib.contextmanager
 def libraries() -> Iterator[None]:
-    """Sends file descriptor 2 to nowhere within the `with`. An exception comes through.
+    """Sends file descriptor 2 to /dev/null within the `with`.
 
-    An import of TensorFlow greets with CPU features and absent GPUs, whatever TF_CPP_MIN_LOG_LEVEL
-    says, and gRPC tells of a port that is in use in its own words.
+    TensorFlow's import prints CPU features and missing GPUs, whatever TF_CPP_MIN_LOG_LEVEL says,
+    and gRPC prints an error for a port in use.
     """
     stderr = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)

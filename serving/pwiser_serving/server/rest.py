@@ -1,8 +1,8 @@
 """REST: TensorFlow Serving's HTTP API, as a WSGI application and the server that runs it.
 
 Paths, methods, codes and messages are those of tensorflow/serving (http_rest_api_handler.cc,
-http_rest_api_util.cc, http_server.cc). Where it closes a request without a word, this one says in
-JSON what is wrong.
+http_rest_api_util.cc, http_server.cc). Where it closes a connection without an answer, this one
+says in JSON what is wrong.
 """
 
 import contextlib
@@ -20,7 +20,8 @@ import google.protobuf
 import grpc
 import waitress
 from google.protobuf import json_format
-from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2
+from google.protobuf.message import Message
+from tensorflow_serving.apis import get_model_metadata_pb2, get_model_status_pb2, model_pb2
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 
@@ -64,14 +65,14 @@ _HTTP = {
     grpc.StatusCode.UNAUTHENTICATED: "401 Unauthorized",
 }
 _SERVER_ERROR = "500 Internal Server Error"
-# A body that was sent compressed may grow to this: TF Serving's bound.
+# The largest body after it is uncompressed: TF Serving's bound.
 _MAX_UNCOMPRESSED = 100 * 2**20
 # The largest version number.
 _MAX_VERSION = 2**63 - 1
 
 # Connections that are open at the same time; further ones wait.
 _MAX_CONNECTIONS = 1000
-# How soon the server's thread notices that it should stop, or that a request should.
+# How soon the server's thread notices that it, or a request, should end.
 _TICK_SECONDS = 0.05
 # What TF Serving sends with --rest_api_enable_cors_support.
 _CORS_HEADERS = [
@@ -80,23 +81,24 @@ _CORS_HEADERS = [
     ("Access-Control-Allow-Headers", "Content-Type"),
 ]
 
-# A message that says so prints the fields that have their default too.
-_DEFAULTS_TOO = (
-    {"always_print_fields_with_no_presence": True}
+# For json_format: fields that have their default are written too.
+_JSON_OPTIONS = {
+    "preserving_proto_field_name": True,
+    "always_print_fields_with_no_presence"
     if int(google.protobuf.__version__.split(".")[0]) >= 5
-    else {"including_default_value_fields": True}
-)
+    else "including_default_value_fields": True,
+}
 
 
 class Calls:
-    """The requests that are being answered; those that nobody waits for any more are ended.
+    """The requests that are being answered. `look` ends those that nobody waits for any more.
 
     Args:
-      seconds: how long a request may take, None for as long as it likes.
+      seconds: how long a request may take; None for no limit.
     """
 
     def __init__(self, seconds: float | None):
-        self._seconds = seconds
+        self._seconds = math.inf if seconds is None else seconds
         self._lock = threading.Lock()
         # When each must be answered, and whether its client has gone.
         self._calls: dict[Call, tuple[float, Callable[[], bool]]] = {}
@@ -105,8 +107,7 @@ class Calls:
     @contextlib.contextmanager
     def call(self, environ: dict) -> Iterator[Call]:
         """A WSGI request's call, within the `with`."""
-        call = Call()
-        end = math.inf if self._seconds is None else time.monotonic() + self._seconds
+        call, end = Call(), time.monotonic() + self._seconds
         with self._lock:
             self._calls[call] = end, environ["waitress.client_disconnected"]
         try:
@@ -116,7 +117,7 @@ class Calls:
                 del self._calls[call]
 
     def look(self) -> None:
-        """Ends the calls whose time is up or whose client has gone. Call it again and again."""
+        """Ends the calls whose time is up or whose client has gone. Call it repeatedly."""
         now = time.monotonic()
         if now < self._next_look:
             return
@@ -130,50 +131,15 @@ class Calls:
                 call.end(cancelled("the client has closed its connection"))
 
 
-def application(
-    models: Models,
-    service: Service,
-    monitoring: metrics.Monitoring,
-    turns: Turns,
-    calls: Calls,
-    *,
-    max_bytes: int,
-    monitoring_path: str | None = None,
-    cors: bool = False,
-) -> Callable:
+class Application:
     """The WSGI application.
 
     Args:
       models: what is in service; service: answers what needs no JSON tensors; monitoring: counts
       the requests; turns: how many requests of a model run at a time; calls: ends requests;
-      max_bytes: the largest body, also where it came compressed; monitoring_path: where the
-      metrics are, None for nowhere; cors: allow pages of any origin to ask.
+      max_bytes: the largest body, also after it is uncompressed; monitoring_path: where the metrics
+      are, or None; cors: allow pages of any origin to use the API.
     """
-    rest = _Rest(models, service, monitoring, turns, calls, max_bytes)
-
-    def answer(environ: dict, start_response: Callable) -> Iterable[bytes]:
-        # As it was sent: a name may hold %2F, and TF Serving takes the query for a part of it.
-        path = re.sub("^https?://[^/]*", "", environ["REQUEST_URI"], flags=re.IGNORECASE)
-        content_type, headers = "application/json", []
-        if monitoring_path is not None and path == monitoring_path:
-            status, content_type = "200 OK", metrics.CONTENT_TYPE
-            body = monitoring.text().encode("utf-8", "replace")
-        elif path.lower().startswith("/v1/"):
-            status, body = rest.answer(environ["REQUEST_METHOD"], path, environ)
-            headers = _CORS_HEADERS if cors else []
-        else:
-            status, body = "404 Not Found", json_tensors.error("Not Found")
-        if environ["REQUEST_METHOD"] == "HEAD":
-            body = b""
-        headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]
-        start_response(status, headers)
-        return [body]
-
-    return answer
-
-
-class _Rest:
-    """Answers what is asked under /v1/."""
 
     def __init__(
         self,
@@ -182,13 +148,35 @@ class _Rest:
         monitoring: metrics.Monitoring,
         turns: Turns,
         calls: Calls,
+        *,
         max_bytes: int,
+        monitoring_path: str | None = None,
+        cors: bool = False,
     ):
         self._models, self._service, self._monitoring = models, service, monitoring
         self._turns, self._calls = turns, calls
         self._max_uncompressed = min(max_bytes, _MAX_UNCOMPRESSED)
+        self._monitoring_path, self._cors_headers = monitoring_path, _CORS_HEADERS if cors else []
 
-    def answer(self, method: str, path: str, environ: dict) -> tuple[str, bytes]:
+    def __call__(self, environ: dict, start_response: Callable) -> Iterable[bytes]:
+        # As it was sent: a name may hold %2F, and for TF Serving the query is a part of it.
+        path = re.sub("^https?://[^/]*", "", environ["REQUEST_URI"], flags=re.IGNORECASE)
+        content_type, headers = "application/json", []
+        if self._monitoring_path is not None and path == self._monitoring_path:
+            status, content_type = "200 OK", metrics.CONTENT_TYPE
+            body = self._monitoring.text().encode("utf-8", "replace")
+        elif path.lower().startswith("/v1/"):
+            status, body = self._answer(environ["REQUEST_METHOD"], path, environ)
+            headers = self._cors_headers
+        else:
+            status, body = "404 Not Found", json_tensors.error("Not Found")
+        if environ["REQUEST_METHOD"] == "HEAD":
+            body = b""
+        headers = [("Content-Type", content_type), ("Content-Length", str(len(body))), *headers]
+        start_response(status, headers)
+        return [body]
+
+    def _answer(self, method: str, path: str, environ: dict) -> tuple[str, bytes]:
         """The HTTP status line and the body."""
         pattern = {"POST": _POST, "GET": _GET}.get(method)
         match = pattern and pattern.fullmatch(path)
@@ -198,27 +186,23 @@ class _Rest:
             # TF Serving's labels: a GET has no API.
             with self._monitoring.request(name, verb if method == "POST" else "", "REST"):
                 if method == "OPTIONS":
-                    # A browser asks so before it lets a page of another origin ask.
+                    # A browser asks this before it allows a page of another origin to use the API.
                     if not re.search("https?://", environ.get("HTTP_ORIGIN", "")):
                         raise failed_precondition("Origin header is missing in CORS preflight")
                     return "200 OK", b""
-                if not match:
-                    raise _malformed(method, path)
+                # Upper and lower case are equal in the path, but not in the verb.
+                if not match or (method == "POST" and not verb.islower()):
+                    raise invalid_argument(f"Malformed request: {method} {path}")
                 version = match["version"] and int(match["version"])
                 if version is not None and version > _MAX_VERSION:
                     raise invalid_argument(
                         f"Failed to convert version: {match['version']} to numeric."
                     )
-                label = match["label"] and _decode(match["label"])
+                asked = name, version, match["label"] and _decode(match["label"])
                 if method == "GET":
-                    return "200 OK", self._get(name, version, label, metadata=bool(verb))
-                # The path is compared without regard to case, the verb is not.
-                if verb not in ("predict", "classify", "regress"):
-                    raise _malformed(method, path)
-                answer = self._predict if verb == "predict" else self._infer
+                    return "200 OK", self._get(*asked, metadata=bool(verb))
                 with self._calls.call(environ) as call, self._turns.turn(name, call):
-                    document = json_tensors.parse(self._body(environ))
-                    return "200 OK", answer(verb, document, name, version, label, call)
+                    return "200 OK", self._run(verb, self._body(environ), asked, call)
         except Status as raised:
             status = raised
         except Exception as error:
@@ -243,63 +227,46 @@ class _Rest:
         return body
 
     def _get(self, name: str, version: int | None, label: str | None, *, metadata: bool) -> bytes:
+        """The model's metadata, or the status of its versions."""
         if not name:
             raise invalid_argument("Missing model name in request.")
+        spec = model_pb2.ModelSpec(name=name, version_label=label)
+        if version is not None:
+            spec.version.value = version
         if not metadata:
-            request = get_model_status_pb2.GetModelStatusRequest()
-            _fill(request.model_spec, name, version, label)
-            return _status_json(self._service.get_model_status(request))
-        request = get_model_metadata_pb2.GetModelMetadataRequest(metadata_field=[SIGNATURE_FIELD])
-        _fill(request.model_spec, name, version, label)
-        return _metadata_json(self._service.get_model_metadata(request))
+            request = get_model_status_pb2.GetModelStatusRequest(model_spec=spec)
+            return _dump(_as_dict(self._service.GetModelStatus(request)))
+        response = self._service.GetModelMetadata(
+            get_model_metadata_pb2.GetModelMetadataRequest(
+                model_spec=spec, metadata_field=[SIGNATURE_FIELD]
+            )
+        )
+        signatures = get_model_metadata_pb2.SignatureDefMap()
+        response.metadata[SIGNATURE_FIELD].Unpack(signatures)
+        answer = {"model_spec": _as_dict(response.model_spec)}
+        return _dump(answer | {"metadata": {SIGNATURE_FIELD: _as_dict(signatures)}})
 
-    def _predict(
-        self,
-        verb: str,
-        document: dict,
-        name: str,
-        version: int | None,
-        label: str | None,
-        call: Call,
-    ) -> bytes:
-        signature_name = json_tensors.signature_name(document)
-        with self._models.use(name, version, label) as (_, model):
-            key = signature_name or DEFAULT_SIGNATURE
-            signature = model.signatures.get(key)
-            if signature is None:
-                raise invalid_argument(
-                    f'Serving signature name: "{key}" not found in signature def'
-                )
-            data_types = {alias: info.dtype for alias, info in signature.inputs.items()}
-            arrays, row = json_tensors.inputs(document, data_types)
-            start = time.perf_counter()
-            outputs = model.predict(key, arrays, call=call)
-            self._monitoring.runtime(name, "Predict", time.perf_counter() - start)
-        return json_tensors.predictions(outputs, row=row)
-
-    def _infer(
-        self,
-        verb: str,
-        document: dict,
-        name: str,
-        version: int | None,
-        label: str | None,
-        call: Call,
-    ) -> bytes:
-        """Classify and Regress."""
-        signature_name = json_tensors.signature_name(document) or DEFAULT_SIGNATURE
-        examples = json_tensors.examples(document)
-        with self._models.use(name, version, label) as (_, model):
-            start = time.perf_counter()
-            answer = model.classify if verb == "classify" else model.regress
-            result = answer(signature_name, examples, call)
-            self._monitoring.runtime(name, verb.capitalize(), time.perf_counter() - start)
-        write = json_tensors.classifications if verb == "classify" else json_tensors.regressions
-        return write(result)
-
-
-def _malformed(method: str, path: str) -> Status:
-    return invalid_argument(f"Malformed request: {method} {path}")
+    def _run(self, verb: str, body: bytes, asked: tuple, call: Call) -> bytes:
+        """The answer of the model's method `verb`."""
+        document = json_tensors.parse(body)
+        key = json_tensors.signature_name(document) or DEFAULT_SIGNATURE
+        given = None if verb == "predict" else json_tensors.examples(document)
+        with self._models.use(*asked) as (_, model):
+            if verb == "predict":
+                if key not in model.signatures:
+                    raise invalid_argument(
+                        f'Serving signature name: "{key}" not found in signature def'
+                    )
+                signature = model.signatures[key]
+                data_types = {alias: info.dtype for alias, info in signature.inputs.items()}
+                given, row = json_tensors.inputs(document, data_types)
+            method = getattr(model, verb)
+            result = self._service.run(verb.capitalize(), asked[0], method, key, given, call=call)
+        if verb == "predict":
+            return json_tensors.predictions(result, row=row)
+        if verb == "classify":
+            return json_tensors.classifications(result)
+        return json_tensors.regressions(result)
 
 
 def _decode(text: str | None) -> str:
@@ -307,27 +274,8 @@ def _decode(text: str | None) -> str:
     return urllib.parse.unquote(text or "", "utf-8", "replace")
 
 
-def _fill(spec, name: str, version: int | None, label: str | None) -> None:
-    spec.name = name
-    if version is not None:
-        spec.version.value = version
-    if label is not None:
-        spec.version_label = label
-
-
-def _status_json(response: get_model_status_pb2.GetModelStatusResponse) -> bytes:
-    answer = json_format.MessageToDict(response, preserving_proto_field_name=True, **_DEFAULTS_TOO)
-    return _dump(answer)
-
-
-def _metadata_json(response: get_model_metadata_pb2.GetModelMetadataResponse) -> bytes:
-    signatures = get_model_metadata_pb2.SignatureDefMap()
-    response.metadata[SIGNATURE_FIELD].Unpack(signatures)
-    spec, signature_map = (
-        json_format.MessageToDict(message, preserving_proto_field_name=True, **_DEFAULTS_TOO)
-        for message in (response.model_spec, signatures)
-    )
-    return _dump({"model_spec": spec, "metadata": {SIGNATURE_FIELD: signature_map}})
+def _as_dict(message: Message) -> dict:
+    return json_format.MessageToDict(message, **_JSON_OPTIONS)
 
 
 def _dump(answer: dict) -> bytes:
@@ -335,7 +283,7 @@ def _dump(answer: dict) -> bytes:
 
 
 class _Connection(HTTPChannel):
-    """A connection that is not read any more when its client has closed it: it is always ready."""
+    """A connection that is not read again after its client closed it: poll() reports it always."""
 
     def readable(self) -> bool:
         return self.connected and super().readable()
@@ -345,10 +293,8 @@ class Server:
     """The HTTP server.
 
     Args:
-      application: what `application` gave.
-      calls: what the application got; they are looked at here.
-      port: to listen on, 0 for a free one.
-      max_bytes: the largest body; a larger one is answered with 413.
+      application: an Application; calls: those of the application, looked at here; port: to
+      listen on, 0 for a free one; max_bytes: the largest body; a larger one is answered with 413.
 
     Attributes:
       port: the one that it listens on.
@@ -359,7 +305,7 @@ class Server:
 
     def __init__(self, application: Callable, calls: Calls, port: int, *, max_bytes: int):
         for name in ("waitress", "waitress.queue"):
-            # A line for each client that goes away, or request that waits a moment, is too many.
+            # They log each client that goes away, and each request that waits.
             logging.getLogger(name).setLevel(logging.ERROR)
         self._calls = calls
         self._sockets: dict = {}
@@ -369,9 +315,9 @@ class Server:
             host="0.0.0.0",
             port=port,
             threads=MAX_HELD,
-            # Read while a request is answered, which alone tells that its client has gone.
+            # Only reading while a request is answered shows that its client has gone.
             channel_request_lookahead=1,
-            # Told by nothing what runs here.
+            # No Server header.
             ident=None,
             max_request_body_size=max_bytes,
             # A large body in a few reads, and in memory; by default 8 KB each, and in a file.
@@ -387,11 +333,11 @@ class Server:
         self._thread = threading.Thread(target=self._run, name="rest", daemon=True)
 
     def start(self) -> None:
-        """Begins to answer."""
+        """Starts to answer."""
         self._thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Takes no more connections, answers for so long what has come, and ends."""
+        """Takes no more connections, answers the open requests for so long, and ends."""
         self._deadline = time.monotonic() + seconds
         if self._thread.ident is None:
             self._thread.start()
@@ -400,7 +346,7 @@ class Server:
     def _run(self) -> None:
         while self._deadline is None:
             self._turn()
-        # Closes the listening socket alone; its map still holds the connections.
+        # Closes only the listening socket; its map still holds the connections.
         wasyncore.dispatcher.close(self._server)
         while time.monotonic() < self._deadline and self._close_idle():
             self._turn()
@@ -416,7 +362,7 @@ class Server:
             _log.exception("a fault of the REST server", extra={"event": "fault"})
 
     def _close_idle(self) -> bool:
-        """Closes connections that owe no answer. True where others are left."""
+        """Closes connections without an open request. True if others are left."""
         for channel in list(self._server.active_channels.values()):
             if not (channel.requests or channel.request or channel.total_outbufs_len):
                 channel.handle_close()

@@ -1,7 +1,7 @@
 """SavedModel: one exported version in a TF 1 Session, which is how TF Serving holds it.
 
-The only room that needs TensorFlow. Checks, their order and their messages are those of TF
-Serving (servables/tensorflow/predict_util.cc, classifier.cc, regressor.cc).
+Checks, their order and their messages are those of TF Serving (servables/tensorflow/
+predict_util.cc, classifier.cc, regressor.cc, multi_inference.cc).
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ WARM_UP_FILE = pathlib.Path("assets.extra", "tf_serving_warmup_requests")
 MAX_WARM_UP_REQUESTS = 1000
 DEFAULT_SIGNATURE = "serving_default"
 CLASSIFY, REGRESS = "tensorflow/serving/classify", "tensorflow/serving/regress"
-# How many pairs of signature and outputs get a part of the graph of their own. A request names its
-# outputs freely, so the number of such pairs has no bound; beyond this one all outputs are made.
+# How many pairs of signature and outputs get their own part of the graph. Requests may name any
+# outputs, so the number of pairs has no bound; further pairs compute all outputs.
 _PARTS = 64
 
 tf.get_logger().setLevel(logging.ERROR)
@@ -52,9 +52,8 @@ class LoadOptions:
     """How versions are loaded.
 
     Attributes:
-      tags: of the graph to load, among those of a SavedModel; warm_up_iterations: how often each
-      warm-up request is answered, 0 for not at all: what a graph does once only is done then;
-      session: the threads of a session and so on.
+      tags: of the graph to load; warm_up_iterations: how often each warm-up request is answered,
+      0 for never; session: the threads of a session and so on.
     """
 
     tags: Sequence[str] = (tf.saved_model.SERVING,)
@@ -63,9 +62,9 @@ class LoadOptions:
 
 
 class SavedModel:
-    """A loaded version. Methods may be called from several threads at once.
+    """A loaded version. Thread-safe. Methods raise Status as TF Serving answers the same mistake.
 
-    A `call` that is ended stops what runs for it, and its method raises the call's Status.
+    When a `call` is ended, the method that runs for it stops and raises the call's Status.
 
     Args:
       folder: the version's folder, with `saved_model.pb` in it.
@@ -86,7 +85,7 @@ class SavedModel:
         start, success = time.perf_counter(), False
         graph = tf.Graph()
         config = config_pb2.ConfigProto()
-        # A thread that waits for work by spinning takes a core from those that bring it.
+        # A spinning thread takes a core from the threads that bring work.
         config.experimental.disable_thread_spinning = True
         config.MergeFrom(options.session)
         session = tf.compat.v1.Session(graph=graph, config=config)
@@ -97,9 +96,6 @@ class SavedModel:
                 )
             self._session = StoppableSession(session)
             self.signatures: dict[str, meta_graph_pb2.SignatureDef] = dict(loaded.signature_def)
-            self._aliases = {
-                name: sorted(signature.inputs) for name, signature in self.signatures.items()
-            }
             # By the signature's name and its outputs.
             self._parts: dict[tuple[str, tuple[str, ...]], _Part] = {}
             self._making_parts = threading.Lock()
@@ -117,10 +113,10 @@ class SavedModel:
             if isinstance(error, tf.errors.OpError):
                 status = Status(error.error_code, error.message)
             else:
-                # What the loader raises for a folder that is no SavedModel.
+                # What the loader raises for a folder that is not a SavedModel.
                 status = failed_precondition(f"{type(error).__name__}: {error}")
-            # TensorFlow's other loader may take what Python's does not: a model without its
-            # variables, of which every request would fail.
+            # TensorFlow's C++ loader accepts a model without its variables, whose requests all
+            # fail: then Python's reason is the one.
             raise (not success and load_error(folder, options.tags)) or status from None
         finally:
             if not success:
@@ -140,52 +136,29 @@ class SavedModel:
         """Runs a signature.
 
         Args:
-          name: the signature's; inputs: its inputs by name; output_filter: the outputs wanted,
-          all of them where it is empty; call: for whom.
+          name: the signature's; inputs: its inputs by name; output_filter: the outputs wanted, or
+          empty for all; call: for whom.
 
         Returns:
           The outputs by name.
-
-        Raises:
-          Status: as TF Serving answers the same mistake.
         """
         signature = self.signatures.get(name)
         if signature is None:
             raise failed_precondition(f'Serving signature key "{name}" not found.')
-        arrays = _inputs(signature, self._aliases[name], inputs)
+        arrays = _inputs(signature, inputs)
         return self._run(name, _outputs(signature, output_filter), arrays, call)
 
     def classify(
         self, name: str, given: input_pb2.Input, call: Call | None = None
     ) -> classification_pb2.ClassificationResult:
-        """Runs a signature from `inputs`, Examples, to `classes` or `scores` or both.
-
-        Args:
-          name: the signature's; given: the request's Examples; call: for whom.
-
-        Raises:
-          Status: as TF Serving answers the same mistake (servables/tensorflow/classifier.cc).
-        """
-        wanted = self._classify_outputs(name)
-        examples = _examples(given)
-        found = self._run(name, wanted, {"inputs": examples}, call)
-        return _classification(found, wanted, len(examples))
+        """Runs a signature from `inputs`, Examples, to `classes` or `scores` or both."""
+        return self._infer(CLASSIFY, name, given, call)
 
     def regress(
         self, name: str, given: input_pb2.Input, call: Call | None = None
     ) -> regression_pb2.RegressionResult:
-        """Runs a signature from `inputs`, Examples, to `outputs`, one number each.
-
-        Args:
-          name: the signature's; given: the request's Examples; call: for whom.
-
-        Raises:
-          Status: as TF Serving answers the same mistake (servables/tensorflow/regressor.cc).
-        """
-        wanted = self._regress_outputs(name)
-        examples = _examples(given)
-        found = self._run(name, wanted, {"inputs": examples}, call)
-        return _regression(found["outputs"], len(examples))
+        """Runs a signature from `inputs`, Examples, to `outputs`, one number each."""
+        return self._infer(REGRESS, name, given, call)
 
     def multi_inference(
         self,
@@ -200,10 +173,7 @@ class SavedModel:
           request's Examples; call: for whom.
 
         Returns:
-          A result a task, in order, without the model's name and version.
-
-        Raises:
-          Status: as TF Serving answers the same mistake (servables/tensorflow/multi_inference.cc).
+          The result of each task, without the model's name and version.
         """
         names = [_signature_name(task) for task in tasks]
         for position, (task, name) in enumerate(zip(tasks, names, strict=True)):
@@ -217,59 +187,52 @@ class SavedModel:
                 raise invalid_argument(f"Duplicate evaluation of signature: {name}")
             if name not in self.signatures:
                 raise invalid_argument(f"Requested signature not found in model graph: {name}")
-            if task.method_name == CLASSIFY:
-                self._classify_outputs(name)
-            elif task.method_name == REGRESS:
-                self._regress_outputs(name)
-            else:
+            if task.method_name not in (CLASSIFY, REGRESS):
                 raise unimplemented(f"Unsupported signature method_name: {task.method_name}")
+            self._example_outputs(task.method_name, name)
         results = []
         for task, name in zip(tasks, names, strict=True):
-            result = inference_pb2.InferenceResult()
-            if task.method_name == CLASSIFY:
-                result.classification_result.CopyFrom(self.classify(name, given, call))
-            else:
-                result.regression_result.CopyFrom(self.regress(name, given, call))
-            results.append(result)
+            result = self._infer(task.method_name, name, given, call)
+            kind = "classification" if task.method_name == CLASSIFY else "regression"
+            results.append(inference_pb2.InferenceResult(**{f"{kind}_result": result}))
         return results
 
-    def _classify_outputs(self, name: str) -> tuple[str, ...]:
-        """The outputs of a signature that classifies; Status where it cannot."""
-        signature = self._example_signature(name)
-        if len(signature.outputs) not in (1, 2):
-            raise invalid_argument(
-                f"Expected one or two output Tensors, found {len(signature.outputs)}"
-            )
+    def _infer(self, method: str, name: str, given: input_pb2.Input, call: Call | None):
+        """The result of CLASSIFY or REGRESS."""
+        outputs, examples = self._example_outputs(method, name), _examples(given)
+        found = self._run(name, outputs, {"inputs": examples}, call)
+        if method == CLASSIFY:
+            return _classification(found, len(examples))
+        return _regression(found["outputs"], len(examples))
+
+    def _example_outputs(self, method: str, name: str) -> tuple[str, ...]:
+        """The outputs of a signature that classifies or regresses; Status if it cannot."""
+        if name not in self.signatures:
+            raise invalid_argument(f"No signature was found with the name: {name}")
+        signature = self.signatures[name]
+        if len(signature.inputs) != 1:
+            raise invalid_argument("Expected one input Tensor.")
+        count, classifies = len(signature.outputs), method == CLASSIFY
+        if classifies and count not in (1, 2):
+            raise invalid_argument(f"Expected one or two output Tensors, found {count}")
+        if not classifies and count != 1:
+            raise invalid_argument("Expected one output Tensor.")
+        kind = "classification" if classifies else "regression"
         if "inputs" not in signature.inputs:
-            raise invalid_argument(f"No classification inputs found in SignatureDef: {signature}")
-        wanted = tuple(alias for alias in ("classes", "scores") if alias in signature.outputs)
-        if not wanted:
+            raise invalid_argument(f"No {kind} inputs found in SignatureDef: {signature}")
+        expected = ("classes", "scores") if classifies else ("outputs",)
+        wanted = tuple(alias for alias in expected if alias in signature.outputs)
+        if not wanted and classifies:
             raise invalid_argument(
                 "Expected classification signature outputs to contain at least one of "
                 f'"classes" or "scores". Signature was: {signature}'
             )
+        if not wanted:
+            raise invalid_argument(f"No regression outputs found in SignatureDef: {signature}")
         return wanted
 
-    def _regress_outputs(self, name: str) -> tuple[str, ...]:
-        """The output of a signature that regresses; Status where it cannot."""
-        signature = self._example_signature(name)
-        if len(signature.outputs) != 1:
-            raise invalid_argument("Expected one output Tensor.")
-        if "inputs" not in signature.inputs:
-            raise invalid_argument(f"No regression inputs found in SignatureDef: {signature}")
-        if "outputs" not in signature.outputs:
-            raise invalid_argument(f"No regression outputs found in SignatureDef: {signature}")
-        return ("outputs",)
-
-    def _example_signature(self, name: str) -> meta_graph_pb2.SignatureDef:
-        if name not in self.signatures:
-            raise invalid_argument(f"No signature was found with the name: {name}")
-        if len(self.signatures[name].inputs) != 1:
-            raise invalid_argument("Expected one input Tensor.")
-        return self.signatures[name]
-
     def _warm_up(self, path: pathlib.Path, iterations: int) -> int:
-        """Answers the requests of a warm-up file, if there is one; how many there were."""
+        """Answers the requests of a warm-up file, if there is one, and returns their number."""
         records = 0
         for log in _warm_up_logs(path) if iterations else ():
             records += 1
@@ -279,17 +242,14 @@ class SavedModel:
 
     def _answer_log(self, log: prediction_log_pb2.PredictionLog) -> None:
         kind = log.WhichOneof("log_type")
+        request = getattr(getattr(log, kind), "request", None) if kind else None
         if kind == "predict_log":
-            request = log.predict_log.request
             self.predict(_signature_name(request), request.inputs, request.output_filter)
         elif kind == "classify_log":
-            request = log.classify_log.request
             self.classify(_signature_name(request), request.input)
         elif kind == "regress_log":
-            request = log.regress_log.request
             self.regress(_signature_name(request), request.input)
         elif kind == "multi_inference_log":
-            request = log.multi_inference_log.request
             self.multi_inference(request.tasks, request.input)
         elif kind is not None:
             number = log.DESCRIPTOR.fields_by_name[kind].number
@@ -319,8 +279,8 @@ class SavedModel:
             feeds = sorted(signature.inputs.items(), key=lambda item: item[1].name)
             infos = [signature.outputs[alias] for alias in outputs]
             for info in (*signature.inputs.values(), *infos):
-                # Without a type there is no tensor, which is told below.
-                if info.dtype and tensors.numpy_type(_value_type(info)) is None:
+                # The session refuses a tensor without a type.
+                if info.dtype and _numpy_type(info) is None:
                     kind = tensors.data_type_name(info.dtype)
                     raise unimplemented(f"{info.name} is a {kind}, which this server cannot hold")
             fetches = sorted({info.name for info in infos})
@@ -332,7 +292,7 @@ class SavedModel:
                 run=run,
                 inputs=[(alias, info.dtype) for alias, info in feeds],
                 outputs=[
-                    (alias, fetches.index(info.name), tensors.numpy_type(_value_type(info)))
+                    (alias, fetches.index(info.name), _numpy_type(info))
                     for alias, info in zip(outputs, infos, strict=True)
                 ],
             )
@@ -382,13 +342,10 @@ class _Part:
 
 def _inputs(
     signature: meta_graph_pb2.SignatureDef,
-    aliases: Sequence[str],
     given: Mapping[str, tensor_pb2.TensorProto | np.ndarray],
 ) -> dict[str, np.ndarray]:
-    """The arrays of a request, by input name, with the signature's defaults.
-
-    `aliases` are the names of the signature's inputs, sorted.
-    """
+    """The arrays of a request, by input name, with the signature's defaults."""
+    aliases = sorted(signature.inputs)
     if len(given) > len(aliases) or (len(given) < len(aliases) and not signature.defaults):
         expected, sent = set(aliases), set(given)
         raise invalid_argument(
@@ -399,7 +356,7 @@ def _inputs(
         )
     arrays, used = {}, 0
     for alias in aliases:
-        # Not `given[alias]`: a message's map would make an entry of it.
+        # Not `given[alias]`: a message's map would add an entry.
         tensor = given.get(alias)
         if tensor is not None:
             used += 1
@@ -428,21 +385,19 @@ def _inputs(
 
 def _outputs(signature: meta_graph_pb2.SignatureDef, wanted: Sequence[str]) -> tuple[str, ...]:
     """The names of the outputs to answer with."""
-    seen = set()
-    for alias in wanted:
+    for position, alias in enumerate(wanted):
         if alias not in signature.outputs:
             raise invalid_argument(
                 f"output tensor alias not found in signature: {alias} "
                 f"Outputs expected to be in the set {_names(signature.outputs)}."
             )
-        if alias in seen:
+        if alias in wanted[:position]:
             raise invalid_argument(f"duplicate output tensor alias: {alias}")
-        seen.add(alias)
-    return tuple(sorted(seen or signature.outputs))
+    return tuple(sorted(wanted or signature.outputs))
 
 
 def _classification(
-    found: Mapping[str, np.ndarray], wanted: Sequence[str], rows: int
+    found: Mapping[str, np.ndarray], rows: int
 ) -> classification_pb2.ClassificationResult:
     """The answer for so many Examples out of the outputs wanted."""
     for alias, data_type in (("classes", "DT_STRING"), ("scores", "DT_FLOAT")):
@@ -461,7 +416,7 @@ def _classification(
             raise invalid_argument(
                 f"Expected {alias} output batch size of {rows}. Got: {len(values)}"
             )
-    widths = [found[alias].shape[1] for alias in wanted]
+    widths = [values.shape[1] for values in found.values()]
     if len(set(widths)) > 1:
         raise invalid_argument(
             f"Tensors class and score should match in dim_size(1). Got {widths[0]} vs. {widths[1]}"
@@ -472,7 +427,7 @@ def _classification(
         for column in range(widths[0]):
             one = classes.add()
             if "classes" in found:
-                # The field is text: a label that is not is an error of the model.
+                # The field is text: other bytes are an error of the model.
                 one.label = found["classes"][row, column].decode("utf-8", "replace")
             if "scores" in found:
                 one.score = found["scores"][row, column]
@@ -503,22 +458,18 @@ def _regression(values: np.ndarray, rows: int) -> regression_pb2.RegressionResul
 def _examples(given: input_pb2.Input) -> np.ndarray:
     """The serialized Examples of a Classify or Regress request, [n] of bytes, n at least 1."""
     kind = given.WhichOneof("kind")
-    examples, context = [], b""
-    if kind is not None:
-        sent = getattr(given, kind)
-        examples = sent.examples
-        if kind == "example_list_with_context":
-            # Messages one after the other are read as one: so each Example gets the context.
-            context = sent.context.SerializeToString()
+    examples = getattr(given, kind).examples if kind else ()
     if not examples:
         raise invalid_argument("Input is empty.")
+    # Concatenated messages are read as one: so each Example gets the context.
+    context = given.example_list_with_context.context.SerializeToString()
     serialized = (context + example.SerializeToString() for example in examples)
     return np.fromiter(serialized, object, len(examples))
 
 
-def _value_type(info: meta_graph_pb2.TensorInfo) -> int:
-    """A tensor's data type; of a reference to a variable, which TF 1 has, the variable's."""
-    return info.dtype % 100
+def _numpy_type(info: meta_graph_pb2.TensorInfo) -> np.dtype | None:
+    """A tensor's NumPy type; of a reference to a variable, which TF 1 has, the variable's."""
+    return tensors.numpy_type(info.dtype % 100)
 
 
 def _shape_text(array: np.ndarray) -> str:

@@ -1,17 +1,17 @@
 """The gRPC services: a request's checks and its answer, in TensorFlow Serving's own messages.
 
-PredictionService, ModelService and, where it is asked for, the standard health service. Codes,
-messages and the order of checks are those of tensorflow/serving.
+PredictionService, ModelService and, on request, the standard health service. Codes, messages and
+the order of checks are those of tensorflow/serving.
 """
 
-import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 
 import grpc
+from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import (
@@ -21,7 +21,9 @@ from tensorflow_serving.apis import (
     inference_pb2,
     model_management_pb2,
     model_pb2,
+    model_service_pb2,
     predict_pb2,
+    prediction_service_pb2,
     regression_pb2,
 )
 
@@ -36,38 +38,35 @@ _log = logging.getLogger("pwiser_serving")
 
 # The one metadata field there is.
 SIGNATURE_FIELD = "signature_def"
-# Requests that are open at a time; one more is refused. Of these MAX_HELD have a thread, which they
-# have before their bytes have come.
+# Requests that are open at a time; one more is refused. MAX_HELD of them have a thread, which they
+# hold before their bytes have arrived.
 _MAX_REQUESTS = 512
-# A caller whose machine is gone says nothing more. After so long it is asked, and then dropped.
+# A caller whose machine is gone says nothing. It is asked after this time, and then dropped.
 _KEEPALIVE_MILLISECONDS = 60_000
+# How soon a health watch notices that its caller or the server has ended.
+_TICK_SECONDS = 0.05
 
 
 class Service:
     """Answers requests, messages in and out; mistakes are raised as Status.
 
+    The methods of PredictionService and ModelService, under their names.
+
     Args:
-      models: what is in service. Their servables have `signatures` and `predict`, as
-        saved_model.SavedModel.
+      models: what is in service. Their servables have `signatures`, `predict`, `classify`, ... as
+        saved_model.SavedModel has.
       monitoring: counts the requests.
       turns: how many requests of a model run at a time.
       as_content: numbers in answers as raw bytes instead of one by one.
     """
 
     def __init__(
-        self,
-        models: Models,
-        monitoring: Monitoring,
-        turns: Turns,
-        *,
-        as_content: bool = False,
+        self, models: Models, monitoring: Monitoring, turns: Turns, *, as_content: bool = False
     ):
-        self._models = models
-        self._monitoring = monitoring
-        self._turns = turns
+        self._models, self._monitoring, self._turns = models, monitoring, turns
         self._as_content = as_content
 
-    def predict(
+    def Predict(
         self, request: predict_pb2.PredictRequest, call: Call
     ) -> predict_pb2.PredictResponse:
         response = predict_pb2.PredictResponse()
@@ -76,45 +75,27 @@ class Service:
             for alias, array in outputs.items():
                 tensors.fill(response.outputs[alias], array, as_content=self._as_content)
 
-        return self._answer(
-            request,
-            response,
-            "Predict",
-            call,
-            lambda model, name: model.predict(name, request.inputs, request.output_filter, call),
-            fill,
-        )
+        inputs = request.inputs, request.output_filter
+        return self._answer("Predict", request, response, call, inputs, fill)
 
-    def classify(
+    def Classify(
         self, request: classification_pb2.ClassificationRequest, call: Call
     ) -> classification_pb2.ClassificationResponse:
         response = classification_pb2.ClassificationResponse()
-        return self._answer(
-            request,
-            response,
-            "Classify",
-            call,
-            lambda model, name: model.classify(name, request.input, call),
-            response.result.CopyFrom,
-        )
+        fill = response.result.CopyFrom
+        return self._answer("Classify", request, response, call, [request.input], fill)
 
-    def regress(
+    def Regress(
         self, request: regression_pb2.RegressionRequest, call: Call
     ) -> regression_pb2.RegressionResponse:
         response = regression_pb2.RegressionResponse()
-        return self._answer(
-            request,
-            response,
-            "Regress",
-            call,
-            lambda model, name: model.regress(name, request.input, call),
-            response.result.CopyFrom,
-        )
+        fill = response.result.CopyFrom
+        return self._answer("Regress", request, response, call, [request.input], fill)
 
-    def multi_inference(
+    def MultiInference(
         self, request: inference_pb2.MultiInferenceRequest, call: Call
     ) -> inference_pb2.MultiInferenceResponse:
-        # The first task says which model, as with TF Serving; which counts no such request.
+        # As in TF Serving, the first task names the model, and no such request is counted.
         spec = request.tasks[0].model_spec if request.tasks else model_pb2.ModelSpec()
         with self._turns.turn(spec.name, call), self._use(spec) as (version, model):
             results = model.multi_inference(request.tasks, request.input, call)
@@ -122,24 +103,7 @@ class Service:
             _name_model(result.model_spec, task.model_spec, version)
         return inference_pb2.MultiInferenceResponse(results=results)
 
-    def _answer(self, request, response, method: str, call: Call, run: Callable, fill: Callable):
-        """The response of a method that runs the model.
-
-        Args:
-          run: (model, signature's name) to a result; fill: puts the result into the response.
-        """
-        name = request.model_spec.name
-        with self._monitoring.request(name, method, "GRPC"):
-            spec = _model_spec(request)
-            with self._turns.turn(name, call), self._use(spec) as (version, model):
-                start = time.perf_counter()
-                result = run(model, spec.signature_name or DEFAULT_SIGNATURE)
-                self._monitoring.runtime(name, method, time.perf_counter() - start)
-            fill(result)
-            _name_model(response.model_spec, spec, version)
-        return response
-
-    def get_model_metadata(
+    def GetModelMetadata(
         self, request: get_model_metadata_pb2.GetModelMetadataRequest, call: Call | None = None
     ) -> get_model_metadata_pb2.GetModelMetadataResponse:
         spec = _model_spec(request)
@@ -158,17 +122,17 @@ class Service:
         response.metadata[SIGNATURE_FIELD].Pack(signatures)
         return response
 
-    def get_model_status(
+    def GetModelStatus(
         self, request: get_model_status_pb2.GetModelStatusRequest, call: Call | None = None
     ) -> get_model_status_pb2.GetModelStatusResponse:
         spec = _model_spec(request)
-        # As with TF Serving, a label chooses nothing here: all versions are told.
+        # As in TF Serving, a label chooses nothing here: all versions are listed.
         version = spec.version.value if spec.HasField("version") else None
         return get_model_status_pb2.GetModelStatusResponse(
             model_version_status=self._models.statuses(spec.name, version)
         )
 
-    def handle_reload_config(
+    def HandleReloadConfigRequest(
         self, request: model_management_pb2.ReloadConfigRequest, call: Call | None = None
     ) -> model_management_pb2.ReloadConfigResponse:
         response = model_management_pb2.ReloadConfigResponse()
@@ -179,6 +143,25 @@ class Service:
             _log.error("the new configuration: %s", status.message, extra={"event": "reload"})
             raise
         _log.info("a new configuration is in force", extra={"event": "reload"})
+        return response
+
+    def run(self, api: str, name: str, method: Callable, *inputs, call: Call):
+        """The result of a model's method, whose time is counted as `api` of the model `name`."""
+        start = time.perf_counter()
+        result = method(*inputs, call=call)
+        self._monitoring.runtime(name, api, time.perf_counter() - start)
+        return result
+
+    def _answer(self, api: str, request, response, call: Call, inputs, fill: Callable):
+        """The response of a method that runs the model, on `inputs`; `fill` takes the result."""
+        name = request.model_spec.name
+        with self._monitoring.request(name, api, "GRPC"):
+            spec = _model_spec(request)
+            with self._turns.turn(name, call), self._use(spec) as (version, model):
+                key = spec.signature_name or DEFAULT_SIGNATURE
+                result = self.run(api, name, getattr(model, api.lower()), key, *inputs, call=call)
+            fill(result)
+            _name_model(response.model_spec, spec, version)
         return response
 
     def _use(self, spec: model_pb2.ModelSpec):
@@ -210,70 +193,73 @@ def grpc_server(
 
     Args:
       max_message_bytes: the largest request accepted.
-      arguments: gRPC's own, by name, before ours.
+      arguments: gRPC's own, by name; they override ours.
     """
     options: dict[str, int | str] = {
         "grpc.max_receive_message_length": max_message_bytes,
         "grpc.max_send_message_length": -1,
-        # Without this a second server on the same port is accepted in silence.
+        # Otherwise a second server on the same port gets no error.
         "grpc.so_reuseport": 0,
         "grpc.keepalive_time_ms": _KEEPALIVE_MILLISECONDS,
         "grpc.keepalive_permit_without_calls": 1,
     }
     server = grpc.server(
-        # TensorFlow works outside Python's lock, so that threads do run side by side.
+        # Threads do run side by side: TensorFlow works outside Python's lock.
         futures.ThreadPoolExecutor(MAX_HELD, thread_name_prefix="grpc"),
         maximum_concurrent_rpcs=_MAX_REQUESTS,
         options=list((options | dict(arguments or {})).items()),
     )
-    methods = {
-        "tensorflow.serving.PredictionService": (
-            _Method("Predict", predict_pb2.PredictRequest, service.predict),
-            _Method("Classify", classification_pb2.ClassificationRequest, service.classify),
-            _Method("Regress", regression_pb2.RegressionRequest, service.regress),
-            _Method("MultiInference", inference_pb2.MultiInferenceRequest, service.multi_inference),
-            _Method(
-                "GetModelMetadata",
-                get_model_metadata_pb2.GetModelMetadataRequest,
-                service.get_model_metadata,
-            ),
-        ),
-        "tensorflow.serving.ModelService": (
-            _Method(
-                "GetModelStatus",
-                get_model_status_pb2.GetModelStatusRequest,
-                service.get_model_status,
-            ),
-            _Method(
-                "HandleReloadConfigRequest",
-                model_management_pb2.ReloadConfigRequest,
-                service.handle_reload_config,
-            ),
-        ),
-    }
-    server.add_generic_rpc_handlers(
-        [
-            grpc.method_handlers_generic_handler(
-                service_name,
-                {
-                    method.name: grpc.unary_unary_rpc_method_handler(
-                        _handler(method),
-                        response_serializer=lambda response: response.SerializeToString(),
-                    )
-                    for method in members
-                },
+    for file, name in (
+        (prediction_service_pb2, "PredictionService"),
+        (model_service_pb2, "ModelService"),
+    ):
+        described = file.DESCRIPTOR.services_by_name[name]
+        handlers = {
+            method.name: grpc.unary_unary_rpc_method_handler(
+                _behaviour(
+                    method.name,
+                    message_factory.GetMessageClass(method.input_type),
+                    getattr(service, method.name),
+                ),
+                response_serializer=lambda response: response.SerializeToString(),
             )
-            for service_name, members in methods.items()
-        ]
-    )
+            for method in described.methods
+        }
+        handler = grpc.method_handlers_generic_handler(described.full_name, handlers)
+        server.add_generic_rpc_handlers([handler])
     return server
+
+
+def _behaviour(name: str, request: type[Message], answer: Callable[[Message, Call], Message]):
+    """gRPC's behaviour of a method: the request's bytes to the response; a Status is the call's."""
+
+    def handle(data: bytes, context: grpc.ServicerContext):
+        call = Call()
+        gone = cancelled("its caller does not wait for the answer any more")
+        try:
+            # gRPC calls this when the call is over: its deadline has passed, it was cancelled, its
+            # connection is gone, or it was answered (then `end` has no effect).
+            if not context.add_callback(lambda: call.end(gone)):
+                raise gone
+            # Parsed here: gRPC would report wrong bytes as a fault of the server.
+            return answer(request.FromString(data), call)
+        except DecodeError:
+            status = invalid_argument(f"the request's bytes are not a {name} request")
+        except Status as raised:
+            status = raised
+        except Exception as error:
+            _log.exception("%s failed", name, extra={"event": "fault", "method": name})
+            status = internal(error)
+        context.abort(status.code, status.message)
+
+    return handle
 
 
 class Health(health_pb2_grpc.HealthServicer):
     """The standard health service, which knows the names that TF Serving gives it.
 
-    Not grpcio-health-checking's own servicer: that one holds a lock while it sends, which gRPC's
-    one thread may wait for at that moment, and then no call of the server is answered any more.
+    (The one of grpcio-health-checking may block: it holds a lock while it sends, and gRPC's thread
+    takes the same lock.)
 
     Args:
       server: what it is added to, before that is started.
@@ -282,11 +268,7 @@ class Health(health_pb2_grpc.HealthServicer):
     _NAMES = ("", "ModelService", "PredictionService")
 
     def __init__(self, server: grpc.Server):
-        self._ended = False
-        # Held for an instant, and never while something is sent.
-        self._lock = threading.Lock()
-        # The names that are watched, by what sends to the watching call.
-        self._watched: dict[Callable, str] = {}
+        self._ended = threading.Event()
         health_pb2_grpc.add_HealthServicer_to_server(self, server)
 
     def Check(self, request, context) -> health_pb2.HealthCheckResponse:
@@ -294,84 +276,23 @@ class Health(health_pb2_grpc.HealthServicer):
             context.abort(grpc.StatusCode.NOT_FOUND, "service name unknown")
         return self._state(request.service)
 
-    def Watch(self, request, context, send: Callable) -> None:
-        send(self._state(request.service))
-        with self._lock:
-            self._watched[send] = request.service
-            ended = self._ended
-        if not context.add_callback(lambda: self._forget(send)):
-            self._forget(send)
-        if ended:
-            self._finish(send, request.service)
+    def Watch(self, request, context) -> Iterator[health_pb2.HealthCheckResponse]:
+        yield self._state(request.service)
+        while context.is_active():
+            if self._ended.wait(_TICK_SECONDS):
+                yield self._state(request.service)
+                return
 
-    # It returns at once, and `send` goes on: a watching call keeps no thread.
-    Watch.experimental_non_blocking = True
+    # Watches do not take the threads of other requests.
+    Watch.experimental_thread_pool = futures.ThreadPoolExecutor(_MAX_REQUESTS)
 
     def end(self) -> None:
-        """Tells all who ask or watch that nothing is served any more, and ends the watching.
-
-        A server waits for the calls that are open, and a watching call has no end of its own.
-        """
-        with self._lock:
-            self._ended = True
-            watched = list(self._watched.items())
-
-        def finish():
-            for send, name in watched:
-                self._finish(send, name)
-
-        # In a thread of its own: a watcher that does not read must not keep the server from ending.
-        threading.Thread(target=finish, daemon=True).start()
+        """Reports from now on that nothing is served, and ends the watches: a stopping server waits
+        for open calls."""
+        self._ended.set()
 
     def _state(self, name: str) -> health_pb2.HealthCheckResponse:
-        state = "NOT_SERVING" if self._ended else "SERVING"
+        state = "NOT_SERVING" if self._ended.is_set() else "SERVING"
         return health_pb2.HealthCheckResponse(
             status=state if name in self._NAMES else "SERVICE_UNKNOWN"
         )
-
-    def _finish(self, send: Callable, name: str) -> None:
-        send(self._state(name))
-        send(None)
-
-    def _forget(self, send: Callable) -> None:
-        with self._lock:
-            self._watched.pop(send, None)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Method:
-    """One gRPC method: its name, what it takes, and who answers."""
-
-    name: str
-    request: type[Message]
-    answer: Callable[[Message, Call], Message]
-
-
-def _handler(method: _Method):
-    """A gRPC behaviour: the request's bytes to the response, Status to the call's status."""
-
-    def handle(data: bytes, context: grpc.ServicerContext):
-        call = Call()
-        try:
-            # gRPC tells when the call is over: its deadline has come, it was cancelled, or its
-            # connection is gone (or it was answered, which ends nothing any more).
-            if not context.add_callback(lambda: call.end(_gone())):
-                raise _gone()
-            # Parsed here rather than by gRPC, which would call it a fault of the server.
-            return method.answer(method.request.FromString(data), call)
-        except DecodeError:
-            status = invalid_argument(f"the request's bytes are not a {method.name} request")
-        except Status as raised:
-            status = raised
-        except Exception as error:
-            _log.exception(
-                "%s failed", method.name, extra={"event": "fault", "method": method.name}
-            )
-            status = internal(error)
-        context.abort(status.code, status.message)
-
-    return handle
-
-
-def _gone() -> Status:
-    return cancelled("its caller does not wait for the answer any more")

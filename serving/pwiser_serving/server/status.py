@@ -1,5 +1,7 @@
 """Status: how a request fails, as a gRPC code and a message."""
 
+import functools
+
 import grpc
 
 # In bytes: gRPC sends a message among the headers, of which a client takes 8 KB.
@@ -17,46 +19,28 @@ class Status(Exception):
     def __init__(self, code: grpc.StatusCode | int, message: str):
         super().__init__(message)
         self.code = code if isinstance(code, grpc.StatusCode) else _CODES[code]
-        # What is no text (a path may hold any bytes) can neither be sent nor kept in a message.
+        # A path may hold bytes that are not text, which gRPC cannot send.
         data = message.encode("utf-8", "replace")
         self.message = data[:_LONGEST_MESSAGE].decode("utf-8", "ignore")
         if len(data) > _LONGEST_MESSAGE:
             self.message += "...TRUNCATED"
 
 
-def invalid_argument(message: str) -> Status:
-    return Status(grpc.StatusCode.INVALID_ARGUMENT, message)
-
-
-def not_found(message: str) -> Status:
-    return Status(grpc.StatusCode.NOT_FOUND, message)
-
-
-def failed_precondition(message: str) -> Status:
-    return Status(grpc.StatusCode.FAILED_PRECONDITION, message)
-
-
-def cancelled(message: str) -> Status:
-    return Status(grpc.StatusCode.CANCELLED, message)
+# Each takes the message.
+invalid_argument = functools.partial(Status, grpc.StatusCode.INVALID_ARGUMENT)
+not_found = functools.partial(Status, grpc.StatusCode.NOT_FOUND)
+failed_precondition = functools.partial(Status, grpc.StatusCode.FAILED_PRECONDITION)
+cancelled = functools.partial(Status, grpc.StatusCode.CANCELLED)
+resource_exhausted = functools.partial(Status, grpc.StatusCode.RESOURCE_EXHAUSTED)
+unknown = functools.partial(Status, grpc.StatusCode.UNKNOWN)
+unimplemented = functools.partial(Status, grpc.StatusCode.UNIMPLEMENTED)
 
 
 def deadline_exceeded() -> Status:
-    # What TensorFlow's Session says, and so TF Serving.
+    # The words of TensorFlow's Session, and so of TF Serving.
     return Status(grpc.StatusCode.DEADLINE_EXCEEDED, "Timed out waiting for notification")
 
 
-def resource_exhausted(message: str) -> Status:
-    return Status(grpc.StatusCode.RESOURCE_EXHAUSTED, message)
-
-
-def unknown(message: str) -> Status:
-    return Status(grpc.StatusCode.UNKNOWN, message)
-
-
 def internal(error: Exception) -> Status:
-    """A fault of the server's own, told in one line."""
+    """A fault of the server itself, in one line."""
     return Status(grpc.StatusCode.INTERNAL, " ".join(f"{type(error).__name__}: {error}".split()))
-
-
-def unimplemented(message: str) -> Status:
-    return Status(grpc.StatusCode.UNIMPLEMENTED, message)

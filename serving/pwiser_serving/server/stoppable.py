@@ -1,19 +1,20 @@
 """Stoppable: runs parts of a Session's graph, so that another thread can stop them.
 
-A Session takes a time limit for a run, and has no way to cancel one. So a run here has a second
-part beside the model's: it waits for a word from a queue. The model's part says "done" when it has
-its results; from outside comes "stop", which is an error and so ends the run. This costs a few
-microseconds. What it stops is what TensorFlow lets be stopped, as a time limit does: a loop ends
-before its next turn; other ops that have begun, or could, go on to their end.
+A Session takes a time limit for a run but cannot cancel one. So each run has a second part beside
+the model's, which waits for a value from a queue. The model's part puts "done" there after its
+results; another thread can put "stop", which is an error and so ends the run. This costs a few
+microseconds. What can be stopped is what TensorFlow stops at a time limit: a loop ends before its
+next iteration; other ops that are ready or running go on to their end.
 
-A run takes the caller's thread alone: threads that wake each other cost more than a small batch
-does, and on two cores gain a tenth at most with a large one. (Each op still uses all cores.) One
-thread also gives the order in which ops begin, on which the stopping rests.
+A run uses only the caller's thread: threads that wake each other cost more than a small batch, and
+on two cores gain a tenth at most with a large one. (Each op still uses all cores.) With one thread
+the order in which ops begin is known; stopping depends on it.
 """
 
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -25,8 +26,15 @@ from pwiser_serving.server.calls import Call
 Run = Callable[[Sequence[np.ndarray], Call], list[np.ndarray]]
 
 
+class _Queue(NamedTuple):
+    """A queue for one run at a time: its name in the session, and what puts "stop" there."""
+
+    name: np.ndarray
+    stop: Callable[[], object]
+
+
 class StoppableSession:
-    """A Session whose runs can be stopped. Methods may be called from several threads at once.
+    """A Session whose runs can be stopped. Thread-safe.
 
     Args:
       session: a TF 1 Session with its graph.
@@ -39,11 +47,11 @@ class StoppableSession:
         # Held while the graph grows.
         self._growing = threading.Lock()
         with session.graph.as_default(), tf.name_scope("stoppable"):
-            # A queue goes into a run by its name in the session, as a feed.
+            # A run gets its queue as a feed, by its name in the session.
             self._name = tf.compat.v1.placeholder(tf.string, [])
             queue = self._queue()
             say_stop = _say(queue, stop=True)
-            # What a run that failed has left behind.
+            # Removes what a failed run has left.
             left = tf.raw_ops.QueueDequeueManyV2(
                 handle=queue,
                 n=tf.raw_ops.QueueSizeV2(handle=queue),
@@ -64,7 +72,7 @@ class StoppableSession:
                 feeds = [graph.get_tensor_by_name(name) for name in inputs]
                 results = [graph.get_tensor_by_name(name) for name in outputs]
             except (KeyError, ValueError):
-                # The session says it in the words of TF Serving.
+                # The session raises the error that TF Serving gives.
                 options = config_pb2.CallableOptions(feed=inputs, fetch=outputs)
                 self._session._make_callable_from_options(options)
                 raise
@@ -73,14 +81,14 @@ class StoppableSession:
             wait = tf.raw_ops.Assert(condition=tf.logical_not(stop), data=["stopped"])
             late = {}
             if feeds:
-                # In one thread ops begin in the order in which they get ready. TensorFlow expands
-                # most functions into their ops; a call of another one must not begin, and keep the
-                # thread, before the wait does. So one of its inputs is late.
+                # In one thread, ops begin in the order in which they become ready. A call of a
+                # function that TensorFlow does not inline must not take the thread before the wait
+                # has begun. So one of its inputs comes late.
                 fed = tf.compat.v1.placeholder(feeds[0].dtype)
                 with tf.control_dependencies([queue.op]):
                     late[feeds[0].name] = tf.identity(fed).name
                 feeds = [fed, *feeds[1:]]
-            # Copies: an op that only waits for a call does not wait for its values.
+            # Copies: a control dependency on a function call does not wait for its values.
             with tf.control_dependencies([tf.identity(result) for result in results]):
                 say_done = _say(queue, stop=False)
             run = self._callable([*feeds, self._name], results, [wait, say_done], late)
@@ -111,8 +119,8 @@ class StoppableSession:
                 good = True
                 return results
             except tf.errors.CancelledError:
-                # An op failed within a function: then the wait for the queue is cancelled before
-                # the reason is known. The run is repeated for it.
+                # An op failed within a function, and the wait for the queue was cancelled before
+                # the reason was known. The run is repeated to get the reason.
                 return without_queue()(*arrays)
             finally:
                 if not good:
@@ -121,9 +129,9 @@ class StoppableSession:
 
         return run_for
 
-    def _new_queue(self) -> "_Queue":
+    def _new_queue(self) -> _Queue:
         with self._growing, self._session.graph.as_default(), tf.name_scope("stoppable"):
-            # Room for both words, so that nobody who says one has to wait.
+            # With room for both values, so that nobody waits to put one there.
             queue = tf.raw_ops.FIFOQueueV2(component_types=[tf.bool], shapes=[[]], capacity=-1)
             named = tf.raw_ops.GetSessionHandle(value=queue)
             (name,) = self._callable([], [named], [])()
@@ -131,7 +139,7 @@ class StoppableSession:
         return _Queue(name, lambda: self._stop(name))
 
     def _queue(self) -> tf.Tensor:
-        """The queue that `_name` is the name of, in the graph."""
+        """The queue named by the feed `_name`."""
         return tf.raw_ops.GetSessionTensor(handle=self._name, dtype=tf.resource)
 
     def _callable(
@@ -141,10 +149,10 @@ class StoppableSession:
         targets: Sequence[tf.Operation],
         replaced: Mapping[str, str] = {},
     ) -> Callable:
-        """The graph from feeds to outputs and targets, where some tensors replace others.
+        """The graph from feeds to outputs and targets; `replaced` are tensors by their new names.
 
-        Session.make_callable with feeds is a Session.run in disguise: four times slower at
-        batch 1, and it converts types silently where TF Serving refuses.
+        Session.make_callable with feeds calls Session.run: four times slower at batch 1, and it
+        converts types silently where TF Serving refuses.
         """
         options = config_pb2.CallableOptions(
             feed=[tensor.name for tensor in feeds],
@@ -160,10 +168,3 @@ class StoppableSession:
 
 def _say(queue: tf.Tensor, *, stop: bool) -> tf.Operation:
     return tf.raw_ops.QueueEnqueueV2(handle=queue, components=[tf.constant(stop)])
-
-
-class _Queue:
-    """The queue of one run at a time: its name in the session, and what says "stop" there."""
-
-    def __init__(self, name: np.ndarray, stop: Callable[[], object]):
-        self.name, self.stop = name, stop

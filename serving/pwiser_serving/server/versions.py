@@ -18,7 +18,7 @@ from pwiser_serving.server.status import Status, internal, not_found
 
 State = get_model_status_pb2.ModelVersionStatus
 
-# Ended versions whose state is remembered: a server that runs for a year must not collect them.
+# Ended versions whose state is remembered, so that memory does not grow over months.
 _MAX_ENDED = 100
 
 _log = logging.getLogger(__name__)
@@ -55,18 +55,14 @@ class Retries:
     seconds: float = 60
 
 
-LATEST = Policy()
-RETRIES = Retries()
-
-
+@dataclasses.dataclass(eq=False)
 class _Loaded:
-    """A version in service, and how many requests are using it."""
+    """A version that is loaded, and how many requests are using it."""
 
-    def __init__(self, version: int, servable: Servable):
-        self.version = version
-        self.servable: Servable | None = servable
-        self.users = 0
-        self.retired = False
+    version: int
+    servable: Servable | None
+    users: int = 0
+    retired: bool = False
 
 
 @dataclasses.dataclass
@@ -74,27 +70,29 @@ class _Failure:
     """What a version's files looked like when it failed, how often it did, and when last."""
 
     files: list
-    count: int
-    time: float
+    count: int = 0
+    time: float = 0.0
 
 
 class Versions:
-    """The versions of one model under `<base_path>/<version>/`.
+    """The versions of one model under `<base_path>/<version>/`. Thread-safe.
 
-    Those that the policy wants are loaded, the newest first. One that does not load is reported
-    and skipped, so that of `newest` versions the newest that load are served. It is tried again as
-    soon as its files change, and a few times where they do not. A version that is no longer wanted
-    is taken out of service once a wanted one is in service, and closed when the last request that
-    uses it has been answered. A folder in which nothing is found that is wanted changes nothing.
-
-    Methods may be called from several threads at once.
+    The versions that the policy wants are loaded, the newest first. One that does not load is
+    reported and skipped, so that of `newest` versions the newest that load are served. It is tried
+    again as soon as its files change, and otherwise a few times. A version that is no longer wanted
+    goes out of service when a wanted one is in service, and is closed after the last request that
+    uses it. If the folder holds no wanted version, nothing changes.
 
     Args:
       name: the model's name in requests.
       base_path: the folder of the version folders, whose names are numbers.
-      load: a version's folder to a Servable; raises Status where it does not load.
+      load: a version's folder to a Servable; raises Status if it does not load.
       policy: which versions are wanted.
       retries: see Retries.
+
+    Attributes:
+      base_path, policy: what the next look uses. A new base path does not reload versions that are
+      in service.
     """
 
     def __init__(
@@ -102,30 +100,22 @@ class Versions:
         name: str,
         base_path: pathlib.Path,
         load: Callable[[pathlib.Path], Servable],
-        policy: Policy = LATEST,
-        retries: Retries = RETRIES,
+        policy: Policy = Policy(),
+        retries: Retries = Retries(),
     ):
-        self.name = name
-        self._load = load
-        self._retries = retries
+        self.name, self.base_path, self.policy = name, base_path, policy
+        self._load, self._retries = load, retries
         # Held during a look at the folder and its loads, which may take minutes.
         self._looking = threading.Lock()
-        # Both are told once, not at every look.
+        # Both are reported once, not at every look.
         self._unreadable = False
         self._twins: set[int] = set()
-        # Held for an instant. It guards all that follows.
+        self._failures: dict[int, _Failure] = {}
+        # Held for an instant; guards what follows.
         self._lock = threading.Lock()
-        self._base_path, self._policy = base_path, policy
         self._loaded: dict[int, _Loaded] = {}
-        self._newest: _Loaded | None = None
         self._closed = False
         self._statuses: dict[int, get_model_status_pb2.ModelVersionStatus] = {}
-        self._failures: dict[int, _Failure] = {}
-
-    @property
-    def base_path(self) -> pathlib.Path:
-        """The folder that is looked at."""
-        return self._base_path
 
     @property
     def available(self) -> list[int]:
@@ -139,19 +129,20 @@ class Versions:
         return any(status.state == State.LOADING for status in self.statuses())
 
     def configure(self, base_path: pathlib.Path, policy: Policy) -> None:
-        """What the next look goes by. A version in service is not loaded again for it."""
+        """Sets what the next look uses."""
         with self._lock:
-            self._base_path, self._policy = base_path, policy
+            self.base_path, self.policy = base_path, policy
 
     @contextlib.contextmanager
     def use(self, version: int | None = None) -> Iterator[tuple[int, Servable]]:
         """A version, or with None the newest, and its servable, kept open within the `with`.
 
         Raises:
-          Status: NOT_FOUND where that version, or with None any, is not in service.
+          Status: NOT_FOUND if that version, or with None any, is not in service.
         """
         with self._lock:
-            loaded = self._newest if version is None else self._loaded.get(version)
+            newest = max(self._loaded, default=None)
+            loaded = self._loaded.get(newest if version is None else version)
             if loaded is None:
                 raise no_servable(self.name, version)
             loaded.users += 1
@@ -162,7 +153,7 @@ class Versions:
                 loaded.users -= 1
                 unused = loaded.retired and not loaded.users
             if unused:
-                # Its caller should not wait until a model is taken down.
+                # In a thread: the caller does not wait for it.
                 threading.Thread(target=self._close, args=(loaded,)).start()
 
     def statuses(self) -> list[get_model_status_pb2.ModelVersionStatus]:
@@ -171,20 +162,16 @@ class Versions:
             return [self._statuses[version] for version in sorted(self._statuses, reverse=True)]
 
     def poll(self) -> bool:
-        """Looks at the folder once, and loads what should be served. True where that changed it."""
+        """Looks at the folder once and loads what should be served. True if that changed it."""
         with self._looking:
             with self._lock:
-                base_path, policy = self._base_path, self._policy
+                base_path, policy = self.base_path, self.policy
             try:
                 folders = _folders(base_path)
             except OSError as error:
                 if not self._unreadable:
-                    _log.error(
-                        "%s: %s",
-                        base_path,
-                        error.strerror,
-                        extra={"event": "no_base_path", "model": self.name},
-                    )
+                    extra = {"event": "no_base_path", "model": self.name}
+                    _log.error("%s: %s", base_path, error.strerror, extra=extra)
                 self._unreadable = True
                 return False
             self._unreadable = False
@@ -201,7 +188,7 @@ class Versions:
                         continue
                     changed = True
                 wanted.add(version)
-            for version in [version for version in self._failures if version not in folders]:
+            for version in self._failures.keys() - folders.keys():
                 del self._failures[version]
             if wanted:
                 changed |= self._retire_all_but(wanted)
@@ -217,14 +204,10 @@ class Versions:
         """Warns of several folders with one number, of which only one can be served."""
         twins = {version for version, paths in folders.items() if len(paths) > 1}
         for version in sorted(twins - self._twins):
-            _log.warning(
-                "%s: the folders %s are all version %d: %s is taken",
-                self.name,
-                ", ".join(path.name for path in folders[version]),
-                version,
-                folders[version][-1].name,
-                extra=self._about(version, "twins"),
-            )
+            paths = folders[version]
+            names = ", ".join(path.name for path in paths)
+            message = f"the folders {names} are all version {version}: {paths[-1].name} is taken"
+            _log.warning("%s: %s", self.name, message, extra=self._about(version, "twins"))
         self._twins = twins
 
     def _try(self, version: int, folder: pathlib.Path) -> bool:
@@ -232,42 +215,15 @@ class Versions:
         files = _files(folder)
         failure = self._failures.get(version)
         if failure is None or failure.files != files:
-            failure = _Failure(files, 0, 0.0)
+            failure = _Failure(files)
         elif (
             failure.count > self._retries.count
             or time.monotonic() < failure.time + self._retries.seconds
         ):
             return False
         self._note(version, State.LOADING)
-        servable = self._servable(version, folder)
-        if servable is None:
-            self._failures[version] = _Failure(files, failure.count + 1, time.monotonic())
-            memory.give_back()
-            return False
-        self._failures.pop(version, None)
-        loaded = _Loaded(version, servable)
-        with self._lock:
-            if self._closed:
-                loaded.retired = True
-            else:
-                self._loaded[version] = loaded
-                self._newest = self._loaded[max(self._loaded)]
-        if loaded.retired:
-            self._close(loaded)
-            return False
-        self._note(version, State.AVAILABLE)
-        _log.info(
-            "%s version %d is served now",
-            self.name,
-            version,
-            extra=self._about(version, "served"),
-        )
-        return True
-
-    def _servable(self, version: int, folder: pathlib.Path) -> Servable | None:
-        """A version, loaded; None where it does not load, which is told."""
         try:
-            return self._load(folder)
+            servable = self._load(folder)
         except Exception as error:
             status = error if isinstance(error, Status) else internal(error)
             self._note(version, State.END, status)
@@ -276,22 +232,35 @@ class Versions:
                 self.name,
                 version,
                 status.message,
-                # What the servable did not foresee is a fault of the server.
+                # Only a Status is expected: anything else is a fault of the server.
                 exc_info=None if status is error else error,
                 extra=self._about(version, "does_not_load", code=status.code.name),
             )
-            return None
+            self._failures[version] = _Failure(files, failure.count + 1, time.monotonic())
+            memory.give_back()
+            return False
+        self._failures.pop(version, None)
+        loaded = _Loaded(version, servable)
+        with self._lock:
+            loaded.retired = self._closed
+            if not self._closed:
+                self._loaded[version] = loaded
+        if loaded.retired:
+            self._close(loaded)
+            return False
+        self._note(version, State.AVAILABLE)
+        extra = self._about(version, "served")
+        _log.info("%s version %d is served now", self.name, version, extra=extra)
+        return True
 
     def _retire_all_but(self, wanted: set[int]) -> bool:
-        """Takes the other versions out of service. True where there were any."""
+        """Takes the other versions out of service. True if there were any."""
         with self._lock:
-            retired = [self._loaded.pop(version) for version in set(self._loaded) - wanted]
-            self._newest = self._loaded[max(self._loaded)] if self._loaded else None
+            retired = [self._loaded.pop(version) for version in self._loaded.keys() - wanted]
             for loaded in retired:
                 loaded.retired = True
-            unused = [loaded for loaded in retired if not loaded.users]
-            for loaded in retired:
                 self._statuses[loaded.version] = _status(loaded.version, State.UNLOADING)
+            unused = [loaded for loaded in retired if not loaded.users]
         for loaded in unused:
             self._close(loaded)
         return bool(retired)
@@ -302,12 +271,8 @@ class Versions:
         del servable
         memory.give_back()
         self._note(loaded.version, State.END)
-        _log.info(
-            "%s version %d is closed",
-            self.name,
-            loaded.version,
-            extra=self._about(loaded.version, "closed"),
-        )
+        extra = self._about(loaded.version, "closed")
+        _log.info("%s version %d is closed", self.name, loaded.version, extra=extra)
 
     def _note(self, version: int, state: int, status: Status | None = None) -> None:
         with self._lock:
@@ -315,11 +280,9 @@ class Versions:
             if state == State.END and version in self._loaded:
                 return
             self._statuses[version] = _status(version, state, status)
-            ended = [
-                version for version, entry in self._statuses.items() if entry.state == State.END
-            ]
-            for version in sorted(ended, reverse=True)[_MAX_ENDED:]:
-                del self._statuses[version]
+            ended = [number for number, e in self._statuses.items() if e.state == State.END]
+            for number in sorted(ended, reverse=True)[_MAX_ENDED:]:
+                del self._statuses[number]
 
     def _about(self, version: int, event: str, **more) -> dict:
         """A log record's fields."""
@@ -327,7 +290,7 @@ class Versions:
 
 
 def no_servable(name: str, version: int | None) -> Status:
-    """What a request for that version, or with None for any, is answered when there is none."""
+    """The answer to a request for that version, or with None for any, if there is none."""
     which = f"Latest({name})" if version is None else f"Specific({name}, {version})"
     return not_found(f"Servable not found for request: {which}")
 
@@ -336,7 +299,7 @@ def _status(
     version: int, state: int, status: Status | None = None
 ) -> get_model_status_pb2.ModelVersionStatus:
     entry = get_model_status_pb2.ModelVersionStatus(version=version, state=state)
-    # An empty status, which is OK, is sent too.
+    # OK is sent too, as an empty status.
     entry.status.SetInParent()
     if status is not None:
         entry.status.error_code = status.code.value[0]
@@ -352,7 +315,7 @@ def _folders(base_path: pathlib.Path) -> dict[int, list[pathlib.Path]]:
     """
     folders = {}
     for entry in sorted(os.scandir(base_path), key=lambda entry: entry.name):
-        # What no request could name is no version.
+        # Only numbers that a request can name.
         if re.fullmatch(r"[0-9]{1,19}", entry.name) and int(entry.name) < 2**63 and entry.is_dir():
             folders.setdefault(int(entry.name), []).append(pathlib.Path(entry.path))
     return folders
@@ -361,11 +324,9 @@ def _folders(base_path: pathlib.Path) -> dict[int, list[pathlib.Path]]:
 def _files(folder: pathlib.Path) -> list:
     """The names, sizes and times of all files below a folder."""
     found = []
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = os.path.join(parent, name)
-            # A file that is being moved may be gone again.
-            with contextlib.suppress(OSError):
-                facts = os.stat(path)
-                found.append((path, facts.st_size, facts.st_mtime_ns))
+    for path in folder.rglob("*"):
+        # A file that is being moved may be gone again.
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            found.append((str(path), facts.st_size, facts.st_mtime_ns))
     return sorted(found)
