@@ -49,7 +49,7 @@ DAMAGE = {
     "number for a list": (_edit(tower_units=8), "--tower_units=8: expected type tuple"),
     "unknown model": (_edit(model="foo"), "--model=foo: expected one of"),
     "unknown head": (_edit(conversion_head="foo"), "--conversion_head=foo: expected one of"),
-    "unknown flag": (_edit(foo=1), "no option foo"),
+    "unknown flag": (_edit(foo=1), "unknown option foo"),
     "no schema": (_remove("schema.json"), "schema.json: no such file"),
     "no vocabulary": (_remove("vocabularies/*"), r"vocabularies/\d+.jsonl: no such file"),
 }
