@@ -147,7 +147,9 @@ def test_explain_names_a_foreign_file_of_the_same_size(copy):
             example.features.feature["x"].bytes_list.value[0] = bytes(total - overhead)
             writer.write(example.SerializeToString())
             size -= total
-    with pytest.raises(DataError, match=f"{SHARD}: record 1 is not laid out as schema.json says"):
+    with pytest.raises(
+        DataError, match=f"{SHARD}: record 1 does not have the layout of schema.json"
+    ):
         _read_all(copy)
 
 

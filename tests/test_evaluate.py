@@ -127,7 +127,7 @@ def test_runs_with_different_rows_are_not_compared_and_nothing_is_written(
     (other / "flags.json").write_text(json.dumps(settings | {"data_dir": str(data)}))
     result = _evaluate(f"--workdir={trained},{other}", f"--output_dir={tmp_path / 'out'}")
     assert result.returncode == 2
-    assert "the runs have different data: nothing is compared" in result.stderr
+    assert "the runs have different data and cannot be compared" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
