@@ -341,7 +341,7 @@ def test_python_gives_what_a_session_gives(signature, in_a_session, exported, tr
 def test_a_killed_export_is_cleared_away_and_two_at_a_time_are_refused(trained, tmp_path):
     base = tmp_path / "m"
     (base / "partial-7" / "variables").mkdir(parents=True)
-    with runs.locked(base), pytest.raises(DataError, match="another process is at work"):
+    with runs.locked(base), pytest.raises(DataError, match="another process is using"):
         export.export(trained, tmp_path, "m")
     export.export(trained, tmp_path, "m")
     assert [path.name for path in base.iterdir()] == ["1"]

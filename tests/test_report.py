@@ -171,7 +171,7 @@ def test_score_panels_draw_a_tick_for_each_row_of_a_small_grade(drawn):
     conversions = int(np.sum(grade == 2))
     assert 0 < conversions < 30
     axes = draw(drawn, grade, predictions)[2]
-    assert legend(axes)[2] == f"conversion ({conversions}): a tick a row"
+    assert legend(axes)[2] == f"conversion ({conversions}): one tick per row"
     np.testing.assert_allclose(axes.lines[0].get_xdata(), predictions["ctcvr"][grade == 2])
 
 

@@ -12,7 +12,7 @@ import tensorflow as tf
 from pwiser_tf import runs
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import ClickConversionModel
-from pwiser_tf.training import Progress, _monitored, train
+from pwiser_tf.training import Progress, _monitored_value, train
 from tests.conftest import write_dataset
 
 
@@ -185,10 +185,10 @@ def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
             time.sleep(0.01)
         output = process.communicate()[0].decode()
         assert process.returncode == -signal.SIGKILL, output
-        resumed += "going on at epoch" in output
+        resumed += "continuing at epoch" in output
     result = _run(command)
     assert result.returncode == 0, result.stderr
-    assert "going on at epoch" in result.stdout
+    assert "continuing at epoch" in result.stdout
     assert resumed == 1
     found = json.loads((tmp_path / "killed" / "metrics.json").read_text())
     assert found == expected
@@ -197,12 +197,12 @@ def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
 def test_a_finished_run_is_not_trained_again(trained, settings, capsys):
     before = (trained / "checkpoints" / "checkpoint").read_text()
     train(settings, trained)
-    assert "going on at epoch 3" in capsys.readouterr().out
+    assert "continuing at epoch 3" in capsys.readouterr().out
     assert (trained / "checkpoints" / "checkpoint").read_text() == before
 
 
 def test_two_processes_do_not_share_a_folder(trained, settings):
-    with runs.locked(trained), pytest.raises(DataError, match="another process is at work"):
+    with runs.locked(trained), pytest.raises(DataError, match="another process is using"):
         train(settings, trained)
 
 
@@ -229,7 +229,7 @@ def test_a_run_that_diverges_later_ends_with_its_best_epoch(
     found = train(settings.replace(epochs=5), tmp_path / "run")
     error = capsys.readouterr().err
     assert "the loss is not finite at step 4 of epoch 2" in error
-    assert "of the finished epochs the best, 1, is the result" in error
+    assert "the result is epoch 1, the best finished epoch" in error
     assert len(found["epochs"]) == found["best_epoch"] == 1
     assert found["test"] == whole["test"]
 
@@ -248,7 +248,7 @@ def test_more_epochs_and_patience_extend_a_run(settings, tmp_path, capsys):
     long = settings.replace(epochs=3, patience=4)
     train(short, tmp_path / "run")
     extended = train(long, tmp_path / "run")
-    assert "going on at epoch 2, step 0" in capsys.readouterr().out
+    assert "continuing at epoch 2, step 0" in capsys.readouterr().out
     assert extended == train(long, tmp_path / "whole")
     assert runs.load(tmp_path / "run")[0].read() == long.read()
     # A run cannot be cut short.
@@ -272,7 +272,7 @@ def test_a_damaged_state_is_refused(trained, settings, tmp_path):
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match="corrupt checkpoint"):
         train(settings, tmp_path / "run")
 
 
@@ -301,9 +301,9 @@ def test_monitored_is_the_mean_auc_and_falls_back_to_log_loss():
     def values(auc, log_loss):
         return {"auc": auc, "log_loss": log_loss}
 
-    assert _monitored({"ctr": values(0.6, 1), "ctcvr": values(0.8, 1)}) == pytest.approx(0.7)
-    assert _monitored({"ctr": values(0.6, 1), "ctcvr": values(None, 1)}) == 0.6
-    assert _monitored({"ctr": values(None, 1), "ctcvr": values(None, 2)}) == -3
+    assert _monitored_value({"ctr": values(0.6, 1), "ctcvr": values(0.8, 1)}) == pytest.approx(0.7)
+    assert _monitored_value({"ctr": values(0.6, 1), "ctcvr": values(None, 1)}) == 0.6
+    assert _monitored_value({"ctr": values(None, 1), "ctcvr": values(None, 2)}) == -3
 
 
 def test_progress_survives_its_round_trip():
@@ -321,8 +321,8 @@ def test_progress_survives_its_round_trip():
         ("--model=mmmoe", "value should be one of <single_task|shared_bottom|omoe|mmoe|ple"),
         ("--batch_size=many", "flag --batch_size=many"),
         ("--loss_tasks=ctr,cvrr", "expected names out of ctr,ctcvr"),
-        ("--auxiliary_weight=0.5", "--model=shared_bottom has no extra loss"),
-        ("--model=esmm", "--conversion_head=direct: --model=esmm is defined with product alone"),
+        ("--auxiliary_weight=0.5", "--model=shared_bottom has no auxiliary loss"),
+        ("--model=esmm", "--conversion_head=direct: --model=esmm only supports product"),
         ("--loss=jrc", "--shuffle=rows: --loss=jrc compares the rows of a group"),
         ("--tower_units=64,x", "expected positive integers"),
         ("--learning_rate=nan", "--learning_rate=nan: expected a finite number"),
