@@ -181,7 +181,7 @@ def test_mixed_precision_is_float32_to_the_digits_of_bfloat16():
 def test_dropout_drops_its_rate_and_keeps_the_mean():
     ones = tf.ones([1000, 64])
     mask = tf.random.stateless_uniform([1000, 64], [1, 2], 0, 256, tf.int32)
-    kept = layers.blocks._keep(ones, tf.cast(mask, tf.uint8), threshold=64).numpy()
+    kept = layers.blocks._dropout(ones, tf.cast(mask, tf.uint8), threshold=64).numpy()
     assert set(np.unique(kept)) == {0.0, np.float32(256 / 192)}
     assert abs((kept == 0).mean() - 0.25) < 0.01
     assert abs(kept.mean() - 1) < 0.02

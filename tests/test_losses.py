@@ -273,7 +273,7 @@ def test_a_graph_does_not_broadcast(scores, grade):
     def loss(scores, grade):
         return pwiser(scores, grade)
 
-    with pytest.raises(tf.errors.InvalidArgumentError, match="as many as there are scores"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="as many values as scores"):
         loss(scores, grade)
 
 

@@ -496,7 +496,7 @@ def test_unknown_head_is_refused():
 
 
 def test_an_auxiliary_weight_without_such_a_loss_is_refused():
-    with pytest.raises(ValueError, match="--model=mmoe has no extra loss"):
+    with pytest.raises(ValueError, match="--model=mmoe has no auxiliary loss"):
         _model("mmoe", auxiliary_weight=0.5)
 
 

@@ -409,7 +409,9 @@ def test_what_is_refused(function):
         function([0, 1, 1], [0, 1, 0])
     with pytest.raises(ValueError, match=r"logits: found shape \(3, 2\), expected \[batch\]"):
         function(np.zeros((3, 2)), [0, 1, 0])
-    with pytest.raises(ValueError, match=r"found shape \(1,\), expected \(3,\) as the scores"):
+    with pytest.raises(
+        ValueError, match=r"found shape \(1,\), expected \(3,\), the shape of the scores"
+    ):
         function(np.float32([0.1, 0.2, 0.3]), [1])
 
 
