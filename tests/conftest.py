@@ -1,4 +1,4 @@
-"""A small converted data set, and a small trained run, for the tests of what reads them."""
+"""Fixtures: a small converted data set and a small trained run."""
 
 import dataclasses
 import pathlib
@@ -10,7 +10,7 @@ import pwiser_tf  # noqa: F401 (binds tf.keras to Keras 2 before any test import
 from pwiser_tf import records
 from pwiser_tf.schema import Categorical, Numerical, Schema, Shard, Split
 
-# Names that TensorFlow or a careless program would trip over are among them.
+# Some of the names are difficult for TensorFlow.
 SCHEMA = Schema(
     dataset="columns",
     categorical=(
@@ -29,7 +29,7 @@ SCHEMA = Schema(
 
 
 def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -> Schema:
-    """Writes a data set of SCHEMA's layout whose clicks and conversions the features explain."""
+    """Writes a data set with SCHEMA's layout; its features explain clicks and conversions."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(7)
     splits = {}
@@ -55,7 +55,7 @@ def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> pathlib.Path:
-    """The folder of a small data set: 1000 rows to train on, 300 to validate, 300 to test."""
+    """The folder of a small data set: 1000 rows in train, 300 in validation, 300 in test."""
     folder = tmp_path_factory.mktemp("converted") / "data"
     write_dataset(folder, {"train": 1000, "validation": 300, "test": 300})
     return folder

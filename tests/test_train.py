@@ -17,7 +17,7 @@ from tests.conftest import write_dataset
 
 
 def _command(settings, folder, *more):
-    """The command line that gives these settings."""
+    """The command line for these settings."""
     arguments = [sys.executable, "-m", "pwiser_tf.train", f"--workdir={folder}"]
     for name, value in settings.read().items():
         text = ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -29,7 +29,7 @@ def _run(arguments):
     return subprocess.run(arguments, capture_output=True, text=True, check=False)
 
 
-def test_a_run_leaves_what_the_design_says(trained, settings):
+def test_a_run_writes_its_files(trained, settings):
     assert {path.name for path in trained.iterdir()} >= {
         "flags.json",
         "schema.json",
@@ -80,7 +80,7 @@ def test_tensorboard_has_losses_and_validation_metrics(dataset, settings, tmp_pa
     assert {"train/ctr_loss", "train/ctcvr_loss", "validation/ctr_auc"} <= tags
 
 
-def test_one_seed_one_result(trained, settings, tmp_path):
+def test_equal_seeds_give_equal_results(trained, settings, tmp_path):
     first = json.loads((trained / "metrics.json").read_text())
     assert train(settings, tmp_path / "again") == first
 
@@ -111,7 +111,7 @@ CHANGES = {
     "shuffle": "groups",
     "seed": 1,
 }
-# Flags that are read with other settings than those of the fixture: (those settings, a change).
+# Flags that only other models or losses read: (settings with these, a change).
 ELSEWHERE = {
     "experts": ({"model": "mmoe"}, 3),
     "critics": ({"model": "metaheac"}, 3),
@@ -140,13 +140,13 @@ def test_flags_of_other_models_and_losses_change_the_result(name, settings, tmp_
     assert runs[0]["epochs"][0]["train"] != runs[1]["epochs"][0]["train"]
 
 
-def test_every_setting_is_tried(settings):
+def test_every_setting_is_tested(settings):
     free = {"data_dir", "epochs", "patience"}
     assert {*CHANGES, *ELSEWHERE} | free == set(settings.values()) | free
 
 
 def test_patience_stops_the_run(settings, tmp_path):
-    """Without learning nothing gets better: the run ends so many epochs after the first."""
+    """Without learning no epoch is better: the run ends `patience` epochs after the first."""
     patient = settings.replace(learning_rate=0.0, epochs=9, patience=2, dropout=0.0)
     metrics = train(patient, tmp_path / "run")
     # Batch normalisation's statistics still move, so the best epoch may not be the first.
@@ -166,14 +166,14 @@ def test_a_data_set_smaller_than_a_batch_trains(tmp_path, settings, capsys):
         train(small.replace(batch_size=1), tmp_path / "one")
 
 
-def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
+def test_a_killed_run_ends_like_an_uninterrupted_run(settings, tmp_path):
     long = settings.replace(epochs=6, patience=9, batch_size=16, model="mmoe")
     whole = _run(_command(long, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
     expected = json.loads((tmp_path / "whole" / "metrics.json").read_text())
     command = _command(long, tmp_path / "killed", "--checkpoint_seconds=0")
     resumed = 0
-    # Once in the first epoch, once a few epochs later: as soon as so many states were saved.
+    # Killed in the first epoch, and a few epochs later: after this many saved states.
     for states in (5, 100):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         checkpoint = tmp_path / "killed" / "checkpoints" / "checkpoint"
@@ -206,7 +206,7 @@ def test_two_processes_do_not_share_a_folder(trained, settings):
         train(settings, trained)
 
 
-def test_divergence_is_told(settings, tmp_path):
+def test_divergence_is_reported(settings, tmp_path):
     told = "diverged: the loss is not finite at step 2 of epoch 1; lower --learning_rate"
     with pytest.raises(DataError, match=told):
         train(settings.replace(learning_rate=1e30), tmp_path / "run")
@@ -251,7 +251,7 @@ def test_more_epochs_and_patience_extend_a_run(settings, tmp_path, capsys):
     assert "continuing at epoch 2, step 0" in capsys.readouterr().out
     assert extended == train(long, tmp_path / "whole")
     assert runs.load(tmp_path / "run")[0].read() == long.read()
-    # A run cannot be cut short.
+    # A run cannot be shortened.
     with pytest.raises(DataError, match="the run in this folder has --epochs=3, not 1"):
         train(short, tmp_path / "run")
 
@@ -265,10 +265,10 @@ def test_patience_0_is_patience_1_as_in_keras(settings, tmp_path):
     assert len(histories[0]["epochs"]) > 1
 
 
-def test_a_damaged_state_is_refused(trained, settings, tmp_path):
+def test_a_corrupt_checkpoint_is_refused(trained, settings, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints").glob("*.data*"):
-        # Within the optimiser's tensors, which a plain restore would not look at.
+        # In the optimiser's tensors, which a simple restore would not read.
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""A folder that was damaged or edited gives one DataError, whatever was done to it."""
+"""Any damage or edit of a run folder gives one DataError."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named(name, trained, tmp_path):
+def test_damage_is_reported(name, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     runs.load_run(folder)
@@ -83,7 +83,7 @@ def test_checkpoints_without_their_flags_are_not_taken_for_another_run(trained, 
         runs.begin(tmp_path / "run", other, Schema.load(trained))
 
 
-def test_a_lock_is_let_go(tmp_path):
+def test_a_lock_is_released(tmp_path):
     with runs.locked(tmp_path), pytest.raises(DataError), runs.locked(tmp_path):
         pass
     with runs.locked(tmp_path):
