@@ -1,4 +1,4 @@
-# Every command here makes its own virtual environment and installs what it needs.
+# The targets create the virtual environment .venv and install what they need.
 
 PYTHON ?= python3
 VENV := .venv
@@ -6,27 +6,27 @@ BIN := $(VENV)/bin
 
 .PHONY: quickstart demo test test-fast lint format bench clean
 
-# What the program needs, at the versions it was tested with.
+# The packages that the program needs, with the tested versions.
 $(VENV)/installed: pyproject.toml serving/setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[test]' -e './serving[server,test]'
 	touch $@
 
-# What benchmarks/ compares with.
+# The packages that benchmarks/ compares with.
 $(VENV)/installed-bench: $(VENV)/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	touch $@
 
-# Generated data to served scores, in less than a minute after the installation.
+# From generated data to served scores in less than a minute, after the installation.
 quickstart: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/quickstart.sh quickstart
 
-# Generated data, three losses, a table, an export, a server, scored candidates.
+# All steps on generated data: three losses, a table, an export, a server, scored candidates.
 demo: $(VENV)/installed
 	PATH="$(abspath $(BIN)):$$PATH" bash tools/demo.sh demo
 
-# A process a core, at most four: each may hold a few GB of TensorFlow.
+# One process per core, at most four: each needs up to a few GB of memory.
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 

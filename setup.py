@@ -1,4 +1,4 @@
-"""For tools that ask for a setup.py: all is in pyproject.toml."""
+"""For tools that need a setup.py; the settings are in pyproject.toml."""
 
 import setuptools
 

@@ -1,10 +1,10 @@
-"""Writes a generated exposure log as a CSV file, in the shape that your own log may have.
+"""Writes a generated exposure log as a CSV file. Your own log may have the same structure.
 
     python examples/make_log.py log.csv
     python examples/make_log.py log.csv 5000      # rows; default 50,000
 
-A session shows one user five items of one day. Cheap items and some cities are clicked more often,
-and younger users buy more often than others.
+A session shows five items to one user on one day. Cheap items are clicked more often, and so are
+items shown in Paris. Younger users buy more often.
 """
 
 import csv

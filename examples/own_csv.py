@@ -1,4 +1,4 @@
-"""From a CSV file to scores, all in Python: convert, train, export, score. No server is needed.
+"""From a CSV file to scores in Python, without a server: convert, train, export, score.
 
     python examples/make_log.py log.csv
     python examples/own_csv.py log.csv own      # writes own/data, own/run and own/models/log/1
@@ -28,7 +28,7 @@ def main() -> None:
     output = [f"--output_dir={folder / 'data'}", "--overwrite"]
     subprocess.run([*command, *columns, *labels, *output], check=True)
 
-    # Options that are not named have their defaults; docs/reference/flags.md lists them all.
+    # All other options have their defaults; docs/reference/flags.md lists them.
     options = {"model": "shared_bottom", "embedding_dim": 16, "bottom_units": (64, 32)}
     options |= {"tower_units": (16,), "batch_size": 512, "epochs": 3}
     config = pwiser_tf.Config.of(data_dir=str(folder / "data"), **options)

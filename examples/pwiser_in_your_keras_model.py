@@ -1,4 +1,4 @@
-"""PWiseR in a Keras model of your own: two outputs, each learns BCE + 0.1 * PWiseR.
+"""PWiseR in your own Keras model with two outputs. The loss of each is BCE + 0.1 * PWiseR.
 
     python examples/pwiser_in_your_keras_model.py
 
@@ -28,7 +28,7 @@ def bce_and_pwiser(positive_grade: int):
 
 
 def main() -> None:
-    # 20,000 exposures with five features. The first two decide on clicks, the third on purchases.
+    # 20,000 exposures with five features. Clicks depend on the first two, purchases on the third.
     rng = np.random.default_rng(0)
     x = rng.normal(size=(20_000, 5)).astype("float32")
     click = rng.random(len(x)) < 1 / (1 + np.exp(2.5 - x[:, 0] - x[:, 1]))
@@ -46,7 +46,7 @@ def main() -> None:
         loss={"ctr": bce_and_pwiser(1), "ctcvr": bce_and_pwiser(2)},
     )
     labels = {"ctr": grade[train], "ctcvr": grade[train]}
-    # Large batches: PWiseR compares the rows of one batch, and each needs some conversions.
+    # Large batches, because PWiseR compares the rows of a batch, which needs some conversions.
     model.fit(x[train], labels, batch_size=1000, epochs=5, verbose=0)
 
     logits = model.predict(x[test], batch_size=5000, verbose=0)

@@ -21,7 +21,7 @@ def main() -> None:
         "item": [7, 8, 9],
         "price": [9.5, 60.0, None],
     }
-    # Keep the Scorer: to open a connection costs more than to score.
+    # Create one Scorer and keep it: opening a connection takes longer than scoring.
     with pwiser_serving.Scorer(server, model, timeout=5) as scorer:
         try:
             scores = scorer.score(candidates)

@@ -2,9 +2,9 @@
 
     python examples/your_own_architecture.py own/data cross     # data set, folder for the run
 
-An architecture says how the inputs of the two towers are made; towers, heads, losses, training,
-evaluation and export are those of all models. To add it to the package, put the class into a file
-of pwiser_tf/models/ and its name into MODELS (docs/guides/extend.md).
+An architecture computes the inputs of the two towers. The base class has the towers, heads and
+losses; training, evaluation and export work as for all models. To add it to the package, put the
+class into a file in pwiser_tf/models/ and its name into MODELS (docs/guides/extend.md).
 """
 
 import pwiser_tf.quiet

@@ -1,13 +1,13 @@
 """pwiser-tf: from exposure logs to served CTR, CVR and CTCVR, trained with the PWiseR loss.
 
     pwiser_tf.PWiseRLoss()                    the loss, in any Keras 2 model; pwiser() for tensors
-    pwiser_tf.Schema.load("data/us")          what the converter learnt of a data set
-    pwiser_tf.train(config, folder)           a run; load_run(folder) its best model
+    pwiser_tf.Schema.load("data/us")          the schema of a converted data set
+    pwiser_tf.train(config, folder)           trains a model; load_run(folder) loads its best epoch
     pwiser_tf.evaluate(...), auc, gauc, ...   exact metrics
 
-Importing this package imports neither TensorFlow nor anything else that is slow: the names below
-are imported when they are first used. It only makes sure that TensorFlow's Keras will be the Keras
-2 line, which TensorFlow Recommenders needs.
+Importing this package is fast: it does not import TensorFlow. The names below are imported when
+they are first used. The import only makes sure that `tf.keras` will be the Keras 2 line, which
+TensorFlow Recommenders needs.
 """
 
 import importlib
@@ -16,7 +16,7 @@ import sys
 
 __version__ = "0.1.0"
 
-# Public name: its module.
+# Public names and their modules.
 _PUBLIC = {
     "DataError": "errors",
     "MODELS": "models",
@@ -35,10 +35,10 @@ __all__ = sorted(_PUBLIC)
 
 
 def _use_keras_2() -> None:
-    """Binds `tf.keras` to tf_keras, or says why that is no longer possible.
+    """Makes `tf.keras` be tf_keras. Raises ImportError when that is no longer possible.
 
-    TensorFlow reads TF_USE_LEGACY_KERAS when `tf.keras` is first touched; setting it later has no
-    effect, and mixing the two lines loses variables silently.
+    TensorFlow reads TF_USE_LEGACY_KERAS when `tf.keras` is first used. Setting it later has no
+    effect, and mixing Keras 2 and Keras 3 loses variables silently.
     """
     wanted = os.environ.setdefault("TF_USE_LEGACY_KERAS", "1").lower() in ("1", "true")
     tensorflow = sys.modules.get("tensorflow")

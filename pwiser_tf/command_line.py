@@ -1,4 +1,4 @@
-"""How every command ends: exit code 0, 2 for a user's mistake (one line), 1 for a fault of ours."""
+"""Runs a command and sets its exit code: 0, 2 for a user's mistake (one line), 1 for a bug."""
 
 import logging
 import sys
@@ -14,8 +14,8 @@ def run(main: Callable[[], None]) -> None:
     """Parses the flags, calls main() and exits.
 
     A wrong flag, a DataError and an operating-system error (no such file, no permission, disk
-    full) print one line on stderr and exit with code 2, without a traceback. Anything else is a
-    fault of ours: it keeps its traceback, and exits with code 1.
+    full) print one line on stderr and exit with code 2, without a traceback. Any other exception
+    is a bug: it prints its traceback and exits with code 1.
     """
 
     def parse(argv):
@@ -27,14 +27,14 @@ def run(main: Callable[[], None]) -> None:
             _fail(f"unexpected argument {positional[1]!r}; flags start with --")
         return positional
 
-    # --help shows the flags of the main module; ours lie in the modules that use them.
+    # --help shows only the flags of the main module; ours are defined in other modules.
     for module, defined in list(flags.FLAGS.flags_by_module_dict().items()):
         if module.startswith("pwiser_tf"):
             for flag in defined:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
     def guarded(_):
-        # What our commands have to say they print; TensorFlow's own chatter would bury it.
+        # Hide TensorFlow's log lines: the output of our commands would be lost among them.
         absl.logging.set_verbosity(absl.logging.ERROR)
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
         try:

@@ -3,11 +3,11 @@
     config = Config.of(data_dir="data/us", model="ple", epochs=3)
     config.model.embedding_dim, config.loss.pwiser_weight, config.training.epochs
 
-The flags of `pwiser train`, their help, what flags.json holds, what `pwiser tune` searches and
-docs/reference/flags.md follow from the fields of the tree. A new option is one field, and the code
-that reads it. An option that only some models or losses read stands in the `options` of their
-registry entries (`models.MODELS`, `tasks.LOSSES`): for others it is no part of a run, and is
-refused where it is given.
+The flags of `pwiser train`, their help, the content of flags.json, the ranges of `pwiser tune` and
+docs/reference/flags.md are generated from the fields of the tree. To add an option, add one field
+and the code that reads it. An option that only some models or losses read is listed in the
+`options` of their registry entries (`models.MODELS`, `tasks.LOSSES`). For other models and losses
+it is not part of a run, and it is refused on the command line.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ from pwiser_tf.models import MODELS, ModelConfig
 from pwiser_tf.options import check, flag_of, kind_of, option
 from pwiser_tf.tasks import LOSSES, TASKS, LossConfig
 
-# The version of flags.json. Files of version 1 had no version, and the same names.
+# The version of flags.json. Version 1 had no version key; its other names are the same.
 VERSION = 2
 
-# What stays together in a shuffled epoch: nothing, or the rows of a group.
+# What an epoch shuffles: single rows, or whole groups.
 SHUFFLES = ("rows", "groups")
 
 
@@ -35,17 +35,21 @@ class TrainingConfig:
 
     batch_size: int = option(2048, "Rows in a batch.", low=1)
     epochs: int = option(50, "The largest number of epochs.", low=1)
-    patience: int = option(2, "Stop after this many epochs without a better validation.", low=0)
+    patience: int = option(
+        2, "Stop after this many epochs without a better validation result.", low=0
+    )
     learning_rate: float = option(
         1e-3, "The learning rate of Adam.", low=0.0, search=(1e-4, 1e-2, True)
     )
     shuffle: str | None = option(
         None,
-        "rows: rows are shuffled; groups: whole groups are, so that a batch holds all rows of a "
-        "search. Default: what --loss needs.",
+        "rows: shuffle single rows; groups: shuffle whole groups, so that the rows of a search are "
+        "in one batch. Default: what --loss needs.",
         choices=SHUFFLES,
     )
-    seed: int = option(0, "Fixes initialization, shuffling and dropout.", low=0, high=2**31 - 1)
+    seed: int = option(
+        0, "The seed of initialization, shuffling and dropout.", low=0, high=2**31 - 1
+    )
 
     def __post_init__(self):
         check(self)
@@ -53,7 +57,7 @@ class TrainingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The options of a run; `pwiser train --help` explains each. `Config.of` makes one."""
+    """The options of a run; `pwiser train --help` explains them. `Config.of` makes a config."""
 
     data_dir: str = option("", "The folder that pwiser convert wrote.")
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -63,7 +67,7 @@ class Config:
     def __post_init__(self):
         if not self.data_dir or not isinstance(self.data_dir, str | os.PathLike):
             raise DataError(f"--data_dir={self.data_dir}: expected the folder of a data set")
-        # A run may be resumed from another folder.
+        # Absolute, because a run may be resumed from another working directory.
         object.__setattr__(self, "data_dir", str(pathlib.Path(self.data_dir).resolve()))
         needs_groups = LOSSES[self.loss.name].needs_groups
         if self.training.shuffle is None:
@@ -78,13 +82,14 @@ class Config:
 
     @classmethod
     def of(cls, **values) -> "Config":
-        """The config of the given options, by the names of their flags; others have defaults.
+        """Makes a config from options by the names of their flags; the others have defaults.
 
         Raises:
-          DataError: an unknown name, or values that no run can have.
+          DataError: an unknown name, or a value that is not allowed.
         """
         if unknown := set(values) - set(OPTIONS):
-            raise DataError(f"no option {', '.join(sorted(unknown))}; docs/reference/flags.md")
+            names = ", ".join(sorted(unknown))
+            raise DataError(f"unknown option {names}; docs/reference/flags.md lists all options")
         sections = {section: {} for section in _SECTIONS}
         for name, value in values.items():
             section, field = OPTIONS[name]
@@ -94,32 +99,32 @@ class Config:
 
     @classmethod
     def from_json(cls, content: dict) -> "Config":
-        """The config in a flags.json; DataError where it holds something else."""
+        """Reads the content of a flags.json. Raises DataError if it is not a config."""
         values = dict(content)
         version = values.pop("version", 1)
         if version not in (1, VERSION):
-            raise DataError(f"version {version} of the format; this program reads up to {VERSION}")
+            raise DataError(f"found format version {version}, expected at most {VERSION}")
         return cls.of(**values)
 
     def values(self) -> dict[str, object]:
-        """The value of every option, by its flag's name."""
+        """The value of every option, by the name of its flag."""
         return {
             name: getattr(getattr(self, section) if section else self, field.name)
             for name, (section, field) in OPTIONS.items()
         }
 
     def replace(self, **values) -> "Config":
-        """The same config with other values of the options with those flags."""
+        """A copy of the config with other values, given by the names of their flags."""
         return Config.of(**{**self.values(), **values})
 
     def read(self) -> dict[str, object]:
-        """The options that this run reads, with their values: what tells it from other runs."""
+        """The options that this run reads, with their values: they identify the run."""
         unread = unread_options(self.model.name, self.loss.name)
         return {name: value for name, value in self.values().items() if name not in unread}
 
 
 _SECTIONS = {"": Config, "model": ModelConfig, "loss": LossConfig, "training": TrainingConfig}
-# A flag's name: its section of Config ("" for Config itself) and its field.
+# Name of a flag: (its section of Config, "" for Config itself; its field).
 OPTIONS = {
     flag_of(field): (section, field)
     for section, config in _SECTIONS.items()
@@ -129,7 +134,7 @@ OPTIONS = {
 
 
 def unread_options(model: str, loss: str) -> dict[str, str]:
-    """The options that a run of that model and loss does not read, each with what it needs."""
+    """The options that a run with this model and loss does not read, and the flags that do."""
     unread = {}
     for flag, chosen, registry in (("model", model, MODELS), ("loss", loss, LOSSES)):
         special = {name for entry in registry.values() for name in entry.options}
@@ -174,7 +179,7 @@ def _list_validator(choices):
 
 
 def define_run_flags(values: flags.FlagValues = flags.FLAGS) -> None:
-    """Defines the flags that are no part of a run's config: where it lives and what it leaves."""
+    """Defines the flags that are not part of a run's config: its folder and its export."""
     flags.DEFINE_string(
         "workdir", None, "The folder of this run.", flag_values=values, required=True
     )
@@ -185,7 +190,7 @@ def define_run_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_float(
         "checkpoint_seconds",
         60,
-        "Save the state at this interval, besides after each epoch.",
+        "Save a checkpoint after this many seconds, and after each epoch.",
         lower_bound=0.0,
         flag_values=values,
     )
@@ -195,11 +200,11 @@ def config_from_flags(values: flags.FlagValues, given: Sequence[str] = ()) -> Co
     """The config that the flags of `define_flags` describe.
 
     Args:
-      given: the arguments of the command itself. An option among them that the run does not read
-        is refused; in a flagfile, which may serve several models and losses, it is not.
+      given: the arguments on the command line. An option there that the run does not read is
+        refused. In a flagfile it is ignored, because one file may serve several models and losses.
 
     Raises:
-      DataError: flags that do not go together.
+      DataError: flags that contradict each other.
     """
     chosen = {name: values[name].value for name in OPTIONS}
     chosen["loss_tasks"] = tuple(task for task in TASKS if task in chosen["loss_tasks"])
@@ -210,14 +215,14 @@ def config_from_flags(values: flags.FlagValues, given: Sequence[str] = ()) -> Co
     for name, needed in unread_options(config.model.name, config.loss.name).items():
         if name in names:
             raise DataError(
-                f"--{name} is read with {needed} alone; this run has --model={config.model.name} "
+                f"--{name} is only read with {needed}; this run has --model={config.model.name} "
                 f"--loss={config.loss.name}"
             )
     return config
 
 
 def reference() -> str:
-    """The page docs/reference/flags.md: every option of a run."""
+    """The content of docs/reference/flags.md: every option of a run."""
     users: dict[str, list[str]] = {}
     for registry in (MODELS, LOSSES):
         for key, entry in registry.items():
@@ -226,14 +231,14 @@ def reference() -> str:
     lines = [
         "# Options of a run",
         "",
-        "Flags of `pwiser train`, and of `pwiser tune`. Made by `python -m pwiser_tf.config`.",
+        "Flags of `pwiser train` and `pwiser tune`. Generated by `python -m pwiser_tf.config`.",
     ]
     for section in _SECTIONS:
         title = (section or "data").capitalize()
         lines += [
             "",
             f"## {title}",
-            "| flag | default | meaning | read with |",
+            "| flag | default | meaning | read by |",
             "|---|---|---|---|",
         ]
         for name, (of_section, field) in OPTIONS.items():
@@ -245,8 +250,8 @@ def reference() -> str:
             if field.metadata["choices"]:
                 text += f" One of {', '.join(f'`{key}`' for key in field.metadata['choices'])}."
             text = text.replace("|", "\\|")
-            read_with = ", ".join(users.get(name, ["all"]))
-            lines.append(f"| `--{name}` | {shown} | {text} | {read_with} |")
+            read_by = ", ".join(users.get(name, ["all"]))
+            lines.append(f"| `--{name}` | {shown} | {text} | {read_by} |")
     return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,10 @@
-"""TFRecord files to tf.data: shards are read whole, parsed whole and shuffled whole.
+"""Batches from TFRecord files: each shard is read, parsed and shuffled as a whole.
 
-The converter deals its rows out to the shards in turn (whole groups by a hash, where there are
-groups), so each shard is an even sample of the data set. A shuffled order of shards, each shuffled
-whole, therefore mixes as a shuffle of everything does, at the price of holding two shards in
-memory; and a position in an epoch is a number of rows, from which reading goes on without
-replaying what came before.
+The converter distributes the rows evenly over the shards (whole groups by a hash, if there are
+groups), so each shard is a fair sample of the data set. Shuffling the order of the shards and the
+rows of each shard therefore mixes as well as shuffling all rows. It keeps two shards in memory. A
+position in an epoch is a number of rows: reading can resume there without repeating the rows
+before it.
 """
 
 import os
@@ -32,17 +32,18 @@ def batches(
     """The batches of one pass over a split.
 
     Args:
-      folder: where the records are; schema: the data set's.
+      folder: the folder of the records.
+      schema: the schema of the data set.
       split: "train", "validation" or "test".
-      batch_size: rows a batch; the last one has fewer, or is dropped by `drop_remainder`.
-      shuffle_seed: (seed, epoch), which fix the order; None keeps the files' own order.
-      keep_groups: shuffle whole groups, so that the rows of one come one after the other (but a
-        batch may end amid a group). The schema must have a group.
-      skip_rows: begin after so many rows of that same order.
+      batch_size: rows per batch. The last batch has fewer, or is left out by `drop_remainder`.
+      shuffle_seed: (seed, epoch), which fix the order; None keeps the order of the files.
+      keep_groups: shuffle whole groups, so that the rows of a group follow each other. A batch may
+        still end inside a group. The schema must have a group.
+      skip_rows: leave out this many rows at the start of the order.
 
     Returns:
       A dataset of (features, grade): features {"categorical": int64 [B, C], "numerical":
-      float32 [B, N], "group": int64 [B]} (those the schema has), grade int64 [B].
+      float32 [B, N], "group": int64 [B]} (those that the schema has), grade int64 [B].
     """
     shards = schema.split(split).shards
     order, seeds = np.arange(len(shards)), np.zeros([len(shards), 2], np.int64)
@@ -57,7 +58,7 @@ def batches(
         rows.append(shard.rows)
         skips.append(min(skip_rows, shard.rows))
         skip_rows -= skips[-1]
-    # Shards that are skipped whole need not be read.
+    # Shards with only skipped rows are not read.
     first = sum(skip == count for skip, count in zip(skips, rows, strict=True))
     spec = records.parse_spec(schema)
 
@@ -73,13 +74,13 @@ def batches(
 
     columns = [np.array(column)[first:] for column in (files, rows, skips, seeds)]
     dataset = tf.data.Dataset.from_tensor_slices(tuple(columns))
-    # One shard ahead of the one in use; more would only hold more memory.
+    # Load one shard ahead of the one in use; more would only use more memory.
     dataset = dataset.map(load).prefetch(1)
     return dataset.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(4)
 
 
 def _shuffled(group: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
-    """The positions [rows] of a shard's rows in random order, those of one group together."""
+    """The positions [rows] of a shard's rows in random order, with the rows of a group together."""
     _, number = tf.unique(group)  # [rows], groups counted from 0
     groups = tf.reduce_max(number) + 1
     rank = tf.random.experimental.stateless_shuffle(tf.range(groups), seed)  # [groups]
@@ -89,8 +90,8 @@ def _shuffled(group: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 def check(folder: str | os.PathLike, schema: Schema, split: str) -> Split:
     """Checks that a split's files are those that the schema lists, by name and size.
 
-    Records of one data set all have one length, so a size that differs means a truncated file or
-    the schema of another data set. DataError names the file. Returns the split.
+    All records of a data set have the same length, so another size means a truncated file or the
+    schema of another data set. DataError names the file. Returns the split.
     """
     found = schema.split(split)
     for shard in found.shards:
@@ -109,11 +110,11 @@ def check(folder: str | os.PathLike, schema: Schema, split: str) -> Split:
 
 
 def explain(error: tf.errors.OpError, folder: str | os.PathLike, schema: Schema, split: str):
-    """Finds the file behind an error that reading a split raised.
+    """Finds the file that caused an error while a split was read.
 
     Raises:
-      DataError: naming the first damaged or foreign file; where every file is sound, `error`
-      itself, which then has another cause.
+      DataError: names the first file that is damaged or has another layout.
+      OpError: `error` itself, if all files are correct.
     """
     spec = records.parse_spec(schema)
     for shard in check(folder, schema, split).shards:
@@ -123,6 +124,6 @@ def explain(error: tf.errors.OpError, folder: str | os.PathLike, schema: Schema,
                 tf.io.parse_single_example(record, spec)
             except tf.errors.InvalidArgumentError:
                 raise DataError(
-                    f"record {number} is not laid out as schema.json says", file=path
+                    f"record {number} does not have the layout of schema.json", file=path
                 ) from None
     raise error

@@ -1,13 +1,15 @@
-"""DataError: what is wrong with a user's input, in one line. Nothing else is caught as such."""
+"""DataError: the one-line error for a mistake in a user's input."""
 
 
 class DataError(ValueError):
-    """Input that cannot be used. Command lines print it as one line and exit with code 2.
+    """Input that cannot be used. Commands print it as one line and exit with code 2.
 
     Args:
-      expected: what was expected, or the whole message when nothing was found.
-      file: the file at fault; row: its line, counted from 1 with the header as line 1;
-      column: the column's name, or its number counted from 1; found: the value found.
+      expected: what was expected, or the whole message if `found` is None.
+      file: the file with the mistake.
+      row: its line, counted from 1; a header is line 1.
+      column: the name of the column, or its number counted from 1.
+      found: the value found.
     """
 
     def __init__(self, expected: str, *, file=None, row=None, column=None, found=None):

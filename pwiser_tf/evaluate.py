@@ -1,4 +1,4 @@
-"""Evaluates a trained run: exact metrics on the screen and in metrics.json, and a plot sheet.
+"""Evaluates trained runs: prints exact metrics, writes them to metrics.json, and draws plots.
 
 pwiser evaluate --workdir=runs/us
 """
@@ -24,18 +24,18 @@ def define_flags() -> None:
     flags.DEFINE_list("workdir", None, "One or several folders of runs.", required=True)
     flags.DEFINE_enum("split", "test", SPLITS, "The split to evaluate.")
     flags.DEFINE_string(
-        "data_dir", None, "A converted data set with the same schema; default: the run's own."
+        "data_dir", None, "A converted data set with the same schema. Default: the run's data set."
     )
     flags.DEFINE_string(
         "output_dir",
         None,
-        "Where metrics and plots go; default: the workdir. Needed for several runs: each gets a "
-        "folder of its name there, and comparison.png shows them side by side.",
+        "The folder for metrics and plots. Default: the workdir. Required for several runs: each "
+        "gets a subfolder with its name, and comparison.png compares them.",
     )
 
 
 def main() -> None:
-    """Evaluates as the flags say."""
+    """Evaluates the runs that the flags name."""
     args = flags.FLAGS
     if len(args.workdir) > 1 and not args.output_dir:
         raise DataError("several runs need an --output_dir")
@@ -44,12 +44,12 @@ def main() -> None:
         for folder in map(pathlib.Path, args.workdir):
             name = folder.resolve().name
             if name in evaluations:
-                raise DataError(f"two runs are called {name}; their folders need different names")
+                raise DataError(f"two runs are named {name}; their folders need different names")
             evaluations[name] = _evaluate_run(folder, name, args.split, args.data_dir)
         first, *others = evaluations.values()
-        # Before anything is written.
+        # Checked before anything is written.
         if any(not np.array_equal(first.grade, other.grade) for other in others):
-            raise DataError("the runs have different data: nothing is compared, nothing written")
+            raise DataError("the runs have different data and cannot be compared; nothing written")
         for (name, evaluation), folder in zip(evaluations.items(), args.workdir, strict=True):
             output = pathlib.Path(args.output_dir or folder)
             evaluation.write(output / name if len(evaluations) > 1 else output)
@@ -64,13 +64,13 @@ def main() -> None:
 
 
 def _evaluate_run(folder: pathlib.Path, name: str, split: str, data_dir: str | None) -> Evaluation:
-    """Evaluates the best epoch of a run; on its own data set, or on another of its schema."""
+    """Evaluates the best epoch of a run on its data set, or on another with the same schema."""
     model, config, schema = runs.load_run(folder)
     data_dir = data_dir or config.data_dir
     found = Schema.load(data_dir)
     if found.fingerprint != schema.fingerprint:
         raise DataError(
-            f"not the schema of {folder / 'schema.json'}, with which the model was trained",
+            f"differs from {folder / 'schema.json'}, with which the model was trained",
             file=pathlib.Path(data_dir) / "schema.json",
         )
     return evaluate(model, data_dir, found, split, name)

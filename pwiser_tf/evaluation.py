@@ -1,4 +1,4 @@
-"""Evaluation: a model's predictions for a split, and how good they are."""
+"""Evaluation: a model's predictions for a split, and their metrics."""
 
 import dataclasses
 import os
@@ -12,12 +12,12 @@ from pwiser_tf import data, metrics, runs
 from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.schema import Schema
 
-# A choice of speed alone: predictions do not depend on the batch.
+# It affects only the speed: predictions do not depend on the batch.
 _BATCH_SIZE = 8192
 
 
 def plots_module():
-    """pwiser_tf.plots, or None without matplotlib, which is the extra `plots`."""
+    """pwiser_tf.plots, or None if matplotlib (the extra `plots`) is not installed."""
     try:
         from pwiser_tf import plots
     except ModuleNotFoundError as error:
@@ -56,7 +56,7 @@ def predict(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a model predicts for a split, and how well (see metrics.summary)."""
+    """A model's predictions for a split, and their metrics (see `metrics.summary`)."""
 
     name: str
     split: str
@@ -65,8 +65,7 @@ class Evaluation:
     summary: dict[str, dict]
 
     def write(self, folder: str | os.PathLike) -> None:
-        """Writes the split's entry in the folder's metrics.json and, where matplotlib is
-        installed, its plot sheet."""
+        """Writes the split's entry in metrics.json and, if matplotlib is installed, its plots."""
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / runs.METRICS_FILE
@@ -85,7 +84,7 @@ def evaluate(
     split: str,
     name: str,
 ) -> Evaluation:
-    """Evaluates a model, called `name`, on one split."""
+    """Evaluates a model on one split; `name` is its name in reports."""
     predictions, grade, group = predict(model, data_dir, schema, split)
     summary = metrics.summary(grade, predictions, group)
     return Evaluation(name, split, grade, predictions, summary)

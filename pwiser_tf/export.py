@@ -2,30 +2,31 @@
 
     python -m pwiser_tf.export --workdir=runs/us --export_dir=models --model_name=us
 
-It writes <export_dir>/<model_name>/<version>/, the version one above the highest there, with
-three signatures that all give ctr, cvr and ctcvr, float [batch]:
+It writes <export_dir>/<model_name>/<version>/; the version is the highest one there plus 1. The
+model has three signatures, which all return ctr, cvr and ctcvr, float [batch]:
 
     serving_default  examples: string [batch], serialized tf.train.Examples of raw features
-    predict_raw      one tensor [batch] a raw feature: int64, string or float
-    predict          categorical: int64 [batch, C] and numerical: float [batch, N], as records
-                     hold them (ids, transformed values): the fast path
+    predict_raw      one tensor [batch] per raw feature: int64, string or float
+    predict          categorical: int64 [batch, C] and numerical: float [batch, N], as in the
+                     records (ids, transformed values): the fast path
 
-A missing raw value is NaN, "" or the smallest int64; an Example may leave the feature out.
+A missing raw value is NaN, "" or the smallest int64. An Example may leave the feature out.
 
-In Python too, predict_raw takes the features' own names, odd ones in a dictionary:
+In Python, predict_raw also takes the features by name. A name that is not an identifier goes into
+a dictionary:
 
     predict_raw = tf.saved_model.load("models/us/1").signatures["predict_raw"]
     predict_raw(item=[3, 4], **{"price (€)": [0.5, 2.0]})["ctcvr"]
 
-TensorFlow replaces each character there that is no letter and no digit by "_", and puts "arg_"
-before what then begins with no letter. Four kinds of names cannot work so. These features are
-called feature_N instead, N being the position in the schema, from 0; `structured_input_signature`
-lists the names that are taken. A server takes every feature by its own name.
+In Python, TensorFlow replaces each character that is not a letter or digit by "_", and puts "arg_"
+before a name that does not begin with a letter. This does not work for four kinds of names. Their
+features are named feature_N, where N is the position in the schema, from 0.
+`structured_input_signature` lists the names to use. A server takes every feature by its own name.
 
-    "a b" beside "a_b"      names that become the same one
+    "a b" and "a_b"         names that become equal
     "class", "from"         Python's keywords
-    "self"                  Python passes the function itself under it
-    "m²"                    a character that Python does not take in a name
+    "self"                  Python uses it for the function itself
+    "m²"                    a character that Python does not allow in a name
 """
 
 import pwiser_tf.quiet  # noqa: F401
@@ -54,25 +55,25 @@ from pwiser_tf.schema import MISSING_INTEGER, MISSING_STRING, Schema
 
 OUTPUTS = ("ctr", "cvr", "ctcvr")
 _MISSING = {"int64": MISSING_INTEGER, "string": MISSING_STRING}
-# A version being written; a killed export leaves it behind, and the next one removes it.
+# Prefix of a version that is being written. The next export removes one that a killed export left.
 _PARTIAL = "partial-"
-# Files beside the graph, which TF Serving leaves alone but for the warm-up requests.
+# Files next to the graph. TF Serving reads only the warm-up requests among them.
 _EXTRA_ASSETS = "assets.extra"
 _WARM_UP_FILE = "tf_serving_warmup_requests"
-# Warmed up with these, a server answers its first requests as fast as the later ones.
+# The batch sizes of warm-up requests, which make a server's first answers as fast as later ones.
 _WARM_UP_BATCHES = (1, 64, 512)
-# Elements of a variable that is looked up in each request no more.
+# A variable with at most this many elements becomes a constant of the graph.
 _LARGEST_CONSTANT = 2**16
 
-# Tensors by name to tensors by name.
+# From tensors by name to tensors by name.
 Function = Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]]
 
 
 class ServedModel(tf.Module):
-    """A model with its preprocessing, and a function a signature.
+    """A model with its preprocessing, and one function per signature.
 
-    It tracks the variables that its functions read, and not the Keras model itself: saving that
-    would trace every layer again, in training mode too.
+    It tracks only the variables that its functions read, not the Keras model: saving the model
+    would trace every layer again, also in training mode.
     """
 
     def __init__(self, model: ClickConversionModel, schema: Schema):
@@ -116,7 +117,7 @@ class ServedModel(tf.Module):
         return self._features(self._raw_features(raw))
 
     def _features(self, features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        # A server does not hold requests to a signature's shapes, and one column would broadcast.
+        # A server does not check shapes against the signature, and one column would be broadcast.
         widths = {"categorical": self._schema.categorical, "numerical": self._schema.numerical}
         outputs = self._call_model(
             {
@@ -132,9 +133,9 @@ def _with_constants(
 ) -> tuple[Function, list[tf.Variable]]:
     """The function with its small variables as constants of its graph, and the other variables.
 
-    A server looks every variable up for every request, which for a small batch takes longer than
-    the arithmetic; and what follows from constants alone (most of batch normalisation) it works
-    out once, when it loads the model. Large variables stay what they are: a graph holds 2 GB.
+    A server looks up every variable for every request, which takes longer than the arithmetic of a
+    small batch. What depends only on constants (most of batch normalisation) is computed once,
+    when the model is loaded. Large variables stay variables, as a graph has a limit of 2 GB.
     """
     traced = tf.function(function).get_concrete_function(inputs)
     variables = {variable.handle.ref(): variable for variable in traced.variables}
@@ -142,7 +143,7 @@ def _with_constants(
     read_otherwise = {
         name for node in graph.node if node.op != "ReadVariableOp" for name in node.input
     }
-    # By the placeholders of what is captured: [name of a placeholder]
+    # By the name of the placeholder of a captured tensor.
     constants, captured, kept = {}, {}, []
     for tensor, placeholder in traced.graph.captures:
         variable, name = variables.get(tensor.ref()), placeholder.op.name
@@ -169,12 +170,12 @@ def _with_constants(
         found = tf.graph_util.import_graph_def(graph, feeds, list(outputs.values()), name="model")
         return dict(zip(outputs, found, strict=True))
 
-    # One function, which the signatures share.
+    # One concrete function, which all signatures share.
     return imported.get_concrete_function(inputs), kept
 
 
 def _constant(name: str, value: np.ndarray) -> tf.compat.v1.NodeDef:
-    """A graph's node that holds a value."""
+    """A graph node with a constant value."""
     node = tf.compat.v1.NodeDef(name=name, op="Const")
     node.attr["dtype"].type = tf.as_dtype(value.dtype).as_datatype_enum
     node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(value))
@@ -186,8 +187,9 @@ def export(
 ) -> pathlib.Path:
     """Exports the best epoch of the run in `folder` as the model's next version.
 
-    The version's folder appears whole, in one rename, and only after it was loaded through a
-    Session, as TF Serving does, and in Python, and gave the Keras model's numbers.
+    Before the version's folder appears, the export is loaded through a Session, as TF Serving
+    does, and in Python, and its outputs are compared with those of the Keras model. Then the
+    folder appears in one rename.
 
     Returns:
       The new version's folder, <export_dir>/<model_name>/<version>.
@@ -202,25 +204,25 @@ def export(
 
 
 def _write_version(base, model, served, schema, model_name, row) -> pathlib.Path:
-    """Writes the next version's folder; see export. Nobody else does while the base is locked."""
+    """Writes the folder of the next version; see `export`. The caller holds the lock of `base`."""
     for abandoned in base.glob(f"{_PARTIAL}*"):
         shutil.rmtree(abandoned)
     versions = [int(path.name) for path in base.iterdir() if path.name.isdecimal()]
     version = max(versions, default=0) + 1
-    # In the same folder, so that a rename suffices; servers look at numbers alone.
-    aside = base / f"{_PARTIAL}{version}"
-    aside.mkdir()
+    # In the same folder, so that a rename is enough. Servers ignore names that are not numbers.
+    partial = base / f"{_PARTIAL}{version}"
+    partial.mkdir()
     try:
-        tf.saved_model.save(served, str(aside), signatures=served.functions)
-        _restore_names(aside, served)
-        extra = aside / _EXTRA_ASSETS
+        tf.saved_model.save(served, str(partial), signatures=served.functions)
+        _restore_names(partial, served)
+        extra = partial / _EXTRA_ASSETS
         extra.mkdir()
         schema.save(extra)
         _write_warm_up(extra / _WARM_UP_FILE, model_name, row)
-        _check(aside, model, row, served.python_names)
-        aside.rename(base / str(version))
+        _compare_with_model(partial, model, row, served.python_names)
+        partial.rename(base / str(version))
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
     return base / str(version)
 
@@ -230,9 +232,9 @@ def _spec(name: str, dtype: tf.DType, *inner: int) -> tf.TensorSpec:
 
 
 def _python_names(names: Iterable[str]) -> dict[str, str]:
-    """Raw feature names, in order, to the parameters that TensorFlow makes of them in Python.
+    """Maps raw feature names, in order, to the parameter names that TensorFlow uses in Python.
 
-    A name that cannot be a parameter, or not alone, becomes `feature_N`: see above.
+    A name that is not a valid or not a unique parameter becomes `feature_N`; see the module.
     """
     sanitized = {name: _sanitized(name) for name in names}
     counts = collections.Counter(sanitized.values())
@@ -241,7 +243,7 @@ def _python_names(names: Iterable[str]) -> dict[str, str]:
         possible = parameter.isidentifier() and not keyword.iskeyword(parameter)
         if counts[parameter] > 1 or parameter == "self" or not possible:
             parameter = f"feature_{position}"
-            # Another feature may have that name as its own.
+            # Another feature may already have that name.
             while parameter in counts:
                 parameter += "_"
         result[name] = parameter
@@ -249,26 +251,26 @@ def _python_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _sanitized(name: str) -> str:
-    """A keyword argument's name as TensorFlow reads it (sanitize_arg_name in its sources)."""
+    """A name as TensorFlow writes it as a keyword argument (sanitize_arg_name in its source)."""
     plain = "".join(character if character.isalnum() else "_" for character in name)
     return plain if plain[:1].isalpha() else f"arg_{plain}"
 
 
 def _aliases(python_names: dict[str, str]) -> dict[str, str]:
-    """Raw feature names to names that TensorFlow takes for a tensor.
+    """Maps raw feature names to names that TensorFlow accepts for a tensor.
 
-    It takes few: no blanks, no `self`, no two that differ by case alone. A function's tensors lie
-    in the order of their names: the aliases have the order of the names in Python.
+    It does not accept blanks, `self`, or two names that differ only by case. The tensors of a
+    function are ordered by name, so the aliases have the order of the names in Python.
     """
     ordered = sorted(python_names, key=python_names.__getitem__)
     return {name: f"input_{position:06}" for position, name in enumerate(ordered)}
 
 
 def _restore_names(folder: pathlib.Path, served: ServedModel) -> None:
-    """Gives predict_raw's inputs the features' own names, which TensorFlow would not take.
+    """Replaces the aliases of predict_raw's inputs by the features' names in the saved file.
 
-    A server reads them in the SignatureDef; tf.saved_model.load reads a function's parameters and
-    their types in the object graph.
+    A server reads them from the SignatureDef. tf.saved_model.load reads the parameters of a
+    function and their types from the object graph.
     """
     path = folder / "saved_model.pb"
     saved_model = saved_model_pb2.SavedModel.FromString(path.read_bytes())
@@ -295,18 +297,18 @@ def _restore_names(folder: pathlib.Path, served: ServedModel) -> None:
 
 
 def _rename(messages: MutableMapping[str, Message], names: dict[str, str]) -> None:
-    """Gives the messages of a protocol buffer's map other keys: old ones to new ones."""
-    # Taken out first: a feature may have the name of another one's alias.
-    taken = {}
+    """Renames the keys of a protocol buffer's map; `names` maps old keys to new ones."""
+    # Copied first, because a feature may have the name of another feature's alias.
+    copies = {}
     for old, message in messages.items():
-        taken[names[old]] = type(message).FromString(message.SerializeToString())
+        copies[names[old]] = type(message).FromString(message.SerializeToString())
     messages.clear()
-    for new, message in taken.items():
+    for new, message in copies.items():
         messages[new].CopyFrom(message)
 
 
 def _one_row(schema: Schema) -> dict[str, dict[str, np.ndarray]]:
-    """Inputs of each signature for one row, the same row in all: signature to input to [1, ...]."""
+    """One row as the inputs of each signature: signature to name to array [1, ...]."""
     raw, ids, values, example = {}, [], [], tf.train.Example()
     for feature in schema.categorical:
         value = next(iter(feature.vocabulary), _MISSING[feature.dtype])
@@ -331,7 +333,7 @@ def _one_row(schema: Schema) -> dict[str, dict[str, np.ndarray]]:
 
 
 def _write_warm_up(path: pathlib.Path, model_name: str, row: dict) -> None:
-    """Writes one request of each signature and batch size, which TF Serving replays on loading."""
+    """Writes a request of each signature and batch size; TF Serving runs them when it loads."""
     with tf.io.TFRecordWriter(str(path)) as writer:
         for signature, inputs in row.items():
             for batch in _WARM_UP_BATCHES:
@@ -345,13 +347,13 @@ def _write_warm_up(path: pathlib.Path, model_name: str, row: dict) -> None:
                 writer.write(log.SerializeToString())
 
 
-def _check(
+def _compare_with_model(
     folder: pathlib.Path, model: ClickConversionModel, row: dict, python_names: dict[str, str]
 ) -> None:
     """Loads an export through a Session, as TF Serving does, and compares every signature.
 
-    tf.saved_model.load succeeding would prove nothing: it can where a Session fails. It is tried
-    too, for predict_raw's parameters.
+    tf.saved_model.load is not enough: it can succeed where a Session fails. It is used too, to
+    check the parameters of predict_raw.
     """
     features = {name: tf.constant(value) for name, value in row["predict"].items()}
     expected = model(features, training=False)
@@ -375,12 +377,12 @@ def _check(
 def define_flags() -> None:
     """Defines the flags of this command."""
     flags.DEFINE_string("workdir", None, "The folder of a run of pwiser_tf.train.", required=True)
-    flags.DEFINE_string("export_dir", None, "Where models are kept.", required=True)
-    flags.DEFINE_string("model_name", "pwiser", "The model's name, and its folder's.")
+    flags.DEFINE_string("export_dir", None, "The folder of exported models.", required=True)
+    flags.DEFINE_string("model_name", "pwiser", "The name of the model and of its folder.")
 
 
 def main() -> None:
-    """Exports as the flags say."""
+    """Exports the run that the flags name."""
     args = flags.FLAGS
     with runs.file_errors():
         print("exported", export(args.workdir, args.export_dir, args.model_name))

@@ -1,4 +1,4 @@
-"""What a run's numbers depend on besides its config: processor, cores, threads, versions."""
+"""The machine of a run, which its numbers depend on: processor, cores, threads, versions."""
 
 import os
 import platform
@@ -7,8 +7,7 @@ import tensorflow as tf
 
 
 def describe() -> dict[str, object]:
-    """The processor's name, the cores and threads in use, and the versions of Python and
-    TensorFlow."""
+    """The processor, the cores and threads in use, and the versions of Python and TensorFlow."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.partition(":")[2] for line in file if line.startswith("model name")]

@@ -1,13 +1,13 @@
 """Exact metrics of ranking and calibration, as pure functions on NumPy arrays.
 
-Everywhere labels are [n] in {0, 1}, and scores or probabilities are [n]. A metric that the data do
-not define (no rows, one class) is NaN, never a made-up 0.5; arrays that cannot be meant, such as
-unequal shapes, other labels or NaN scores, raise ValueError. Nothing is binned, sampled or
-approximated, except the calibration error, which is binned by definition: with 200 thresholds
-`keras.metrics.AUC` is off by more than 0.1 where positives are rare (benchmarks/metrics.py).
+In all functions labels are [n] in {0, 1}, and scores or probabilities are [n]. A metric that is
+undefined for the data (no rows, one class) is NaN, not 0.5. Wrong arrays (unequal shapes, other
+labels, NaN scores) raise ValueError. Only the calibration error uses bins, by its definition;
+nothing is sampled or approximated. (`keras.metrics.AUC` with 200 thresholds is wrong by more than
+0.1 if positives are rare: benchmarks/metrics.py.)
 
-Scores are compared in their own type (a float32 orders as its float64 does, and sorts faster);
-all sums are float64 or exact integers.
+Scores are compared in their own type (float32 has the same order as float64 and sorts faster).
+All sums are float64 or exact integers.
 """
 
 import dataclasses
@@ -19,13 +19,13 @@ import numpy as np
 # The tasks of a summary, in the order in which reports show them.
 TASKS = ("ctr", "ctcvr", "cvr")
 
-# log_loss moves probabilities this far away from 0 and 1, so that one row costs at most 34.5.
+# log_loss clips probabilities to this distance from 0 and 1, so that a row costs at most 34.5.
 _LOG_LOSS_MARGIN = 1e-15
 
 # Below this many rows of a class, the spread of an AUC cannot be estimated.
 _FEWEST_ROWS = 5
 
-# `_mean_variance` counts the largest variance that is possible as if so many rows had shown it.
+# The weight, in rows, of the prior in `_mean_variance`.
 _PRIOR_ROWS = 4
 
 
@@ -51,29 +51,30 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
 def auc_interval(
     labels: np.ndarray, scores: np.ndarray, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """AUC with a confidence interval that covers also where positives are few, in O(n log n).
+    """AUC with a confidence interval that is valid also for few positives, in O(n log n).
 
     The variance is that of DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988), computed from
-    ranks as in Sun and Xu (IEEE Signal Processing Letters 21, 2014). Few rows, or many ties, make
-    it too small by chance, and 0 where the classes are separated. So it is drawn towards
+    ranks as in Sun and Xu (IEEE Signal Processing Letters 21, 2014). With few rows or many ties it
+    can be too small by chance; it is 0 if the classes are separated. So it is shrunk towards
     AUC * (1 - AUC), the largest variance of one row's placement, with the weight of 4 rows
-    (`_mean_variance`). The interval is Wilson's (JASA 22, 1927) of a share observed on as many
-    rows as give this variance, the effective sample size of Korn and Graubard (Survey Methodology
-    24, 1998): it cannot leave [0, 1], and it ends at 1 exactly when the AUC is 1.
+    (`_mean_variance`). The interval is Wilson's (JASA 22, 1927) for a proportion. Its number of
+    rows is the one that gives this variance, the effective sample size of Korn and Graubard
+    (Survey Methodology 24, 1998). It is always inside [0, 1], and it ends at 1 exactly when the
+    AUC is 1.
 
-    In simulations (normal and tied scores, true AUC from 0.5 to 1, 5 to 1,000 positives among 5
-    to 100,000 negatives) 93 percent or more of the 95 percent intervals hold the true AUC. With
-    few positives it is nearer to 99, and the interval is wide; with hundreds it is nearly
-    DeLong's. It covers less where rare positives, absent from most samples, score far below all
-    others.
+    In simulations (normal and tied scores, true AUC from 0.5 to 1, 5 to 1,000 positives and 5 to
+    100,000 negatives) 93 percent or more of the 95 percent intervals contain the true AUC. With
+    few positives the coverage is close to 99 percent and the interval is wide. With hundreds the
+    interval is close to DeLong's. The coverage is lower if a rare kind of positives, which most
+    samples do not contain, scores far below all others.
 
-    Rows are taken as independent. Rows of one search are not quite, so that the interval is
-    somewhat too narrow where groups are large.
+    Rows are assumed to be independent. Rows of one search are not fully independent, so the
+    interval is somewhat too narrow if groups are large.
 
     Args:
       labels: [n] in {0, 1}.
       scores: [n].
-      level: the probability that the interval covers the true AUC.
+      level: the probability that the interval contains the true AUC.
 
     Returns:
       (auc, low, high). The auc is NaN when one class is absent; low and high are NaN with fewer
@@ -86,13 +87,13 @@ def auc_interval(
     positives, negatives = _by_class(*_checked(labels, scores))
     if not len(positives) or not len(negatives):
         return math.nan, math.nan, math.nan
-    # The variance needs no order of rows, and sorted values are the fastest to place.
+    # The variance does not depend on the order of rows, and placements of sorted values are fast.
     positives, negatives = np.sort(positives), np.sort(negatives)
     area, of_positives, of_negatives = _placements(positives, negatives)
     constant = min(positives[0], negatives[0]) == max(positives[-1], negatives[-1])
     if constant or min(len(positives), len(negatives)) < _FEWEST_ROWS:
         return area, math.nan, math.nan
-    # Where the classes are separated, both variances are multiples of it: any number will do.
+    # If the classes are separated, both variances are multiples of it and it cancels: any number.
     largest = area * (1 - area) or 1.0
     variance = _mean_variance(of_positives, largest) + _mean_variance(of_negatives, largest)
     low, high = _wilson(area, largest / variance, z)
@@ -102,16 +103,16 @@ def auc_interval(
 def auc_difference(
     labels: np.ndarray, scores_a: np.ndarray, scores_b: np.ndarray, level: float = 0.95
 ) -> tuple[float, float, float, float]:
-    """How much higher the AUC of a is than that of b, on the same rows: DeLong's paired test.
+    """The difference of two AUCs on the same rows, auc(a) - auc(b), by DeLong's paired test.
 
-    Two models err on the same rows, so their difference is far more certain than their two
-    intervals suggest. It tells two sets of scores apart, not two ways of training: for those,
-    repeat with several seeds. `difference_of_placements` is the test itself, and its source.
+    Two models make similar errors on the same rows, so their difference is more certain than their
+    two intervals suggest. The test compares two sets of scores. To compare two ways of training,
+    repeat it with several seeds. `difference_of_placements` has the test and its source.
 
     Args:
       labels: [n] in {0, 1}.
       scores_a, scores_b: [n], of two models.
-      level: the probability that the interval covers the true difference.
+      level: the probability that the interval contains the true difference.
 
     Returns:
       (difference, low, high, p_value): auc(a) - auc(b), its interval (symmetric), and the
@@ -136,26 +137,26 @@ def auc_difference(
 def difference_of_placements(
     by_positive: np.ndarray, by_negative: np.ndarray, level: float = 0.95
 ) -> tuple[float, float, float, float]:
-    """DeLong's paired test of a difference of AUCs, from its parts row by row.
+    """DeLong's paired test of a difference of AUCs, from the placements of the single rows.
 
-    Source: DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988): the variance of the
-    differences holds the covariance of the two models. With few positives that variance is too
-    small by chance: with 5 positives their test finds a difference (p < 0.05) in up to 30 percent
-    of the samples where there is none. So the variance is drawn, with the weight of 4 rows
-    (`_mean_variance`), towards the absolute difference: the mean square of the rows' differences
-    where each is either 0 or a whole 1 for the better model. In simulations of equal AUCs
-    p < 0.05 then comes in about 5 percent of the samples or less; with 5 to 10 positives it is
+    Source: DeLong, DeLong and Clarke-Pearson (Biometrics 44, 1988). The variance of the row
+    differences includes the covariance of the two models. With few positives that variance is
+    often too small: with 5 positives the original test finds a difference (p < 0.05) in up to 30
+    percent of the samples without one. So the variance is shrunk towards the absolute difference,
+    with the weight of 4 rows (`_mean_variance`). That is the mean square of the row differences if
+    each of them is either 0 or 1 in favour of the better model. In simulations of equal AUCs,
+    p < 0.05 then occurs in about 5 percent of the samples or less. With 5 to 10 positives it is
     rare, and only large differences are found.
 
     Args:
       by_positive: [positives], at least 1: the placement of each positive (the share of negatives
-        that it scores above) by model a, less that by model b; each in [-1, 1].
-      by_negative: [negatives], at least 1: likewise of the share of positives that score above
+        with a lower score) by model a, minus that by model b; each in [-1, 1].
+      by_negative: [negatives], at least 1: the same for the share of positives that score above
         each negative.
-      level: the probability that the interval covers the true difference.
+      level: the probability that the interval contains the true difference.
 
     Returns:
-      (difference, low, high, p_value), as `auc_difference`.
+      (difference, low, high, p_value), as in `auc_difference`.
 
     Raises:
       ValueError: level not between 0 and 1.
@@ -175,9 +176,9 @@ def difference_of_placements(
 def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[float, int, int]:
     """AUC within each group, averaged over groups with their row counts (exposures) as weights.
 
-    It asks what ranking needs: are the rows of one search in the right order? Source: Zhou et
-    al., "Deep Interest Network" (KDD 2018), section 5.3, with search in place of user. A group
-    with one class has no AUC: it is skipped, and counted.
+    It measures the order of the rows within a search, which is what ranking needs. Source: Zhou et
+    al., "Deep Interest Network" (KDD 2018), section 5.3, with searches instead of users. A group
+    with one class has no AUC: it is skipped and counted.
 
     Args:
       labels: [n] in {0, 1}.
@@ -197,7 +198,7 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[fl
             f"expected groups of shape {list(positive.shape)}, found {list(groups.shape)}"
         )
     group_count = _distinct(groups)
-    # Most groups hold no positive, and have no AUC: without their rows there is little to sort.
+    # Most groups have no positive and so no AUC. Without their rows the sort is much smaller.
     with_positive = np.unique(groups[positive])
     if not len(with_positive):
         return math.nan, 0, group_count
@@ -207,8 +208,8 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[fl
     order = np.lexsort((scores, code))
     positive, scores, code = positive[order], scores[order], code[order]
 
-    # Each positive beats the negatives of its group before its run of equal scores, and draws
-    # with those inside: twice its wins are the negatives before the run's start plus those
+    # A positive scores above the negatives of its group before its run of equal scores, and ties
+    # with those inside. Twice its wins are the negatives before the start of the run plus those
     # before its end.
     new_group = np.concatenate([[True], code[1:] != code[:-1]])
     new_run = new_group | np.concatenate([[True], scores[1:] != scores[:-1]])
@@ -237,8 +238,8 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[fl
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Mean binary cross-entropy in nats; NaN without rows.
 
-    Probabilities are moved into [1e-15, 1 - 1e-15] first, so that a saturated one that was wrong
-    costs 34.5 and not infinity.
+    Probabilities are first clipped to [1e-15, 1 - 1e-15], so that a wrong probability of 0 or 1
+    costs 34.5 instead of infinity.
 
     Raises:
       ValueError: as `auc`, and a probability outside [0, 1].
@@ -247,15 +248,15 @@ def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     if not len(positive):
         return math.nan
     of_positives, of_negatives = _by_class(positive, probabilities)
-    # Each logarithm is taken of the smaller side, where float64 keeps its digits.
+    # log1p keeps the precision of small probabilities, which 1 - p would lose.
     loss = -np.log(np.maximum(of_positives, _LOG_LOSS_MARGIN, dtype=np.float64)).sum()
     loss -= np.log1p(-np.minimum(of_negatives, 1 - _LOG_LOSS_MARGIN, dtype=np.float64)).sum()
     return float(loss / len(positive))
 
 
 def pcoc(labels: np.ndarray, probabilities: np.ndarray) -> float:
-    """Predicted clicks over clicks: sum of probabilities / sum of labels. 1 is calibrated, 1.1 is
-    ten percent too much; NaN without positives.
+    """Predicted over observed clicks: sum of probabilities / sum of labels. 1 is calibrated, 1.1
+    is 10 percent too high; NaN without positives.
 
     Raises:
       ValueError: as `auc`, and a probability outside [0, 1].
@@ -267,7 +268,7 @@ def pcoc(labels: np.ndarray, probabilities: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Reliability:
-    """What was predicted and what happened, by bin of the predictions, in rising order.
+    """Predicted and observed rates by bin of the predictions, in rising order.
 
     Attributes:
       rows: int64 [k], rows of each bin.
@@ -288,15 +289,16 @@ def reliability(
 ) -> Reliability:
     """Predicted against observed rates in bins of (nearly) equal row counts.
 
-    Equal counts, not equal widths: predictions at base rates of a percent would all share the
-    first of 20 equally wide bins. Equal predictions are never split between bins, so that the
-    order of the rows does not matter; where they are many, there are fewer bins than asked for.
+    The bins have equal counts, not equal widths: at a base rate of 1 percent nearly all
+    predictions would be in the first of 20 equally wide bins. Equal predictions are always in the
+    same bin, so the order of the rows does not matter. With many equal predictions there are fewer
+    bins than requested.
 
     Args:
       labels: [n] in {0, 1}.
       probabilities: [n] in [0, 1].
-      bins: how many bins there are at most.
-      level: of the intervals, by Wilson (JASA 22, 1927): sound at small counts and small rates.
+      bins: the largest number of bins.
+      level: of the intervals, by Wilson (JASA 22, 1927): valid for small counts and small rates.
 
     Returns:
       A Reliability of k <= bins bins, none of them empty; k = 0 without rows.
@@ -309,7 +311,7 @@ def reliability(
         raise ValueError(f"expected at least 1 bin, found {bins}")
     positive, probabilities = _checked(labels, probabilities, probability=True)
     count = len(positive)
-    # A bin starts at each quantile, and holds all that equals it.
+    # A bin starts at each quantile and contains all values equal to it.
     starts = np.unique(np.sort(probabilities)[np.arange(bins) * count // bins if count else []])
     bin_of_row = np.searchsorted(starts, probabilities, side="right") - 1
     rows = np.bincount(bin_of_row, minlength=len(starts))
@@ -324,14 +326,14 @@ def expected_calibration_error(
 ) -> float:
     """Mean distance between predicted and observed rate over bins, weighted by rows; 0 is best.
 
-    The bins are those of `reliability`: equal in rows, ties together. (Naeini et al., AAAI 2015,
-    define the error; equal counts are from Nixon et al., CVPR Workshops 2019.) Chance alone keeps
-    it above 0, the more so the fewer the rows: compare it on equal data only.
+    The bins are those of `reliability`: equal counts, ties together. (Naeini et al., AAAI 2015,
+    define the error; equal counts are from Nixon et al., CVPR Workshops 2019.) Random noise makes
+    it larger than 0, and more so with fewer rows: compare it only on the same rows.
 
     Args:
       labels: [n] in {0, 1}.
       probabilities: [n] in [0, 1].
-      bins: how many bins there are at most.
+      bins: the largest number of bins.
 
     Returns:
       The error, in units of probability; NaN without rows.
@@ -348,7 +350,7 @@ def expected_calibration_error(
 def roc_curve(
     labels: np.ndarray, scores: np.ndarray, points: int = 1000
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The ROC curve for a plot: points of the exact curve, thinned where there are many.
+    """The ROC curve for a plot: points of the exact curve, at most `points` of them.
 
     Half of the thresholds are quantiles of the positives' scores and half of the negatives', so
     that both axes are covered evenly.
@@ -356,7 +358,7 @@ def roc_curve(
     Args:
       labels: [n] in {0, 1}.
       scores: [n].
-      points: how many points there are at most, the two corners not counted; at least 2.
+      points: the largest number of points, not counting the two corners; at least 2.
 
     Returns:
       (false_positive_rate, true_positive_rate): float64 [k] each, rising from (0, 0) to (1, 1);
@@ -417,15 +419,15 @@ def summary(
     Args:
       grade: integers [n] in {0, 1, 2}.
       predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1].
-      group: [n], the group of each row, or None where the data have no groups.
+      group: [n], the group of each row, or None if the data have no groups.
 
     Returns:
       Task name to a dict of rows, positives, auc, auc_low, auc_high (95 percent), gauc,
-      gauc_groups, gauc_groups_skipped, log_loss, pcoc, calibration_error. What is undefined is
-      None, because JSON has no NaN; so are the three of gauc where there is no group.
+      gauc_groups, gauc_groups_skipped, log_loss, pcoc, calibration_error. Undefined values are
+      None, because JSON has no NaN. Without groups the three values of gauc are None.
 
     Raises:
-      ValueError: names the task; predictions of a task absent, or wrong arrays as in `auc`.
+      ValueError: predictions of a task are missing, or wrong arrays as in `auc`; names the task.
     """
     return {task: _task_summary(grade, predictions, group, task) for task in TASKS}
 
@@ -442,7 +444,7 @@ def _task_summary(grade, predictions, group, task: str) -> dict:
             raise ValueError(
                 f"{task}: expected {name} of shape {list(labels.shape)}, found {list(values.shape)}"
             )
-    # A prediction of CVR counts only where there was a click: elsewhere it may be anything.
+    # CVR is measured only on rows with a click; on other rows its prediction may be anything.
     labels, probabilities = labels[measured], columns["predictions"][measured]
     try:
         area, low, high = auc_interval(labels, probabilities)
@@ -471,7 +473,7 @@ def _task_summary(grade, predictions, group, task: str) -> dict:
 
 
 def _checked(labels, scores, probability: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Labels as bool [n] and scores as float32 or float64 [n], or a ValueError."""
+    """Labels as bool [n] and scores as float32 or float64 [n]; ValueError for wrong arrays."""
     labels, scores = np.asarray(labels), np.asarray(scores)
     if labels.ndim != 1 or labels.shape != scores.shape:
         raise ValueError(
@@ -501,7 +503,7 @@ def _by_class(positive, scores) -> tuple[np.ndarray, np.ndarray]:
 def _twice_below(reference, values) -> np.ndarray:
     """For each value: 2 x (entries of reference below it) + (entries equal to it), int64."""
     reference = np.sort(reference)
-    # Searching in rising order stays in the cache: sorting first is 2 to 8 times faster.
+    # Searching in rising order uses the cache: with the sort it is still 2 to 8 times faster.
     order = np.argsort(values)
     values = values[order]
     found = np.searchsorted(reference, values, "left")
@@ -512,14 +514,14 @@ def _twice_below(reference, values) -> np.ndarray:
 
 
 def _area(twice_wins, negatives: int) -> float:
-    """AUC from twice the wins of each positive over so many negatives, summed as integers."""
+    """AUC from twice the wins of each positive over the negatives, summed as integers."""
     pairs = len(twice_wins) * negatives
     return int(twice_wins.sum()) / (2 * pairs) if pairs else math.nan
 
 
 def _placements(positives, negatives) -> tuple[float, np.ndarray, np.ndarray]:
-    """The AUC and DeLong's structural components, whose mean it is: for each positive the share
-    of negatives that it beats, for each negative the share of positives that beat it."""
+    """The AUC and DeLong's structural components, which have the AUC as their mean: for each
+    positive the share of negatives below it, for each negative the share of positives above it."""
     twice_wins = _twice_below(negatives, positives)
     twice_losses = _twice_below(positives, negatives)
     return (
@@ -530,11 +532,11 @@ def _placements(positives, negatives) -> tuple[float, np.ndarray, np.ndarray]:
 
 
 def _mean_variance(values, largest: float) -> float:
-    """The estimated variance of the mean of the values, whose own variance is at most `largest`.
+    """Estimates the variance of the mean of values with a variance of at most `largest`.
 
-    The posterior mean of their variance, where `largest` is prior to it with the weight of
-    _PRIOR_ROWS rows (Gelman et al., "Bayesian Data Analysis", 2013, 2.6: a scaled inverse
-    chi-square prior).
+    The variance of the values is estimated as its posterior mean. The prior is `largest` with the
+    weight of _PRIOR_ROWS rows (Gelman et al., "Bayesian Data Analysis", 2013, 2.6: a scaled
+    inverse chi-square prior).
     """
     count = len(values)
     variance = (count * np.var(values) + _PRIOR_ROWS * largest) / (count + _PRIOR_ROWS - 3)
@@ -542,15 +544,15 @@ def _mean_variance(values, largest: float) -> float:
 
 
 def _wilson(share, rows, z: float) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's interval of a share observed on so many rows: (low, high), each [k] or a number."""
+    """Wilson's interval of a share of the rows: (low, high), each [k] or a number."""
     center = (share * rows + z**2 / 2) / (rows + z**2)
     reach = z * np.sqrt(share * (1 - share) * rows + z**2 / 4) / (rows + z**2)
-    # The ends are exact, without a rounding error.
+    # At shares of 0 and 1 the end is exact, without a rounding error.
     return np.where(share == 0, 0.0, center - reach), np.where(share == 1, 1.0, center + reach)
 
 
 def _distinct(values) -> int:
-    """How many different values there are; sorting beats the hash table of np.unique."""
+    """The number of different values; sorting is faster than the hash table of np.unique."""
     ordered = np.sort(values)
     return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + min(len(ordered), 1)
 

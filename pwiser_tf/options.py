@@ -1,4 +1,4 @@
-"""`option`: a field of a config that is a flag too; everything about it is said once, there."""
+"""`option` defines a field of a config and its command-line flag in one place."""
 
 import dataclasses
 import math
@@ -19,14 +19,15 @@ def option(
     choices: Collection[str] | None = None,
     search: tuple[float, float, bool] | None = None,
 ):
-    """A field of a frozen dataclass that is a flag of the commands.
+    """A field of a frozen dataclass that is also a flag of the commands.
 
     Args:
-      default: its value where none is given; None where the value follows from other options.
-      flag: the flag's name, where it differs from the field's.
-      low, high: the least and the greatest value.
-      choices: the values that exist; a registry may grow after the field was made.
-      search: what `pwiser tune` searches: least, greatest, and whether as a logarithm.
+      default: the value if none is given; None if the value follows from other options.
+      help_text: the help of the flag.
+      flag: the name of the flag, if it differs from the name of the field.
+      low, high: the smallest and the largest allowed value.
+      choices: the allowed values. A registry may get more entries after the field is defined.
+      search: the range that `pwiser tune` searches: (smallest, largest, on a logarithmic scale).
     """
     meta = {"help": help_text, "flag": flag, "low": low, "high": high, "choices": choices}
     return dataclasses.field(default=default, metadata={**meta, "search": search})
@@ -46,7 +47,7 @@ def kind_of(field: dataclasses.Field) -> type:
 
 
 def check(config) -> None:
-    """DataError for a value that an option cannot have: flags are checked, JSON files are not."""
+    """Raises DataError for a value that is not allowed, such as one from a JSON file."""
     for field in dataclasses.fields(config):
         value, kind, meta = getattr(config, field.name), kind_of(field), field.metadata
         if value is None and field.default is None:

@@ -1,8 +1,8 @@
-"""Plot sheets as PNG: what `metrics.summary` found, to look at.
+"""Plots of the results of `metrics.summary`, as PNG files. They need the extra `plots`.
 
-Figures are drawn on `matplotlib.figure.Figure` itself, without pyplot: no global state, no window,
-no backend to choose. The colours are those of Okabe and Ito, which colour-blind readers tell apart;
-line styles and markers say the same again. It needs the extra `plots`.
+Figures use `matplotlib.figure.Figure` directly, without pyplot: no global state, no window and no
+backend. The colours are those of Okabe and Ito, which colour-blind readers can distinguish; line
+styles and markers differ too.
 """
 
 import os
@@ -30,11 +30,11 @@ _GRADE_STYLE = (
 )
 _FAINT = "#BBBBBB"
 
-# Below so many rows a histogram is noise, and each row is drawn as a tick of its own.
+# With fewer rows a histogram is mostly noise, so each row is drawn as a tick.
 _FEWEST_FOR_HISTOGRAM = 30
-# Reliability is drawn on logarithmic axes when a rate lies below this, and in so few bins that
-# each should hold this many positives: others say nothing, at great length.
+# Reliability has logarithmic axes if a rate is below this.
 _SMALL_RATE = 0.05
+# The mean number of positives in a bin of reliability; with fewer, intervals are very wide.
 _POSITIVES_PER_BIN = 5
 
 
@@ -45,14 +45,14 @@ def plot_evaluation(
     summary: dict[str, dict],
     title: str,
 ) -> None:
-    """Draws one model's sheet: ROC, scores by grade, and reliability of each task.
+    """Draws the plots of one model: ROC, scores by grade, and reliability of each task.
 
     Args:
-      path: of the PNG; it is written aside and moved into place.
+      path: of the PNG, which is replaced atomically.
       grade: integers [n] in {0, 1, 2}.
       predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1].
-      summary: what `metrics.summary` gave for these.
-      title: of the sheet, such as the model's name and the split.
+      summary: the result of `metrics.summary` for these.
+      title: of the figure, such as the model's name and the split.
 
     Raises:
       ValueError: as `metrics.summary`.
@@ -80,11 +80,11 @@ def plot_evaluation(
 
 
 def plot_comparison(path: str | os.PathLike, summaries: dict[str, dict]) -> None:
-    """Draws the AUC of several models side by side, with 95 percent intervals, a panel a task.
+    """Draws the AUC of several models with 95 percent intervals, one panel per task.
 
     Args:
-      path: of the PNG; it is written aside and moved into place.
-      summaries: model name to its `metrics.summary`; the first is the one to compare with.
+      path: of the PNG, which is replaced atomically.
+      summaries: model name to its `metrics.summary`; the others are compared with the first.
 
     Raises:
       OSError: the file cannot be written.
@@ -138,7 +138,7 @@ def _draw_roc(axes: Axes, grade, predictions, summary) -> None:
 
 def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
     low, high = _score_range(grade, probabilities)
-    # Held inside as logarithms: 10**low, rounded, could fall outside, and out of the histogram.
+    # Clipped as logarithms: 10**low is rounded and could be outside the range of the histogram.
     logarithm = np.log10(np.maximum(probabilities, np.finfo(np.float64).tiny, dtype=np.float64))
     logarithm = np.clip(logarithm, low, high)
     by_grade = [logarithm[grade == level] for level in range(3)]
@@ -147,14 +147,14 @@ def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
     for level, values in enumerate(by_grade):
         style, label = _GRADE_STYLE[level], f"{_GRADES[level]} ({len(values):,})"
         if level not in few:
-            # An odd number: where all scores are equal, each grade's bar is centred on them.
+            # An odd number of bins: if all scores are equal, the bar is centred on them.
             bins = int(np.clip(np.sqrt(len(values)), 8, 60)) | 1
             density, edges = np.histogram(values, bins=bins, range=(low, high), density=True)
             axes.stairs(density, 10**edges, label=label, linewidth=1.8, **style)
             axes.stairs(density, 10**edges, fill=True, alpha=0.12, color=style["color"])
             top = max(top, density.max())
             continue
-        # A lane for each grade, so that ticks do not cover each other.
+        # Each grade has its own height, so that ticks do not cover each other.
         lane = few.index(level) + 1
         axes.plot(
             10**values,
@@ -163,7 +163,7 @@ def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
             markersize=14,
             markeredgewidth=1.6,
             color=style["color"],
-            label=label + (": a tick a row" if len(values) else ""),
+            label=label + (": one tick per row" if len(values) else ""),
             transform=axes.get_xaxis_transform(),
         )
     margin = 0.02 * (high - low)
@@ -184,8 +184,8 @@ def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
 
 
 def _score_range(grade, probabilities) -> tuple[float, float]:
-    """The range of log10 of the scores, nine at most; each grade's lowest thousandth may lie
-    below it, and is drawn at its edge."""
+    """The range of log10 of the scores, at most 9 wide. The lowest 0.1 percent of a grade may be
+    below the range and is drawn at its edge."""
     lows, highs = [], []
     for level in range(3):
         values = probabilities[(grade == level) & (probabilities > 0)]
@@ -221,7 +221,7 @@ def _draw_reliability(axes: Axes, curve: metrics.Reliability, task: str, result:
     none = curve.observed == 0
     fewest, most = curve.rows.min(), curve.rows.max()
     rows = plural(most, "row") if fewest == most else f"{fewest:,} to {most:,} rows"
-    # Markers at the edge are drawn whole; the layout does not need to know of them.
+    # Markers at the edge are drawn completely and do not affect the layout.
     whole = {"clip_on": False, "in_layout": False, "linestyle": "", "color": style["color"]}
     label = f"{plural(len(curve.rows), 'bin')} of {rows}"
     axes.plot(predicted[~none], observed[~none], marker="o", markersize=5, label=label, **whole)
@@ -232,7 +232,7 @@ def _draw_reliability(axes: Axes, curve: metrics.Reliability, task: str, result:
 
 
 def _reliability_range(curve: metrics.Reliability) -> tuple[float, float]:
-    """The common range of both axes; it starts at 0 where they are linear, above on log axes."""
+    """The common range of both axes: from 0 for linear axes, from above 0 for logarithmic ones."""
     rates = np.concatenate([curve.predicted, curve.observed])
     rates = rates[rates > 0]
     if not len(rates) or rates.min() >= _SMALL_RATE:
@@ -241,7 +241,7 @@ def _reliability_range(curve: metrics.Reliability) -> tuple[float, float]:
 
 
 def _draw_interval(axes: Axes, position: int, result: dict, color: str) -> None:
-    """One model's AUC at one height of a comparison."""
+    """Draws the AUC of one model in a comparison."""
     if result["auc"] is None:
         axes.text(0.5, position, "undefined", ha="center", va="center", fontsize=9, color="#555555",
                   transform=axes.get_yaxis_transform())  # fmt: skip
@@ -266,28 +266,28 @@ def _task_title(task: str, result: dict | None) -> str:
 
 
 def plain_ticks(axis: Axis, decades: float) -> None:
-    """Ticks of a logarithmic axis as plain numbers, a few of them whatever its length."""
+    """Labels a logarithmic axis with a few plain numbers, whatever its length."""
     axis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 
 def tidy(axes: Axes) -> None:
-    """Gives a panel the look of all our panels."""
+    """Applies the common style of all panels."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#EEEEEE", linewidth=0.8)
     axes.set_axisbelow(True)
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes the PNG aside and renames it, so that no reader ever sees half of one."""
+    """Writes the PNG to a temporary file and renames it, so that no reader sees a part of it."""
     path = pathlib.Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         figure.savefig(partial, format="png")
         os.replace(partial, path)
     except OSError as error:
-        # A failed write names no file, and the partial one's name tells a user nothing.
+        # The error has no file name, or that of the temporary file.
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
-"""The TFRecord layout: how rows become Example bytes, and the parse spec that reads them.
+"""The TFRecord layout: writes rows as Example bytes, and gives the spec to parse them.
 
-One tf.train.Example a row, packed into four features:
+One tf.train.Example per row, with four features:
 
     categorical  int64 [C]   ids, 0 = out-of-vocabulary
     numerical    float [N]   after the schema's transform
@@ -8,9 +8,9 @@ One tf.train.Example a row, packed into four features:
     group        int64 []    only where the schema names a group column
 
 Every integer is written as a varint of fixed width (padded with continuation bytes, which
-protobuf readers accept), so that all records of a data set have one length, and a block of rows
-becomes a block of bytes by array assignment alone: no Python work per value. TensorFlow is not
-imported here, but for `parse_spec`.
+protobuf readers accept). So all records of a data set have the same length, and NumPy array
+assignments turn a block of rows into bytes, without Python work per value. Only `parse_spec`
+imports TensorFlow.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ _GROUP_BYTES = 9
 MAX_ID = 2 ** (7 * _ID_BYTES) - 1
 MAX_GROUP = 2 ** (7 * _GROUP_BYTES) - 1
 
-# TFRecord frame: length (uint64), its masked CRC32C, the data, the data's masked CRC32C.
+# TFRecord frame: length (uint64), masked CRC32C of the length, data, masked CRC32C of the data.
 _HEADER = struct.Struct("<QI")
 _FOOTER = struct.Struct("<I")
 
@@ -45,7 +45,7 @@ def parse_spec(schema: Schema) -> dict:
     }
     if schema.group:
         spec["group"] = tf.io.FixedLenFeature([], tf.int64)
-    # An array of no columns is not written, and cannot be required.
+    # An array without columns is not written, so it cannot be required.
     return {name: feature for name, feature in spec.items() if 0 not in feature.shape}
 
 
@@ -55,16 +55,16 @@ def encode(
     grade: np.ndarray,
     group: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Rows to framed TFRecord bytes.
+    """Encodes rows as framed TFRecord bytes.
 
     Args:
       categorical: ids, integers [n, C] in 0..MAX_ID.
       numerical: float32 [n, N].
       grade: integers [n] in {0, 1, 2}.
-      group: integers [n] in 0..MAX_GROUP, or None where the data set has no group.
+      group: integers [n] in 0..MAX_GROUP, or None if the data set has no group.
 
     Returns:
-      uint8 [n, length]: row r is one whole TFRecord, ready to be appended to a file.
+      uint8 [n, length]: row r is one complete TFRecord, which can be appended to a file.
     """
     layout = _Layout.of(categorical.shape[1], numerical.shape[1], group is not None)
     rows = np.tile(layout.frame, (len(grade), 1))
@@ -91,7 +91,7 @@ def record_bytes(schema: Schema) -> int:
 
 
 def read(path: str | os.PathLike) -> Iterator[bytes]:
-    """The records of a TFRecord file, checksums verified; DataError names file and record."""
+    """The records of a TFRecord file, with checksums verified; DataError names file and record."""
     with open(path, "rb") as file:
         number = 0
         while header := file.read(_HEADER.size):
@@ -109,7 +109,7 @@ def read(path: str | os.PathLike) -> Iterator[bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class _Layout:
-    """A framed record with zeros for values, and where in it the values go."""
+    """A framed record with zeros as values, and the positions of the values in it."""
 
     frame: np.ndarray
     categorical: slice
@@ -119,7 +119,7 @@ class _Layout:
 
     @classmethod
     def of(cls, categorical: int, numerical: int, group: bool) -> "_Layout":
-        """The layout for so many categorical and numerical features, with or without group."""
+        """The layout for these numbers of categorical and numerical features."""
         body = bytearray()
         places = {}
         # name, kind (field number in the Feature message: 2 float_list, 3 int64_list), bytes
@@ -129,7 +129,7 @@ class _Layout:
             ("grade", 3, 1),
             ("group", 3, _GROUP_BYTES if group else 0),
         ):
-            # An array of no values is left out: readers then see no value, not an empty list.
+            # An array without values is left out: readers then see no value, not an empty list.
             if not size:
                 places[name] = slice(0, 0)
                 continue

@@ -1,4 +1,4 @@
-"""Metrics for people: text tables of what `metrics.summary` found. `plots` draws them."""
+"""Text tables of the results of `metrics.summary`; `plots` draws them."""
 
 import numpy as np
 
@@ -14,11 +14,11 @@ _MEANING = {
 
 
 def table(summaries: dict[str, dict]) -> str:
-    """The metrics as plain text, 100 columns at most: a block a task, a row a model.
+    """The metrics as plain text of at most 100 columns: one block per task, one row per model.
 
     Args:
-      summaries: model name to its `metrics.summary`. Names too long for the width are shortened;
-        what is undefined, or has no interval, is shown as "-".
+      summaries: model name to its `metrics.summary`. Names too long for the width are shortened.
+        Undefined values and intervals are shown as "-".
 
     Returns:
       The lines, without a newline at the end.
@@ -28,7 +28,7 @@ def table(summaries: dict[str, dict]) -> str:
         task: [[name, *_cells(summary[task])] for name, summary in summaries.items()]
         for task in metrics.TASKS
     }
-    # One width for all blocks, so that columns can be followed from task to task.
+    # The same widths in all blocks, so that the columns of all tasks are aligned.
     rows = [row for block in blocks.values() for row in block]
     widths = [max(map(len, column)) for column in zip(["", *header], *rows, strict=True)]
     widths[0] = max(5, min(widths[0], TABLE_WIDTH - sum(widths[1:]) - 2 * len(header)))
@@ -47,20 +47,20 @@ def table(summaries: dict[str, dict]) -> str:
 
 
 def difference_table(grade: np.ndarray, predictions: dict[str, dict[str, np.ndarray]]) -> str:
-    """Each model's AUC less the first model's, on the same rows, as plain text.
+    """The AUC of each model minus that of the first, on the same rows, as plain text.
 
     Args:
       grade: integers [n] in {0, 1, 2}.
       predictions: model name to its "ctr", "ctcvr" and "cvr", each float [n].
 
     Returns:
-      A line a task and model, with the 95 percent interval and p-value of the paired DeLong test
-      (`metrics.auc_difference`), which is sharper than two separate intervals. What is
-      undefined is shown as "-".
+      One line per task and model, with the 95 percent interval and p-value of the paired DeLong
+      test (`metrics.auc_difference`), which is more precise than two separate intervals.
+      Undefined values are shown as "-".
     """
     reference, *others = predictions
     width = max(map(len, others))
-    lines = [f"AUC less that of {reference} [95% interval], paired DeLong test"]
+    lines = [f"AUC minus that of {reference} [95% interval], paired DeLong test"]
     for task in metrics.TASKS:
         measured, labels = metrics.task_labels(grade, task)
         for name in others:
@@ -96,7 +96,7 @@ def _cells(result: dict) -> list[str]:
 
 
 def _groups(summaries: dict[str, dict], task: str) -> str:
-    """How many groups GAUC rests on: the same for all models, for they see the same rows."""
+    """The number of groups in GAUC. It is the same for all models: they have the same rows."""
     for summary in summaries.values():
         used, skipped = summary[task]["gauc_groups"], summary[task]["gauc_groups_skipped"]
         if used is not None:
@@ -105,7 +105,7 @@ def _groups(summaries: dict[str, dict], task: str) -> str:
 
 
 def number(value: float | None, spec: str, undefined: str = "-") -> str:
-    """A number as a table shows it."""
+    """A number as text, or `undefined` for None."""
     return undefined if value is None else format(value, spec)
 
 

@@ -1,8 +1,8 @@
-"""The folder of one training run: what is in it, and how its model is built again.
+"""The folder of one training run: its files, and how its model is rebuilt.
 
-flags.json         the resolved flags that define the run
-schema.json        the data set's schema (and vocabularies/), as it was when training began
-checkpoints/       the newest state, from which an interrupted run goes on
+flags.json         the options that define the run
+schema.json        the schema of the data set (and vocabularies/) when training started
+checkpoints/       the newest state, from which an interrupted run continues
 best/              the weights of the best epoch by validation
 logs/              TensorBoard
 metrics.json       epochs, validation and test metrics
@@ -31,7 +31,7 @@ _EXTENDABLE = ("epochs", "patience")
 
 
 def build_model(config: Config, schema: Schema) -> ClickConversionModel:
-    """A model with all variables made, initialised from the seed."""
+    """A model with all its variables, initialised from the seed."""
     keras.utils.set_random_seed(config.training.seed)
     model = MODELS[config.model.name](schema, config.model, config.loss)
     features = {}
@@ -44,41 +44,41 @@ def build_model(config: Config, schema: Schema) -> ClickConversionModel:
 
 
 def begin(workdir: str | os.PathLike, config: Config, schema: Schema) -> None:
-    """Makes the folder, which exists, ready for a run; or checks that its run is the one asked for.
+    """Prepares an existing folder for a run, or checks that it already holds this run.
 
     Raises:
-      DataError: the folder holds a run with other flags or data. (More epochs or patience are
-        allowed, and become the run's.)
+      DataError: the folder holds a run with other options or data. More epochs or patience are
+        allowed: they extend the run.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / FLAGS_FILE
     if not path.exists():
         if (workdir / _CHECKPOINTS).exists():
             raise DataError(
-                "no such file, but there are checkpoints beside it: their run cannot be told; "
-                "give another --workdir",
+                "no such file, but there are checkpoints next to it, and it is unknown which run "
+                "wrote them; give another --workdir",
                 file=path,
             )
         schema.save(workdir)
         write_json(path, {"version": VERSION, **config.read()})
         return
     old_config, old_schema = load(workdir)
-    # What is not read is no part of a run; and more epochs or patience extend one.
+    # Options that are not read are not part of a run. More epochs or patience extend it.
     old, new = old_config.read(), config.read()
     extended = {name: new[name] for name in _EXTENDABLE if new[name] > old[name]}
     for name in (name for name in new if name != "data_dir" and new[name] != old.get(name)):
         if name in extended:
             continue
         raise DataError(
-            f"the run in this folder has --{name}={old.get(name)}, not {new[name]}: give its own "
-            "flags to go on with it, or another --workdir",
+            f"the run in this folder has --{name}={old.get(name)}, not {new[name]}: give the same "
+            "flags to continue it, or another --workdir",
             file=path,
         )
     if old_schema.data_fingerprint != schema.data_fingerprint:
         what = "rows" if old_schema.fingerprint == schema.fingerprint else "features"
         raise DataError(
             f"the run in this folder was trained on other {what} than those in {config.data_dir}: "
-            "give its own --data_dir to continue it, or another --workdir",
+            "give its --data_dir to continue it, or another --workdir",
             file=path,
         )
     if extended:
@@ -86,7 +86,7 @@ def begin(workdir: str | os.PathLike, config: Config, schema: Schema) -> None:
 
 
 def load(workdir: str | os.PathLike) -> tuple[Config, Schema]:
-    """The config and schema of a run; DataError where the folder holds none."""
+    """The config and schema of a run; DataError if the folder holds no run."""
     path = pathlib.Path(workdir) / FLAGS_FILE
     if not path.exists():
         raise DataError("no such file; --workdir must be a run of pwiser_tf.train", file=path)
@@ -98,12 +98,12 @@ def load(workdir: str | os.PathLike) -> tuple[Config, Schema]:
 
 
 def state_checkpoint(workdir: str | os.PathLike, state: tf.train.Checkpoint):
-    """The manager of the newest states."""
+    """The checkpoint manager of the newest states."""
     return _manager(pathlib.Path(workdir) / _CHECKPOINTS, state, keep=2, name="ckpt")
 
 
 def best_checkpoint(workdir: str | os.PathLike, model: ClickConversionModel):
-    """The manager of the best epoch's weights."""
+    """The checkpoint manager of the best epoch's weights."""
     state = tf.train.Checkpoint(model=model)
     return _manager(pathlib.Path(workdir) / "best", state, keep=1, name="epoch")
 
@@ -116,8 +116,8 @@ def _manager(folder: pathlib.Path, state: tf.train.Checkpoint, keep: int, name: 
 
 
 def restore_state(manager: tf.train.CheckpointManager) -> None:
-    """Restores the newest state; DataError where its files are damaged."""
-    with _sound_checkpoint(manager) as path:
+    """Restores the newest state; DataError if the checkpoint is corrupt."""
+    with _newest_checkpoint(manager) as path:
         manager.checkpoint.restore(path).expect_partial()
 
 
@@ -125,15 +125,15 @@ def restore_best(manager: tf.train.CheckpointManager) -> None:
     """Restores the best epoch's weights.
 
     Raises:
-      DataError: there is none, its files are damaged, or it is of a model with other flags.
+      DataError: the checkpoint is missing, corrupt, or of a model with other options.
     """
-    with _sound_checkpoint(manager) as path:
+    with _newest_checkpoint(manager) as path:
         manager.checkpoint.restore(path).expect_partial().assert_existing_objects_matched()
 
 
 @contextlib.contextmanager
-def _sound_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
-    """Gives the newest checkpoint's path; DataError where it, or what is done with it, fails."""
+def _newest_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
+    """Yields the newest checkpoint's path; DataError if reading or restoring it fails."""
     path = manager.latest_checkpoint
     if not path:
         raise DataError(
@@ -141,20 +141,20 @@ def _sound_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
             file=manager.directory,
         )
     try:
-        # Every tensor is read now: otherwise a damaged one of the optimizer would show up only
-        # in the middle of training.
+        # Read every tensor now: otherwise a corrupt optimizer state would fail only in the middle
+        # of training.
         reader = tf.train.load_checkpoint(path)
         for name in reader.get_variable_to_shape_map():
             reader.get_tensor(name)
         yield path
     except AssertionError:
         raise DataError(
-            f"not of the model that {FLAGS_FILE} beside it describes", file=path
+            f"a checkpoint of another model than {FLAGS_FILE} describes", file=path
         ) from None
     except (tf.errors.OpError, IndexError, RuntimeError, ValueError) as error:
         detail = str(error).strip().split("\n")[0][:200]
         raise DataError(
-            f"damaged, or not of the model that {FLAGS_FILE} beside it describes ({detail})",
+            f"a corrupt checkpoint, or of another model than {FLAGS_FILE} describes ({detail})",
             file=path,
         ) from None
 
@@ -169,23 +169,23 @@ def load_run(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Config, 
 
 @contextlib.contextmanager
 def locked(folder: str | os.PathLike):
-    """Keeps a folder to this process. The lock ends with the process, however that ends.
+    """Locks a folder for this process. The lock also ends when the process is killed.
 
     Raises:
-      DataError: another process has it.
+      DataError: another process holds the lock.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise DataError("another process is at work in this folder", file=folder) from None
+        raise DataError("another process is using this folder", file=folder) from None
     finally:
         os.close(descriptor)
 
 
 def read_json(path: pathlib.Path) -> dict:
-    """Reads a JSON object; DataError where the file holds something else."""
+    """Reads a JSON object; DataError if the file holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -196,18 +196,18 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes a JSON file whole or not at all."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Writes a JSON file atomically."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        aside.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        aside.replace(path)
+        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        partial.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def file_errors():
-    """Turns what TensorFlow raises for an unwritable or full disk into an OSError, in one line."""
+    """Turns TensorFlow's errors for a full or unwritable disk into an OSError with one line."""
     try:
         yield
     except tf.errors.OpError as error:

@@ -1,9 +1,9 @@
 """Schema: the features, vocabularies, numeric statistics, labels and splits of a data set.
 
-The converter writes it as `schema.json` beside the records; training, evaluation, export and the
-served graph read it. Everything in it comes from the training split alone. The rules that turn a
-raw value into what a model sees are here, once for NumPy (`Categorical.ids`, `Numerical.apply`);
-`layers.RawFeatures` states the same rules as a graph, and a test holds the two together.
+The converter writes it as `schema.json` next to the records. Training, evaluation, export and the
+served graph read it. Vocabularies and statistics come only from the training split. This module
+defines how a raw value becomes a model input, in NumPy (`Categorical.ids`, `Numerical.apply`).
+`layers.RawFeatures` implements the same rules as a TensorFlow graph; a test compares the two.
 """
 
 import dataclasses
@@ -23,9 +23,9 @@ FILE_NAME = "schema.json"
 VOCABULARY_FOLDER = "vocabularies"
 SPLITS = ("train", "validation", "test")
 
-# The id of every value that the vocabulary does not hold: unknown, rare, missing, negative.
+# The id of every value that is not in the vocabulary: unknown, rare, missing, negative.
 OUT_OF_VOCABULARY = 0
-# How a missing value is written where the raw type has no other way: integers have no NaN.
+# The missing value of raw types that have no NaN.
 MISSING_INTEGER = -(2**63)
 MISSING_STRING = ""
 
@@ -48,7 +48,7 @@ class Categorical:
 
     @property
     def size(self) -> int:
-        """How many ids there are, id 0 included: the rows of an embedding table."""
+        """The number of ids, including id 0: the rows of an embedding table."""
         return len(self.vocabulary) + 1
 
     @functools.cached_property
@@ -56,7 +56,7 @@ class Categorical:
         return pd.Index(self.vocabulary, dtype="int64" if self.dtype == "int64" else object)
 
     def ids(self, values: np.ndarray) -> np.ndarray:
-        """Raw values [batch] (int64, or objects that are str or None) to ids, int64 [batch]."""
+        """Maps raw values [batch] (int64, or str and None as objects) to ids, int64 [batch]."""
         if isinstance(self.vocabulary, range):
             values = np.asarray(values, np.int64)
             known = (values >= 0) & (values < len(self.vocabulary))
@@ -66,13 +66,13 @@ class Categorical:
 
 @dataclasses.dataclass(frozen=True)
 class Numerical:
-    """A numerical feature: fill what is missing, then (value - offset) / scale, in float32.
+    """A numerical feature: missing values are filled, then (value - offset) / scale in float32.
 
     Attributes:
       name: the raw column.
-      transform: "identity", or "standardize" (offset = mean, scale = std, or 1 where std is 0).
-      mean, std: over the non-missing values of the training split, in raw units.
-      fill_value: what stands for a missing (NaN) or infinite value, in raw units.
+      transform: "identity", or "standardize" (offset = mean, scale = std, or 1 if std is 0).
+      mean, std: of the non-missing values of the training split, in raw units.
+      fill_value: replaces a missing (NaN) or infinite value, in raw units.
     """
 
     name: str
@@ -99,8 +99,8 @@ class Numerical:
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One TFRecord file: its name, its rows and bytes, and the CRC32C of its content (None in a
-    schema that was written before checksums were)."""
+    """One TFRecord file: its name, its rows and bytes, and the CRC32C of its content (None in
+    schemas written before checksums were added)."""
 
     file: str
     rows: int
@@ -110,7 +110,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split: its counts and files. `dropped` rows had a conversion without a click."""
+    """One split: its counts and files. `dropped` counts rows with a conversion but no click."""
 
     rows: int
     clicks: int
@@ -121,15 +121,15 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Schema:
-    """A data set. See the module's text; `load` and `save` are its JSON form.
+    """A data set; see the module docstring. `save` writes it as JSON, `load` reads it.
 
     Attributes:
-      dataset: where it came from: "aliccp", "aliexpress" or "columns".
+      dataset: the raw format: "aliccp", "aliexpress" or "columns".
       categorical, numerical: the features, in the order of the record's arrays.
       click, conversion: the label columns' names in the raw data.
       group: the raw column of the group (search or session), or None.
-      splits: name ("train", "validation", "test") to Split; one without rows is absent.
-      notes: how the data set was made (split rule, seed, and the like), for readers.
+      splits: name ("train", "validation", "test") to Split; a split without rows is absent.
+      notes: how the data set was made (split rule, seed and so on), for human readers.
     """
 
     dataset: str
@@ -143,9 +143,9 @@ class Schema:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A hash of all that a model depends on: features, vocabularies, transforms, labels.
+        """A hash of everything that a model depends on: features, vocabularies, transforms, labels.
 
-        Two data sets that share it can be encoded for, and evaluated with, one model.
+        One model can be used on all data sets with the same hash.
         """
         parts = [self.click, self.conversion, bool(self.group)]
         for feature in self.categorical:
@@ -156,12 +156,12 @@ class Schema:
 
     @functools.cached_property
     def data_fingerprint(self) -> str:
-        """A hash of the features and of every split's rows: two that share it are one data set."""
+        """A hash of the features and the rows of every split: equal for equal data sets only."""
         splits = {name: dataclasses.astuple(split) for name, split in sorted(self.splits.items())}
         return hashlib.sha256(json.dumps([self.fingerprint, splits]).encode()).hexdigest()[:16]
 
     def split(self, name: str) -> Split:
-        """The split of that name; DataError where the data set has none."""
+        """The split with this name; DataError if the data set does not have it."""
         if name not in self.splits:
             have = ", ".join(self.splits) or "none"
             raise DataError(f"the data set has no {name} split; it has: {have}")
@@ -176,7 +176,7 @@ class Schema:
             if isinstance(feature.vocabulary, range):
                 entry["vocabulary"] = {"integers_below": len(feature.vocabulary)}
             else:
-                # One JSON value a line, so that no value, however odd, can break a line.
+                # One JSON value per line: JSON escapes line breaks inside a value.
                 file = f"{VOCABULARY_FOLDER}/{position:03d}.jsonl"
                 (folder / VOCABULARY_FOLDER).mkdir(exist_ok=True)
                 lines = (json.dumps(value, ensure_ascii=False) for value in feature.vocabulary)
@@ -206,7 +206,7 @@ class Schema:
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> "Schema":
-        """Reads a folder's schema.json; DataError names the file where it is absent or wrong."""
+        """Reads a folder's schema.json; DataError names the file if it is missing or wrong."""
         folder = pathlib.Path(folder)
         path = folder / FILE_NAME
         try:
@@ -239,8 +239,7 @@ class Schema:
             ) from None
         if fingerprint != schema.fingerprint:
             raise DataError(
-                "features and vocabularies as written by the converter: a file was changed or "
-                "belongs to another data set",
+                "both to be equal: a file was changed or belongs to another data set",
                 file=path,
                 found=f"fingerprint {fingerprint}, computed {schema.fingerprint}",
             )
@@ -257,7 +256,7 @@ def _load_categorical(entry: dict, folder: pathlib.Path) -> Categorical:
         vocabulary = range(source["integers_below"])
     else:
         text = (folder / source["file"]).read_text(encoding="utf-8")
-        # Not splitlines(): that also splits at characters which JSON leaves as they are.
+        # Not splitlines(): it also splits at characters that JSON does not escape.
         vocabulary = tuple(json.loads(line) for line in text.split("\n") if line)
         if len(vocabulary) != source["count"]:
             raise DataError(

@@ -1,6 +1,6 @@
-"""Tasks: what a tower learns. A task is a name, the label it learns, its loss and its weight.
+"""Tasks: what a tower learns. A task has a name, a label, a loss and a weight.
 
-Every task here is defined on all exposures; its label is 1 where the row's grade is high enough.
+Every task here is defined on all exposures. Its label is 1 if the row's grade reaches a threshold.
 A new loss is a function in `losses` and an entry in `LOSSES`.
 """
 
@@ -15,7 +15,7 @@ from pwiser_tf import losses
 from pwiser_tf.options import check, option
 
 CONVERSION = 2
-# The label of a task is 1 where the grade reaches this.
+# The label of a task is 1 if the grade is at least this.
 POSITIVE_GRADE = {"ctr": 1, "ctcvr": CONVERSION}
 TASKS = tuple(POSITIVE_GRADE)
 
@@ -24,12 +24,14 @@ SCORE_SPACES = ("probability", "logit")
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """What a loss sees of a batch, all [B].
+    """The inputs of a loss for one batch, each [B].
 
     Attributes:
-      logits: float32, the task's. positive: float32, 1 where the row has the task's label.
-      grade: int64. group: int64, None where the data has none. energy: float32, of losses that
-      need it.
+      logits: float32, the logits of the task.
+      positive: float32, the label of the task.
+      grade: int64.
+      group: int64, or None if the data has no groups.
+      energy: float32, or None if the loss does not need it.
     """
 
     logits: tf.Tensor
@@ -41,16 +43,17 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True)
 class LossEntry:
-    """A loss: what it adds to cross-entropy, or what it puts in its place.
+    """A loss: a term that is added to cross-entropy, or a replacement of cross-entropy.
 
     Attributes:
-      formula: in words, with its options in braces.
-      term: a batch's number, added with the weight that the option `weight` holds.
-      of_rows: each row's number [B], in the place of cross-entropy.
-      weight: the option that holds the weight of the term.
-      options: the options that it reads and others do not; what plain BCE reads all read.
-      needs_groups: it compares the rows of one group, and needs to know it.
-      needs_energy: it needs a second number a row of the task's tower.
+      formula: a text for messages, with the names of options in braces.
+      term: gives a scalar for a batch. It is added to cross-entropy, multiplied by the option that
+        `weight` names.
+      of_rows: gives one value per row, [B]. It replaces cross-entropy.
+      weight: the name of the option with the weight of the term.
+      options: the options that this loss reads and some other losses do not.
+      needs_groups: it compares the rows of one group, so it needs `Batch.group`.
+      needs_energy: it needs `Batch.energy`, a second output of the task's tower.
     """
 
     formula: str
@@ -116,19 +119,19 @@ LOSSES = {
 
 @dataclasses.dataclass(frozen=True)
 class LossConfig:
-    """How the tasks are learnt."""
+    """The loss of the tasks and its settings."""
 
     name: str = option(
         "pwiser",
-        "How the tasks of --loss_tasks are learnt: bce, binary cross-entropy alone; pwiser, BCE + "
-        "pwiser_weight * PWiseR; ranknet, combined_pair, jrc, listce, BCE + ranking_weight * that "
-        "term; focal, instead of BCE.",
+        "The loss of the tasks in --loss_tasks. bce: binary cross-entropy; pwiser: BCE + "
+        "pwiser_weight * PWiseR; ranknet, combined_pair, jrc, listce: BCE + ranking_weight * that "
+        "term; focal: focal loss instead of BCE.",
         flag="loss",
         choices=LOSSES,
     )
     loss_tasks: tuple[str, ...] = option(
         TASKS,
-        "The tasks that are learnt with --loss; the others are learnt with bce.",
+        "The tasks that use --loss; the others use bce.",
         choices=TASKS,
     )
     ctr_weight: float = option(0.5, "Weight of the CTR task's loss.", low=0.0)
@@ -137,25 +140,37 @@ class LossConfig:
         1.0, "Weight of a row with a conversion in BCE.", low=0.0, search=(1.0, 30.0, True)
     )
     pwiser_weight: float = option(
-        0.1, "Lambda in BCE + lambda * PWiseR.", low=0.0, search=(3e-3, 3.0, True)
+        0.1, "The weight lambda in BCE + lambda * PWiseR.", low=0.0, search=(3e-3, 3.0, True)
     )
     margin_click: float = option(
-        0.05, "PWiseR's margin of conversions over clicks.", low=0.0, search=(5e-3, 0.5, True)
+        0.05,
+        "PWiseR's margin between a conversion and a click without conversion.",
+        low=0.0,
+        search=(5e-3, 0.5, True),
     )
     margin_nonclick: float = option(
-        0.1, "PWiseR's margin of conversions over exposures.", low=0.0, search=(5e-3, 0.5, True)
+        0.1,
+        "PWiseR's margin between a conversion and an exposure without click.",
+        low=0.0,
+        search=(5e-3, 0.5, True),
     )
     score_space: str = option(
-        SCORE_SPACES[0], "What PWiseR's margins are measured in.", choices=SCORE_SPACES
+        SCORE_SPACES[0],
+        "The scores that PWiseR compares, and so the unit of its margins.",
+        choices=SCORE_SPACES,
     )
     normalization: str = option(
         losses.NORMALIZATIONS[0],
-        "What PWiseR divides each of its two sums by: its pairs, or its lower-graded rows, as the "
-        "paper prints it (the loss then grows with the conversions in the batch).",
+        "What PWiseR divides each of its two sums by. pairs: the number of pairs; negatives: the "
+        "number of lower-graded rows, as printed in the paper (the loss then grows with the number "
+        "of conversions in the batch).",
         choices=losses.NORMALIZATIONS,
     )
     ranking_weight: float = option(
-        0.1, "Lambda of ranknet, combined_pair, jrc, listce.", low=0.0, search=(3e-3, 3.0, True)
+        0.1,
+        "The weight of the term of ranknet, combined_pair, jrc, listce.",
+        low=0.0,
+        search=(3e-3, 3.0, True),
     )
     focal_gamma: float = option(
         2.0, "The exponent of the focal loss.", low=0.0, search=(0.0, 5.0, False)
@@ -174,17 +189,17 @@ class LossConfig:
 
 
 class Task(keras.layers.Layer, tfrs.tasks.Task):
-    """A task: the loss of its tower's logits on a batch, and its means over an epoch.
+    """A task: computes the loss of its tower's logits on a batch, and epoch means of it.
 
-    Its metrics are `{name}_loss`; `{name}_cross_entropy`, of the plain label whatever the loss is,
-    so that runs of different losses compare; and `{name}_ranking`, the loss's term without its
-    weight, where the loss has one.
+    Its metrics are `{name}_loss`; `{name}_cross_entropy`, the BCE of the label whatever the loss
+    is, so that runs with different losses can be compared; and `{name}_ranking`, the term of the
+    loss without its weight, if the loss has a term.
 
-    Call: labels {"grade": int64 [B], "group": int64 [B] where the data has one} and predictions
-    {"logits": float32 [B], "energy": float32 [B] where the loss is jrc} to the loss, a scalar.
+    Call: labels {"grade": int64 [B], "group": int64 [B] if the data has groups} and predictions
+    {"logits": float32 [B], "energy": float32 [B] if the loss is jrc} to the loss, a scalar.
 
     Raises:
-      ValueError: when called, a loss that needs groups without them.
+      ValueError: when called without groups, if the loss needs them.
     """
 
     def __init__(self, name: str, config: LossConfig):
@@ -204,7 +219,7 @@ class Task(keras.layers.Layer, tfrs.tasks.Task):
         cross_entropy = tf.nn.sigmoid_cross_entropy_with_logits(positive, logits)
         of_rows = entry.of_rows(config, batch) if entry.of_rows else cross_entropy
         if config.conversion_weight != 1:
-            # As if the row stood in the batch this many times: the mean divides by all of them.
+            # As if the row were in the batch this many times: the mean divides by all weights.
             weights = tf.where(grade == CONVERSION, config.conversion_weight, 1.0)
             loss = tf.reduce_sum(weights * of_rows) / tf.reduce_sum(weights)
         else:

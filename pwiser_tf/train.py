@@ -1,9 +1,9 @@
-"""Trains a model, evaluates it once on the test split and exports it.
+"""Trains a model, evaluates it on the test split and exports it.
 
     pwiser train --flagfile=configs/us.flags
 
-The run lives in --workdir. Interrupted at any moment, even by kill -9, it goes on when the same
-command is given again, and ends with the metrics of a run that was not interrupted.
+The files of the run are in --workdir. A run may be interrupted at any moment, even by kill -9. The
+same command continues it, and it ends with the metrics of a run that was not interrupted.
 """
 
 import pwiser_tf.quiet  # noqa: F401
@@ -26,14 +26,14 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Trains, evaluates and exports as the flags say."""
+    """Trains, evaluates and, with --export_dir, exports a run."""
     args = flags.FLAGS
     chosen = config.config_from_flags(args, given=sys.argv[1:])
     share_cores()
     with runs.file_errors():
         train(chosen, args.workdir, args.checkpoint_seconds)
         if args.export_dir:
-            # Imported late: training needs none of what serving does.
+            # Imported here, because training does not need the packages for serving.
             from pwiser_tf.export import export
 
             print("exported", export(args.workdir, args.export_dir, args.model_name))

@@ -1,9 +1,9 @@
-"""The training loop: a run trained to its end, evaluated once on the test split.
+"""The training loop: trains a run to its end and evaluates it once on the test split.
 
-Interrupted at any moment, even by kill -9, a run goes on when it is begun again, and ends with the
-metrics of one that was not interrupted: the state of a checkpoint holds the weights, the optimiser,
-the place in the data, the dropout masks' counters and the record of epochs, and every order and
-mask follows from the seed.
+A run may be interrupted at any moment, even by kill -9. It continues when it is started again, and
+ends with the metrics of a run that was not interrupted. For this, a checkpoint holds the weights,
+the optimiser, the position in the data, the counters of the dropout masks and the history of
+epochs; every order and mask follows from the seed.
 """
 
 import contextlib
@@ -30,18 +30,19 @@ from pwiser_tf.schema import Schema
 from pwiser_tf.tasks import LOSSES, TASKS
 
 _LOG_EVERY_STEPS = 100
-# From about this strength on PWiseR was seen to harm: docs/explain/when-pwiser-helps.md.
+# Above about this strength PWiseR did harm: docs/explain/when-pwiser-helps.md.
 _HARMFUL_STRENGTH = 1.0
 # Below this share of rows in an epoch, training warns.
 _FEWEST_ROWS_USED = 0.9
 
 
 def share_cores() -> None:
-    """Gives an operation half of the cores, so that two run side by side. Call it first of all.
+    """Gives each operation half of the cores, so that two operations run in parallel.
 
-    Experts, towers and the two products of a backward pass do not depend on each other, and two
-    operations of one thread each are faster than each in turn with two: no waiting within an
-    operation. benchmarks/training.py runs with it. TF_NUM_INTRAOP_THREADS overrules it.
+    It must be called before TensorFlow runs its first operation. Experts, towers and the two
+    products of a backward pass are independent. Two operations in parallel with one thread each
+    are faster than one after the other with two threads, because the threads of an operation wait
+    for each other. benchmarks/training.py uses it too. TF_NUM_INTRAOP_THREADS overrides it.
     """
     if "TF_NUM_INTRAOP_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0))
@@ -49,16 +50,16 @@ def share_cores() -> None:
 
 
 class Diverged(DataError):
-    """The loss or a prediction is not finite, and no epoch was finished before."""
+    """The loss or a prediction is not finite."""
 
 
 class Progress(tf.train.experimental.PythonState):
-    """Where a run stands; saved inside the checkpoint, so that the two cannot disagree.
+    """The progress of a run. It is saved in the checkpoint, so it always matches the weights.
 
     Attributes:
-      epoch: the one under way, from 0; step: batches of it already trained on.
-      losses: the means over those batches, by name.
-      history: of each finished epoch, its training losses and validation metrics.
+      epoch: the current epoch, from 0. step: the number of its batches that are done.
+      losses: the means over these batches, by name.
+      history: the training losses and validation metrics of each finished epoch.
       best_epoch, best_value: the best epoch so far by validation, and its monitored value.
     """
 
@@ -79,7 +80,7 @@ class Progress(tf.train.experimental.PythonState):
 
 
 class Housekeeping(keras.callbacks.Callback):
-    """Counts steps, saves the state every so many seconds, logs losses; one epoch a fit."""
+    """Counts steps, saves the state at an interval, logs losses, ends `fit` after one epoch."""
 
     def __init__(self, progress: Progress, manager, writer, checkpoint_seconds: float):
         super().__init__()
@@ -93,21 +94,21 @@ class Housekeeping(keras.callbacks.Callback):
         self._means = [metric.get_weights() for metric in self.model.metrics]
 
     def on_epoch_begin(self, epoch, logs=None):
-        # fit has just set the running means of the losses to 0; an epoch resumed goes on with them.
+        # fit has just reset the running means of the losses; a resumed epoch needs them again.
         if self._progress.step:
             for metric, mean in zip(self.model.metrics, self._means, strict=True):
                 metric.set_weights(mean)
 
     def on_epoch_end(self, epoch, logs=None):
-        # fit is told of all epochs, for its progress line, but runs one at a time.
+        # fit gets the number of all epochs, for its progress line, but runs one epoch per call.
         self.model.stop_training = True
 
     def on_train_batch_end(self, batch, logs=None):
         if not all(math.isfinite(value) for value in logs.values()):
-            # Before anything of it is saved.
+            # Raised before this step is counted or saved.
             raise Diverged(
                 f"training diverged: the loss is not finite at step {self._progress.step + 1} of "
-                f"epoch {self._progress.epoch + 1}; lower --learning_rate, and begin in another "
+                f"epoch {self._progress.epoch + 1}; lower --learning_rate and use another "
                 "--workdir"
             )
         self._progress.step += 1
@@ -122,7 +123,7 @@ class Housekeeping(keras.callbacks.Callback):
             self._saved_at = time.monotonic()
 
 
-# (model, the epoch's entry in the history), after each epoch's validation; may raise to stop.
+# Called with (model, the epoch's entry in the history); see `fit`.
 OnEpoch = Callable[[ClickConversionModel, dict], None]
 
 
@@ -132,22 +133,24 @@ def train(
     checkpoint_seconds: float = 60,
     on_epoch: OnEpoch | None = None,
 ) -> dict:
-    """Runs or resumes the run in `folder` to its end. Returns what metrics.json then holds.
+    """Starts or resumes the run in `folder`, and evaluates it. Returns the content of metrics.json.
 
     Args:
-      config: the run's. folder: its workdir.
-      checkpoint_seconds: how often the state is saved, besides after each epoch.
+      config: the config of the run. folder: its workdir.
+      checkpoint_seconds: the interval at which the state is saved; it is also saved after each
+        epoch.
       on_epoch: see `fit`.
 
     Raises:
       DataError: data that is missing, damaged or of another schema; a folder of another run, or
-      in which another process is at work; a damaged checkpoint; a model that predicts NaN.
+      one that another process uses; a corrupt checkpoint; a loss or prediction that is not finite
+      in the first epoch.
     """
     folder = pathlib.Path(folder)
     schema = Schema.load(config.data_dir)
     if "test" in schema.splits:
         data.check(config.data_dir, schema, "test")
-    with _begun(config, folder) as schema:
+    with _locked_run(config, folder) as schema:
         model, progress = _fit(config, schema, folder, checkpoint_seconds, on_epoch)
         return _evaluate_best(model, config, schema, folder, progress)
 
@@ -158,33 +161,33 @@ def fit(
     checkpoint_seconds: float = 60,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[ClickConversionModel, Schema, Progress]:
-    """Trains only: it never opens the test split, nor writes metrics.json.
+    """Trains without the final evaluation: does not read the test split or write metrics.json.
 
     Args:
       on_epoch: called with the model and the epoch's entry in the history ({"epoch", "monitored",
-        "train", "validation"}) after each epoch's validation. It may raise, which ends the run
-        there. It is called again for an epoch that a killed run has to repeat.
+        "train", "validation"}) after each epoch's validation. It may raise an exception, which
+        ends the run. It is called again for an epoch that a killed run has to repeat.
 
     Returns:
-      The model at its best epoch by validation, the schema, and the record of the epochs.
+      The model with the weights of its best epoch by validation, the schema, and the progress.
     """
     folder = pathlib.Path(folder)
-    with _begun(config, folder) as schema:
+    with _locked_run(config, folder) as schema:
         model, progress = _fit(config, schema, folder, checkpoint_seconds, on_epoch)
         return model, schema, progress
 
 
 @contextlib.contextmanager
-def _begun(config: Config, folder: pathlib.Path) -> Iterator[Schema]:
-    """Checks the data and makes the folder this run's, locked for as long as the block runs."""
+def _locked_run(config: Config, folder: pathlib.Path) -> Iterator[Schema]:
+    """Checks the data and prepares the folder, which is locked until the block ends."""
     schema = Schema.load(config.data_dir)
     for split in ("train", "validation"):
         data.check(config.data_dir, schema, split)
     if config.training.shuffle == "groups" and not schema.group:
         by_loss = LOSSES[config.loss.name].needs_groups
-        asks = f"--loss={config.loss.name}" if by_loss else "--shuffle=groups"
+        flag = f"--loss={config.loss.name}" if by_loss else "--shuffle=groups"
         raise DataError(
-            f"{asks} needs a group (a search or session) in the data; this data set has none",
+            f"{flag} needs a group (a search or session) in the data; this data set has none",
             file=pathlib.Path(config.data_dir) / "schema.json",
         )
     if min(config.training.batch_size, schema.split("train").rows) == 1:
@@ -192,16 +195,16 @@ def _begun(config: Config, folder: pathlib.Path) -> Iterator[Schema]:
     folder.mkdir(parents=True, exist_ok=True)
     with runs.locked(folder):
         runs.begin(folder, config, schema)
-        _describe(config, schema)
+        _print_description(config, schema)
         yield schema
 
 
 def _fit(
     config, schema, folder, checkpoint_seconds, on_epoch
 ) -> tuple[ClickConversionModel, Progress]:
-    """Trains until the last epoch, or until patience ends. The model is left at its best epoch."""
+    """Trains until the last epoch or until patience ends, then restores the best epoch."""
     model = runs.build_model(config, schema)
-    # The legacy optimiser is the faster one: one fused operation a variable.
+    # The legacy optimiser is faster: one fused operation per variable.
     model.compile(optimizer=keras.optimizers.legacy.Adam(config.training.learning_rate))
     progress = Progress()
     state = tf.train.Checkpoint(model=model, optimizer=model.optimizer, progress=progress)
@@ -209,16 +212,16 @@ def _fit(
     best = runs.best_checkpoint(folder, model)
     if manager.latest_checkpoint:
         runs.restore_state(manager)
-        print(f"going on at epoch {progress.epoch + 1}, step {progress.step}", flush=True)
+        print(f"continuing at epoch {progress.epoch + 1}, step {progress.step}", flush=True)
     writer = tf.summary.create_file_writer(str(folder / "logs"))
     housekeeping = Housekeeping(progress, manager, writer, checkpoint_seconds)
 
     # A data set smaller than a batch is one batch. Otherwise the last, smaller batch of an epoch is
-    # left out (other rows in each epoch): batch normalization needs batches of one size.
+    # left out (different rows in each epoch), because batch normalization needs equal batch sizes.
     rows = schema.split("train").rows
     batch_size = min(config.training.batch_size, rows)
     options = config.training
-    while progress.epoch < options.epochs and not _waited_enough(progress, options.patience):
+    while progress.epoch < options.epochs and not _patience_ended(progress, options.patience):
         batches = data.batches(
             config.data_dir,
             schema,
@@ -246,8 +249,8 @@ def _fit(
             if progress.best_epoch is None:
                 raise
             print(
-                f"warning: {error}; of the finished epochs the best, {progress.best_epoch + 1}, is "
-                "the result",
+                f"warning: {error}; the result is epoch {progress.best_epoch + 1}, the best "
+                "finished epoch",
                 file=sys.stderr,
             )
             break
@@ -259,11 +262,10 @@ def _fit(
 
 
 def _evaluate_best(model, config, schema, folder, progress) -> dict:
-    """Evaluates the best epoch on validation and, this once, test, if there is one; returns what
-    it wrote."""
+    """Evaluates the best epoch on validation and, if there is one, test; returns metrics.json."""
     content = {"best_epoch": progress.best_epoch + 1, "epochs": progress.history}
     runs.write_json(folder / runs.METRICS_FILE, {**content, "machine": machine.describe()})
-    # A last training, on all that there is, has no test split.
+    # A final training on all data has no test split.
     splits = [split for split in ("validation", "test") if split in schema.splits]
     for split in splits:
         evaluation = evaluate(model, config.data_dir, schema, split, folder.resolve().name)
@@ -275,15 +277,15 @@ def _evaluate_best(model, config, schema, folder, progress) -> dict:
 
 
 def _finish_epoch(model, config, schema, progress, best, writer) -> None:
-    """Validates; keeps the weights if they are the best so far; moves on to the next epoch."""
+    """Validates, saves the weights if they are the best so far, and moves to the next epoch."""
     predictions, grade, group = predict(model, config.data_dir, schema, "validation")
     if not all(np.isfinite(values).all() for values in predictions.values()):
         raise Diverged(
             f"training diverged: after epoch {progress.epoch + 1} the model predicts NaN; lower "
-            "--learning_rate, and begin in another --workdir"
+            "--learning_rate and use another --workdir"
         )
     validation = summary(grade, predictions, group)
-    value = _monitored(validation)
+    value = _monitored_value(validation)
     epoch = progress.epoch
     with writer.as_default(int(model.optimizer.iterations)):
         for task, values in validation.items():
@@ -310,11 +312,11 @@ def _finish_epoch(model, config, schema, progress, best, writer) -> None:
     print(f"epoch {epoch + 1}, validation: {shown}", flush=True)
 
 
-def _monitored(validation: dict) -> float:
-    """What an epoch is chosen by: the mean AUC of the two tasks (MTReclib's choice).
+def _monitored_value(validation: dict) -> float:
+    """The value that chooses the best epoch: the mean AUC of the two tasks, as in MTReclib.
 
-    A task whose validation labels are all alike has no AUC and is left out; if both are, the
-    negative log loss decides.
+    A task with only one class in validation has no AUC and is left out. If no task has an AUC, the
+    value is the negative log loss.
     """
     aucs = [validation[task]["auc"] for task in TASKS if validation[task]["auc"] is not None]
     if aucs:
@@ -322,15 +324,15 @@ def _monitored(validation: dict) -> float:
     return -sum(validation[task]["log_loss"] for task in TASKS)
 
 
-def _waited_enough(progress: Progress, patience: int) -> bool:
-    """Whether `patience` epochs, at least 1, have passed since the best one, as Keras counts."""
+def _patience_ended(progress: Progress, patience: int) -> bool:
+    """Whether `patience` epochs (at least 1) have passed since the best epoch, as Keras counts."""
     return progress.best_epoch is not None and progress.epoch - progress.best_epoch > max(
         1, patience
     )
 
 
-def _describe(config: Config, schema: Schema) -> None:
-    """Prints what will be trained on, how, and PWiseR's strength; warns where it is too strong."""
+def _print_description(config: Config, schema: Schema) -> None:
+    """Prints the training data, the loss and PWiseR's strength, with warnings."""
     split = schema.split("train")
     batch_size = min(config.training.batch_size, split.rows)
     used = split.rows // batch_size * batch_size
@@ -343,7 +345,7 @@ def _describe(config: Config, schema: Schema) -> None:
     if used < _FEWEST_ROWS_USED * split.rows:
         print(
             f"warning: batches of {batch_size} leave {split.rows - used} of {split.rows} rows out "
-            "of each epoch (others each time); a smaller --batch_size leaves fewer",
+            "of each epoch (different rows each time); a smaller --batch_size leaves out fewer",
             file=sys.stderr,
         )
     loss = config.loss
@@ -360,7 +362,7 @@ def _describe(config: Config, schema: Schema) -> None:
     if not split.conversions:
         print("loss: BCE + PWiseR, but without conversions there are no pairs", flush=True)
         return
-    # BCE pushes a conversion of the CTCVR head as hard as all its positives: there the CVR is 1.
+    # All positives of the CTCVR head are conversions, so the CVR in its strength is 1.
     cvr = {"ctr": split.conversions / split.clicks, "ctcvr": 1.0}
     margins = loss.margin_click, loss.margin_nonclick
     strengths = {

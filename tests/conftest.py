@@ -16,7 +16,7 @@ import pwiser_tf  # noqa: F401 (binds tf.keras to Keras 2 before any test import
 from pwiser_tf import __main__, records
 from pwiser_tf.schema import Categorical, Numerical, Schema, Shard, Split
 
-# Names that TensorFlow or a careless program would trip over are among them.
+# Some of the names are difficult for TensorFlow.
 SCHEMA = Schema(
     dataset="columns",
     categorical=(
@@ -35,7 +35,7 @@ SCHEMA = Schema(
 
 
 def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -> Schema:
-    """Writes a data set of SCHEMA's layout whose clicks and conversions the features explain."""
+    """Writes a data set with SCHEMA's layout; its features explain clicks and conversions."""
     folder.mkdir(parents=True)
     random = np.random.default_rng(7)
     splits = {}
@@ -113,7 +113,7 @@ def unrendered(monkeypatch):
 
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory) -> pathlib.Path:
-    """The folder of a small data set: 1000 rows to train on, 300 to validate, 300 to test."""
+    """The folder of a small data set: 1000 rows in train, 300 in validation, 300 in test."""
     folder = tmp_path_factory.mktemp("converted") / "data"
     write_dataset(folder, {"train": 1000, "validation": 300, "test": 300})
     return folder

@@ -1,4 +1,4 @@
-"""What can be wrong in benchmarks/batching.py without a clock."""
+"""The parts of benchmarks/batching.py that do not depend on a clock."""
 
 import itertools
 import re
@@ -63,7 +63,7 @@ def test_largest_within_a_budget():
 
 
 class Steady:
-    """A model whose call takes 1 ms and 10 us a row, on a clock of its own."""
+    """A model with its own clock: a call takes 1 ms, plus 10 us per row."""
 
     def call(self, rows):
         return 1e-3 + 1e-5 * rows
@@ -150,7 +150,7 @@ def test_of_a_real_model(folder, monkeypatch):
     assert sizes[-1] == 16
 
 
-def test_a_model_that_cannot_be_measured_is_told(folder, tmp_path):
+def test_a_model_that_cannot_be_measured_is_reported(folder, tmp_path):
     with pytest.raises(DataError, match=r"no signature 'x', but .*predict"):
         batching.Model(folder, "x", 4)
     with pytest.raises(DataError, match="serving_default takes string"):

@@ -1,4 +1,4 @@
-"""config: what follows from the options' one definition."""
+"""The config tree, its flags and flags.json."""
 
 import pathlib
 
@@ -26,31 +26,40 @@ def test_every_option_is_a_flag_and_the_flags_give_the_settings():
     found = _settings("--model=ple", "--experts=4", "--bottom_units=8,4", "--loss_tasks=ctcvr")
     assert (found.model.name, found.model.experts, found.model.bottom_units) == ("ple", 4, (8, 4))
     assert found.loss.loss_tasks == ("ctcvr",)
-    # What is left open follows from the model and the loss.
+    # Defaults that depend on the model and the loss.
     assert _settings("--model=esmm").model.conversion_head == "product"
     assert _settings("--model=aitm").model.auxiliary_weight == 0.6
     assert _settings("--loss=jrc").training.shuffle == "groups"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
-        (["--model=shared_bottom", "--experts=2"], "--experts is read with --model=omoe|mmoe|ple"),
-        (["--loss=bce", "--focal_gamma=1"], "--focal_gamma is read with --loss=focal alone"),
-        (["--loss=bce", "--loss_tasks=ctr"], "--loss_tasks is read with --loss=pwiser|ranknet"),
-        (["--model=mmoe", "--critics=2"], "--critics is read with --model=metaheac alone"),
-        (["--loss=ranknet", "--margin_click=0.2"], "--margin_click is read with --loss=pwiser"),
+        (
+            ["--model=shared_bottom", "--experts=2"],
+            "--experts is only read with --model=omoe|mmoe|ple",
+        ),
+        (["--loss=bce", "--focal_gamma=1"], "--focal_gamma is only read with --loss=focal;"),
+        (
+            ["--loss=bce", "--loss_tasks=ctr"],
+            "--loss_tasks is only read with --loss=pwiser|ranknet",
+        ),
+        (["--model=mmoe", "--critics=2"], "--critics is only read with --model=metaheac;"),
+        (
+            ["--loss=ranknet", "--margin_click=0.2"],
+            "--margin_click is only read with --loss=pwiser",
+        ),
     ],
 )
-def test_an_option_that_is_not_read_is_refused_where_it_is_given(arguments, told):
+def test_an_option_that_is_not_read_is_refused_on_the_command_line(arguments, message):
     with pytest.raises(DataError) as caught:
         _settings(*arguments)
-    assert str(caught.value).startswith(told)
+    assert str(caught.value).startswith(message)
     # A flagfile may serve several models and losses.
     _settings(*arguments, given=())
 
 
-def test_what_is_not_read_is_no_part_of_a_run(settings):
+def test_options_that_are_not_read_are_not_part_of_a_run(settings):
     bce = settings.replace(loss="bce")
     assert bce.read() == bce.replace(pwiser_weight=9.0, focal_gamma=1.0).read()
     assert bce.read() != bce.replace(learning_rate=0.5).read()
@@ -61,7 +70,7 @@ def test_what_is_not_read_is_no_part_of_a_run(settings):
             assert not set(unread) & {*entry.options, *LOSSES[loss].options}
 
 
-def test_a_run_of_before_an_option_was_there_still_loads(settings, dataset, tmp_path):
+def test_a_run_without_newer_options_still_loads(settings, dataset, tmp_path):
     content = settings.values()
     for name in ("mixed_precision", "critics", "score_space", "auxiliary_weight"):
         del content[name]
@@ -74,7 +83,7 @@ def test_a_run_of_before_an_option_was_there_still_loads(settings, dataset, tmp_
     assert found.read() == settings.read()
 
 
-def test_the_reference_page_is_that_of_the_options():
+def test_the_flags_page_is_up_to_date():
     page = pathlib.Path(__file__).parent.parent / "docs" / "reference" / "flags.md"
     assert page.read_text(encoding="utf-8") == config.reference(), (
         "run: python -m pwiser_tf.config > docs/reference/flags.md"
@@ -89,7 +98,7 @@ def test_options_have_help_and_good_defaults():
 
 def test_flags_json_of_a_newer_program_is_refused(settings, dataset, tmp_path):
     runs.write_json(tmp_path / "flags.json", {"version": 99, **settings.read()})
-    with pytest.raises(DataError, match="version 99 of the format"):
+    with pytest.raises(DataError, match="found format version 99, expected at most 2"):
         runs.load(tmp_path)
 
 
@@ -100,7 +109,7 @@ def test_the_tree_and_the_flags_are_two_views_of_one_config():
     assert found.model.tower_units == (8, 4)
     assert Config.of(**found.values()) == found
     assert found.replace(batch_size=32).training.batch_size == 32
-    with pytest.raises(DataError, match="no option batchsize"):
+    with pytest.raises(DataError, match="unknown option batchsize"):
         Config.of(data_dir="/d", batchsize=64)
     with pytest.raises(DataError, match=r"--dropout=1\.5: expected at most"):
         found.replace(dropout=1.5)

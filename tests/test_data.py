@@ -11,7 +11,7 @@ from pwiser_tf.schema import Schema
 
 
 def _rows(folder, **arguments):
-    """All rows of the train split in the order they come, one tuple each, and the batch sizes."""
+    """All rows of the train split in their order, one tuple each, and the batch sizes."""
     schema = Schema.load(folder)
     arguments = {"batch_size": 64, **arguments}
     rows, sizes = [], []
@@ -51,7 +51,7 @@ def test_shuffling_permutes_and_follows_seed_and_epoch(dataset):
 
 
 def test_shuffling_mixes_within_each_shard(dataset):
-    """No row keeps its place by more than chance: rows of a shard, and shards, are permuted."""
+    """Rows keep their position only by chance: shards and the rows of a shard are permuted."""
     plain, _ = _rows(dataset)
     first, _ = _rows(dataset, shuffle_seed=(0, 0))
     assert sum(a == b for a, b in zip(plain, first, strict=True)) < 20
@@ -67,7 +67,7 @@ def test_whole_groups_are_shuffled_and_stay_together(dataset):
     assert sorted(first) == sorted(plain)
     assert sizes == [64] * 15 + [40]
     order = [group for group, _ in itertools.groupby(_groups(first))]
-    # 250 groups of 4 rows: each comes once, and not in the files' order.
+    # 250 groups of 4 rows: each occurs once, and not in the order of the files.
     assert len(order) == len(set(order)) == 250
     kept = sum(a == b for a, b in zip(_groups(first)[::4], _groups(plain)[::4], strict=True))
     assert kept < 10
@@ -78,7 +78,7 @@ def test_whole_groups_are_shuffled_and_stay_together(dataset):
 
 
 @pytest.mark.parametrize("skip", [1, 64, 333, 334, 335, 700, 999, 1000])
-def test_skipping_goes_on_in_the_same_order(dataset, skip):
+def test_skipping_rows_keeps_the_order(dataset, skip):
     whole, _ = _rows(dataset, shuffle_seed=(3, 1))
     rest, _ = _rows(dataset, shuffle_seed=(3, 1), skip_rows=skip)
     assert rest == whole[skip:]
@@ -111,7 +111,7 @@ def test_check_names_a_truncated_file(copy):
         data.check(copy, Schema.load(copy), "train")
 
 
-def test_check_refuses_a_split_that_is_not_there(copy):
+def test_check_refuses_a_missing_split(copy):
     with pytest.raises(DataError, match="no missing split; it has: train, validation, test"):
         data.check(copy, Schema.load(copy), "missing")
 
@@ -134,7 +134,7 @@ def test_explain_names_the_file_with_a_flipped_byte(copy):
         _read_all(copy)
 
 
-def test_explain_names_a_foreign_file_of_the_same_size(copy):
+def test_explain_names_a_file_with_another_layout_and_the_same_size(copy):
     size = (copy / SHARD).stat().st_size
     frame = 16
     with tf.io.TFRecordWriter(str(copy / SHARD)) as writer:
@@ -147,11 +147,13 @@ def test_explain_names_a_foreign_file_of_the_same_size(copy):
             example.features.feature["x"].bytes_list.value[0] = bytes(total - overhead)
             writer.write(example.SerializeToString())
             size -= total
-    with pytest.raises(DataError, match=f"{SHARD}: record 1 is not laid out as schema.json says"):
+    with pytest.raises(
+        DataError, match=f"{SHARD}: record 1 does not have the layout of schema.json"
+    ):
         _read_all(copy)
 
 
-def test_explain_raises_the_error_itself_where_the_files_are_sound(dataset):
+def test_explain_raises_the_original_error_if_the_files_are_correct(dataset):
     error = tf.errors.InvalidArgumentError(None, None, "something else")
     with pytest.raises(tf.errors.InvalidArgumentError, match="something else"):
         data.explain(error, dataset, Schema.load(dataset), "train")

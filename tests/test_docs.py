@@ -1,8 +1,8 @@
-"""The pages: their links lead somewhere, and the commands of README.md and docs/start.md work.
+"""The pages: their links exist, and the commands of README.md and docs/start.md work.
 
-The commands are those in ```sh blocks. They run in order, as one script, in a folder with this
-repository's programs, on less data: `SMALLER` says what is replaced. What installs, and what would
-run for minutes and has tests of its own, is left out: `LEFT_OUT`.
+The commands are those in ```sh blocks. The commands of a page run in order, as one script, in a
+folder with the programs of this repository and on less data: `SMALLER` has the replacements.
+Installations, and commands that run for minutes and have other tests, are left out: `LEFT_OUT`.
 """
 
 import os

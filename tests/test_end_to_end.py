@@ -1,4 +1,4 @@
-"""The whole chain by its command lines, as a user gives them: CSV to a score over gRPC."""
+"""All commands as a user gives them, from a CSV file to scores over gRPC."""
 
 import csv
 import json
@@ -64,7 +64,7 @@ def log(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chain(log):
-    """The folder in which the chain has run up to the export."""
+    """The folder in which all commands up to the export have run."""
     folder = log.parent
     _run(
         *("pwiser_tf.convert", "--format=columns", f"--train={log}"),
@@ -162,7 +162,7 @@ def _examples(raw):
 
 
 def test_scorer_gives_what_the_keras_model_gives(chain, address, log):
-    """For raw features, ids and Examples: one model, trained, exported, served and asked."""
+    """For raw features, ids and Examples of one model that is trained, exported and served."""
     import pwiser_serving
 
     from pwiser_tf import runs
@@ -181,7 +181,7 @@ def test_scorer_gives_what_the_keras_model_gives(chain, address, log):
                 np.testing.assert_allclose(found[name], wanted[name], rtol=1e-6, err_msg=name)
 
 
-def test_an_unknown_model_is_told(address):
+def test_an_unknown_model_is_reported(address):
     import pwiser_serving
 
     with (

@@ -49,7 +49,7 @@ def test_metrics_are_those_of_the_metrics_module(trained, dataset):
     assert test["cvr"]["auc"] == metrics.auc(grade[clicked] == 2, predictions["cvr"][clicked])
 
 
-def test_a_workdir_that_is_none_is_refused(command, tmp_path):
+def test_a_folder_without_a_run_is_refused(command, tmp_path):
     result = command("evaluate", f"--workdir={tmp_path}")
     assert result.returncode == 2
     assert result.stderr == (
@@ -118,14 +118,14 @@ def test_runs_with_different_rows_are_not_compared_and_nothing_is_written(
     (other / "flags.json").write_text(json.dumps(settings | {"data_dir": str(data)}))
     result = command("evaluate", f"--workdir={trained},{other}", f"--output_dir={tmp_path / 'out'}")
     assert result.returncode == 2
-    assert "the runs have different data: nothing is compared" in result.stderr
+    assert "the runs have different data and cannot be compared" in result.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_several_runs_need_names_and_a_place(command, trained, tmp_path):
+def test_several_runs_need_different_names_and_an_output_dir(command, trained, tmp_path):
     for arguments, message in (
         ([f"--workdir={trained},{trained}"], "several runs need an --output_dir"),
-        ([f"--workdir={trained},{trained}", f"--output_dir={tmp_path}"], "two runs are called"),
+        ([f"--workdir={trained},{trained}", f"--output_dir={tmp_path}"], "two runs are named"),
     ):
         result = command("evaluate", *arguments)
         assert result.returncode == 2

@@ -1,4 +1,4 @@
-"""Each program of examples/ runs, on little data, and its results make sense."""
+"""Each program of examples/ runs on little data and gives plausible results."""
 
 import pathlib
 import re

@@ -30,7 +30,7 @@ def exported(trained, tmp_path_factory):
 
 
 def _features(schema):
-    """What the schema makes of RAW: the input of the Keras model."""
+    """RAW after the preprocessing of the schema: the input of the Keras model."""
     ids = []
     for feature in schema.categorical:
         values = RAW[feature.name]
@@ -77,7 +77,7 @@ print(json.dumps([answers, handles]))
 
 @pytest.fixture(scope="module")
 def in_a_session(exported, trained, tmp_path_factory):
-    """Each signature's answers to RAW from a Session in a process that knows nothing of ours."""
+    """The outputs of each signature for RAW, from a Session in a process without pwiser_tf."""
     schema = Schema.load(trained)
     inputs = {
         "serving_default": {"examples": np.array(_examples(), object)},
@@ -115,7 +115,7 @@ def test_the_embeddings_are_stored_once_and_the_rest_is_constant(in_a_session, e
         for name, _ in tf.train.list_variables(file)
         if name.endswith("VARIABLE_VALUE")
     ]
-    # The test's model is small: all else is a constant, and each table is read in one place.
+    # The model is small: all other variables are constants, and each table is read in one place.
     expected = [weight for weight in model.weights if "embeddings" in weight.name]
     assert len(stored) == len(expected) == in_a_session[1]
     for weight in expected:
@@ -150,7 +150,7 @@ def test_small_variables_become_constants(monkeypatch, largest):
     np.testing.assert_array_equal(converted(given)["y"], [expected, -2 * expected])
 
 
-def test_the_cpp_loader_takes_it(exported):
+def test_the_cpp_loader_loads_it(exported):
     """The loader that TF Serving links, from the wheel, by its C interface."""
     library = ctypes.CDLL(str(pathlib.Path(tf.__file__).parent / "libtensorflow_cc.so.2"))
     for name in ("TF_NewStatus", "TF_NewGraph", "TF_NewSessionOptions"):
@@ -209,7 +209,7 @@ def test_versions_count_up_past_gaps_and_other_folders(trained, tmp_path):
     assert {path.name for path in (tmp_path / "shop").iterdir()} == {"7", "8", "notes"}
 
 
-def test_an_export_that_fails_its_check_leaves_nothing(trained, tmp_path, monkeypatch):
+def test_an_export_that_fails_its_check_leaves_no_files(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(
         export.ServedModel,
         "_raw",
@@ -231,11 +231,11 @@ def test_the_command_exports(command, trained, tmp_path):
     assert result.stderr == ""
 
 
-# TensorFlow takes none of these for tensors: blanks, `self`, two that differ by case alone. The
-# second is how the first one's tensor is called. In Python, TensorFlow sorts names otherwise than
-# Python does: "_" of "a/b" and of "a b" stands behind "C", and before "b".
+# TensorFlow accepts none of these as tensor names: blanks, `self`, two that differ only by case.
+# The second name equals the name of the first one's tensor. TensorFlow sorts names in another order
+# than Python: the "_" of "a/b" and "a b" is after "C" and before "b".
 ODD_NAMES = ["zoo", "input_000000", "Click", "click", "日本", "a b", "aC", "ab", "a/c:d", "_x", "0"]
-# What Python cannot take under its own name, and what it takes instead.
+# Names that Python does not accept, and the names that it accepts instead.
 IMPOSSIBLE_NAMES = {
     "self": "feature_11",
     "class": "feature_12",
@@ -247,7 +247,7 @@ ALL_NAMES = [*ODD_NAMES, *IMPOSSIBLE_NAMES, "feature_13"]
 
 
 def _save_bits(names, folder):
-    """Saves a model whose score is the sum of 2**i over the columns i that hold i."""
+    """Saves a model with the sum of 2**i over the columns i that have the value i as its score."""
     schema = Schema(
         "columns",
         tuple(Categorical(name, "int64", (position,)) for position, name in enumerate(names)),
@@ -285,21 +285,21 @@ def test_columns_of_any_name_are_served_under_it(odd_names):
             assert session.run(signature.outputs["ctr"].name, feed).tolist() == [2.0**position]
 
 
-def test_columns_of_nearly_any_name_are_taken_under_it_in_python(odd_names):
+def test_python_takes_columns_of_nearly_any_name(odd_names):
     predict_raw = tf.saved_model.load(str(odd_names)).signatures["predict_raw"]
     names = [IMPOSSIBLE_NAMES.get(name, name) for name in ALL_NAMES]
     for position, name in enumerate(names):
         given = {other: [-1] for other in names} | {name: [position]}
         assert predict_raw(**given)["ctr"].numpy().tolist() == [2.0**position], name
     taken = predict_raw.structured_input_signature[1]
-    # As TensorFlow writes a name that is none in Python.
+    # As TensorFlow writes a name that is not an identifier in Python.
     python_names = {"a b": "a_b", "a/c:d": "a_c_d", "_x": "arg__x", "0": "arg_0"}
     assert set(taken) == {python_names.get(name, name) for name in names}
     assert {spec.name for spec in taken.values()} == set(taken)
 
 
 @pytest.mark.parametrize("name", IMPOSSIBLE_NAMES)
-def test_a_name_that_python_cannot_take_is_refused_and_never_taken_for_another(name, odd_names):
+def test_python_refuses_a_replaced_name(name, odd_names):
     predict_raw = tf.saved_model.load(str(odd_names)).signatures["predict_raw"]
     given = {IMPOSSIBLE_NAMES.get(other, other): [-1] for other in ALL_NAMES}
     del given[IMPOSSIBLE_NAMES[name]]
@@ -328,18 +328,18 @@ def test_python_gives_what_a_session_gives(signature, in_a_session, exported, tr
         np.testing.assert_allclose(values, in_a_session[0][signature][name], rtol=1e-6)
 
 
-def test_a_killed_export_is_cleared_away_and_two_at_a_time_are_refused(trained, tmp_path):
+def test_a_killed_export_is_removed_and_concurrent_exports_are_refused(trained, tmp_path):
     base = tmp_path / "m"
     (base / "partial-7" / "variables").mkdir(parents=True)
-    with runs.locked(base), pytest.raises(DataError, match="another process is at work"):
+    with runs.locked(base), pytest.raises(DataError, match="another process is using"):
         export.export(trained, tmp_path, "m")
     export.export(trained, tmp_path, "m")
     assert [path.name for path in base.iterdir()] == ["1"]
 
 
 @pytest.mark.parametrize("name", ["categorical", "numerical"])
-def test_one_column_does_not_stand_for_all(name, exported):
-    """Fed as a server does it, which unlike Session.run does not look at a signature's shapes."""
+def test_one_column_is_not_broadcast(name, exported):
+    """Fed as by a server, which unlike Session.run does not check the shapes of a signature."""
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(exported))
         signature = loaded.signature_def["predict"]
@@ -361,12 +361,12 @@ def test_one_column_does_not_stand_for_all(name, exported):
     [(name, head) for name, model in MODELS.items() for head in model.conversion_heads],
 )
 def test_every_architecture_is_exported(name, head, settings, dataset, tmp_path):
-    """Untrained; export itself compares every signature in a Session with the Keras model."""
+    """Untrained; export compares every signature in a Session with the Keras model."""
     settings = settings.replace(
         model=name,
         conversion_head=head,
         auxiliary_weight=MODELS[name].auxiliary_weight or 0.0,
-        # An energy beside the logits, which is not served.
+        # A second output of the tower, the energy, which is not served.
         loss="jrc",
         shuffle="groups",
     )

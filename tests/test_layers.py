@@ -33,7 +33,7 @@ def test_raw_features_agree_with_the_schema():
 
 
 @pytest.mark.parametrize("dtype", ["int64", "string"])
-def test_an_empty_vocabulary_knows_nothing(dtype):
+def test_an_empty_vocabulary_gives_id_0(dtype):
     feature = Categorical("f", dtype, ())
     schema = Schema("columns", (feature,), (), "click", "buy", None)
     values = np.array(
@@ -73,7 +73,7 @@ def test_encoder_sends_impossible_ids_to_id_0():
     )
 
 
-def test_encoder_fills_what_is_not_finite():
+def test_encoder_fills_values_that_are_not_finite():
     encoder = _encoder()
     ids = tf.zeros([3, 3], tf.int64)
     odd = tf.constant([[np.nan, np.nan], [np.inf, -np.inf], [0.0, 0.3]])
@@ -181,7 +181,7 @@ def test_mixed_precision_is_float32_to_the_digits_of_bfloat16():
 def test_dropout_drops_its_rate_and_keeps_the_mean():
     ones = tf.ones([1000, 64])
     mask = tf.random.stateless_uniform([1000, 64], [1, 2], 0, 256, tf.int32)
-    kept = layers.blocks._keep(ones, tf.cast(mask, tf.uint8), threshold=64).numpy()
+    kept = layers.blocks._dropout(ones, tf.cast(mask, tf.uint8), threshold=64).numpy()
     assert set(np.unique(kept)) == {0.0, np.float32(256 / 192)}
     assert abs((kept == 0).mean() - 0.25) < 0.01
     assert abs(kept.mean() - 1) < 0.02
@@ -239,7 +239,7 @@ def test_gate_mixes_experts_with_softmax_weights():
     np.testing.assert_allclose(trained, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_weight_decay_is_a_gradient_of_so_much_times_the_weight():
+def test_the_gradient_of_weight_decay_is_proportional_to_the_weight():
     block = layers.Block(4, weight_decay=0.3)
     block(tf.zeros([1, 2]))
     with tf.GradientTape() as tape:

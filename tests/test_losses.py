@@ -112,7 +112,7 @@ def test_no_pair_matrix():
 
 
 @pytest.mark.parametrize(("lower_grade", "margin"), [(1, 0.05), (0, 0.1)])
-def test_a_term_without_pairs_leaves_the_other(lower_grade, margin):
+def test_a_term_without_pairs_does_not_change_the_other(lower_grade, margin):
     loss, gradient = loss_and_gradient(np.array([0.4, 0.4]), [lower_grade, 2])
     assert loss == pytest.approx(margin**2, rel=1e-12)
     np.testing.assert_allclose(gradient, [2 * margin, -2 * margin], rtol=1e-12)
@@ -186,8 +186,8 @@ def test_half_precision_scores(dtype, tolerance):
     np.testing.assert_allclose(gradient, expected_gradient, rtol=tolerance, atol=1e-6)
 
 
-def test_a_loss_scale_saves_gradients_that_half_precision_cannot_hold():
-    # 2e-5 / 10^4 rows lies below float16's smallest number, 1024 times as much does not.
+def test_a_loss_scale_keeps_gradients_below_half_precision():
+    # 2e-5 / 10^4 rows is below float16's smallest number; 1024 times as much is not.
     rows = 10_000
     scores = tf.fill([rows], tf.constant(0.5, tf.float16))
     grade = np.repeat([0, 2], [rows - 10, 10])
@@ -209,11 +209,11 @@ def test_a_graph_does_not_broadcast(scores, grade):
     def loss(scores, grade):
         return pwiser(scores, grade)
 
-    with pytest.raises(tf.errors.InvalidArgumentError, match="as many as there are scores"):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="as many values as scores"):
         loss(scores, grade)
 
 
-def test_xla_is_refused_rather_than_given_a_pair_matrix():
+def test_xla_is_refused():
     with pytest.raises(tf.errors.InvalidArgumentError, match="compile-time constant"):
         tf.function(pwiser, jit_compile=True)(tf.constant([0.1, 0.2]), tf.constant([0, 2]))
 
@@ -292,7 +292,7 @@ def test_wrong_settings_are_refused(make, setting, message):
 
 
 @pytest.mark.parametrize("reduction", ["auto", "none", "sum", "sum_over_batch_size"])
-def test_every_reduction_gives_the_number_itself(reduction):
+def test_every_reduction_gives_the_same_scalar(reduction):
     scores, grade = random_case(seed=17)
     loss = PWiseRLoss(0.1, 0.3, normalization="negatives", reduction=reduction)
     expected, _ = oracles.pwiser(scores, grade, 0.1, 0.3, "negatives")
@@ -373,7 +373,7 @@ def test_keras_compile_fit_save_and_load(tmp_path):
 
 
 def run_script(script):
-    """Runs Python code in a process of its own, from the project's root; it must succeed."""
+    """Runs Python code in its own process, in the project's root; it must succeed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("TF_", "KERAS_"))}
     result = subprocess.run(
         [sys.executable, "-c", script],
@@ -416,7 +416,7 @@ np.testing.assert_allclose(history["loss"], [loss], rtol=1e-5)
 for trained, before, gradient in zip(model.get_weights(), weights, gradients):
     np.testing.assert_allclose(trained, before - gradient, rtol=1e-5, atol=1e-7)
 
-# In a loop of one's own: AUTO is refused by Keras, SUM and NONE are each replica's number.
+# In a custom training loop Keras refuses AUTO; SUM and NONE give each replica's loss.
 for reduction in ("sum", "none"):
     loss_object = PWiseRLoss(0.5, 0.5, reduction=reduction)
     per_replica = strategy.run(lambda: loss_object(grade, scores))

@@ -10,7 +10,7 @@ from tests import oracles
 
 
 def random_case(seed, rows=60, rate=0.3, levels=None):
-    """Labels and scores that have to do with each other; few score levels make many ties."""
+    """Correlated labels and scores; few score levels make many ties."""
     generator = np.random.default_rng(seed)
     labels = (generator.random(rows) < rate).astype(np.int64)
     scores = 1 / (1 + np.exp(1.5 - labels - generator.normal(size=rows)))
@@ -28,7 +28,7 @@ def test_auc_counts_the_pairs_in_the_right_order():
 
 
 def test_auc_counts_a_tie_as_one_half():
-    # .5 beats .1, draws with .5: 1.5 of 2.
+    # .5 is above .1 and ties with .5: 1.5 of 2.
     assert metrics.auc([1, 0, 0], [0.5, 0.5, 0.1]) == 0.75
     assert metrics.auc([1, 0, 1, 0, 0], [0.3] * 5) == 0.5
 
@@ -56,7 +56,7 @@ def test_auc_does_not_depend_on_the_order_of_rows_or_a_rising_transformation():
     order = np.random.default_rng(0).permutation(len(labels))
     assert metrics.auc(labels[order], scores[order]) == area
     assert metrics.auc(labels, np.exp(5 * scores) - 3) == area
-    # Falling: every pair turns round.
+    # A falling transformation reverses every pair.
     assert metrics.auc(labels, -scores) == pytest.approx(1 - area, abs=1e-15)
 
 
@@ -90,7 +90,7 @@ def test_auc_of_more_pairs_than_32_bits_count():
         ([0, 1, 1], [0.1, math.nan, 0.2], "scores that are numbers, found nan at row 1"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(labels, scores, message):
+def test_wrong_arrays_are_refused(labels, scores, message):
     with pytest.raises(ValueError, match=message):
         metrics.auc(labels, scores)
 
@@ -173,7 +173,7 @@ def true_auc(draw, shift):
 
 @pytest.mark.parametrize("draw", [normal, five_levels, two_levels])
 @pytest.mark.parametrize("shift", [0, 0.7, 1.8, 3.3])
-def test_auc_interval_covers_the_truth_as_often_as_it_says(draw, shift):
+def test_auc_interval_has_its_nominal_coverage(draw, shift):
     truth = true_auc(draw, shift)
     generator = np.random.default_rng(1)
     for positives, negatives in [(5, 5), (5, 300), (10, 300), (20, 20), (100, 300)]:
@@ -215,13 +215,13 @@ def test_auc_interval_widens_with_its_level_and_stays_inside_zero_and_one():
     area, low, high = metrics.auc_interval(labels, scores)
     _, lower, higher = metrics.auc_interval(labels, scores, level=0.99)
     assert 0 < lower < low < area < high < higher < 1
-    # Turned round, so is the interval.
+    # With negated scores the interval is reversed.
     turned = metrics.auc_interval(labels, -scores)
     assert turned == pytest.approx((1 - area, 1 - high, 1 - low), abs=1e-12)
 
 
 @pytest.mark.filterwarnings("error")
-def test_auc_interval_is_nan_where_the_rows_do_not_define_it():
+def test_auc_interval_is_nan_if_undefined():
     def case(labels, scores):
         return np.array(metrics.auc_interval(labels, scores))
 
@@ -272,14 +272,14 @@ def test_auc_difference_is_paired_delong():
         # 5 percent is where the interval touches 0.
         assert (p_value < 0.05) == (low > 0 or high < 0)
         assert p_value == pytest.approx(math.erfc(abs(difference) / error / math.sqrt(2)), rel=1e-6)
-        # Turned round, it is the same with the other sign.
+        # With the models exchanged, only the sign changes.
         turned = metrics.auc_difference(labels, b, a)
         assert turned == pytest.approx((-difference, -high, -low, p_value), abs=1e-12)
 
 
 def test_auc_difference_by_hand():
     # One model separates, the other is exactly wrong: every row differs by 1, without a spread.
-    # The prior alone remains, 4 / (6 * 5) for each class of 5 rows.
+    # Only the prior remains: 4 / (6 * 5) for each class of 5 rows.
     labels = np.repeat([1, 0], 5)
     difference, low, high, p_value = metrics.auc_difference(
         labels, np.arange(10)[::-1], np.arange(10)
@@ -317,7 +317,7 @@ def test_auc_difference_is_seldom_significant_without_a_difference(positives):
         assert np.mean(np.array(p_values) < 0.05) < 0.07, draw.__name__
 
 
-def test_auc_difference_is_found_where_there_is_one():
+def test_a_large_auc_difference_is_significant():
     generator = np.random.default_rng(0)
     labels = np.repeat([1, 0], [50, 1000])
     common = generator.normal(size=1050)
@@ -325,7 +325,7 @@ def test_auc_difference_is_found_where_there_is_one():
     difference, low, _, p_value = metrics.auc_difference(labels, strong, weak)
     assert low > 0.1
     assert p_value < 1e-6
-    # 0.69 and 0.86 in truth.
+    # The true AUCs are 0.69 and 0.86.
     assert difference == pytest.approx(0.165, abs=0.05)
 
 
@@ -335,7 +335,7 @@ def test_auc_difference_without_any_difference():
 
 
 @pytest.mark.filterwarnings("error")
-def test_auc_difference_is_nan_where_it_is_not_defined():
+def test_auc_difference_is_nan_if_undefined():
     nothing = metrics.auc_difference([0, 0], [0.1, 0.2], [0.2, 0.1])
     np.testing.assert_array_equal(nothing, [math.nan] * 4)
     one_positive = metrics.auc_difference([1, 0, 0], [0.9, 0.1, 0.2], [0.15, 0.1, 0.2])
@@ -631,7 +631,7 @@ def test_summary_is_strict_json_whatever_is_undefined(grade):
     assert found["cvr"]["auc"] is None
 
 
-def test_summary_names_the_task_at_fault():
+def test_summary_names_the_task_of_an_error():
     grade = np.array([0, 1, 2])
     good = {task: np.array([0.1, 0.2, 0.3]) for task in metrics.TASKS}
     for change, message in [

@@ -15,7 +15,7 @@ CONFIG = ModelConfig(
     embedding_dim=4, bottom_units=(8, 6), tower_units=(5,), experts=4, critics=3, dropout=0.0
 )
 PWISER = LossConfig()
-# Every architecture with every head that its paper leaves open.
+# Every architecture with every head that it supports.
 CASES = [(name, head) for name, model in MODELS.items() for head in model.conversion_heads]
 every_case = pytest.mark.parametrize(("name", "head"), CASES)
 RANDOM = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def _model(name, head=None, seed=0, loss=PWISER, schema=SCHEMA, **config):
 
 
 def _shaken_model(*args, **kwargs):
-    """As _model, but with no weight left at 0 or 1, where a mistake in its use would not show."""
+    """As _model, but without weights of 0 or 1, which would hide a mistake in their use."""
     model = _model(*args, **kwargs)
     for weight in model.weights:
         if weight.name.endswith(("mean:0", "beta:0", "bias:0")):
@@ -296,10 +296,10 @@ def test_the_loss_is_the_weighted_sum_of_the_tasks():
 
 
 @pytest.mark.parametrize("name", [n for n in MODELS if MODELS[n].auxiliary_weight is not None])
-def test_the_auxiliary_loss_counts_as_in_its_paper_beside_the_tasks(name):
+def test_the_auxiliary_loss_has_the_weight_of_its_paper(name):
     def loss(auxiliary_weight, weight=0.5):
         weights = LossConfig(name="bce", ctr_weight=weight, ctcvr_weight=weight)
-        # A bias that makes the calibrator speak.
+        # A bias that makes the calibrator positive.
         model = _model(name, loss=weights, auxiliary_weight=auxiliary_weight)
         model._heads["conversion"].weights[1].assign([1.0])
         value = model.compute_loss((FEATURES, GRADE), training=True)
@@ -328,7 +328,7 @@ GRADES_HALF_CLICKED = tf.constant([0, 1, 2, 0], tf.int64)
 
 
 def test_escm2s_inverse_propensity_risk_by_hand():
-    # With a propensity of 1/2 each of the two clicks stands for two rows.
+    # With a propensity of 1/2 each of the two clicks counts as two rows.
     logits = _columns(click=[0.0] * 4, conversion=[0.0] * 4)
     model = _model("escm2_ips")
     found = model.auxiliary_loss(logits, GRADES_HALF_CLICKED)
@@ -380,7 +380,7 @@ def test_escm2s_risk_is_that_of_a_loop_over_rows(name):
 
 
 @pytest.mark.parametrize(("task", "own"), [("ctr", "click"), ("ctcvr", "conversion")])
-def test_stems_task_teaches_its_own_embeddings_and_experts_alone(task, own):
+def test_a_task_of_stem_does_not_train_the_other_tower(task, own):
     weights = {"ctr_weight": 0.0, "ctcvr_weight": 0.0, f"{task}_weight": 1.0}
     model = _model("stem", "direct", loss=LossConfig(name="bce", **weights))
     with tf.GradientTape() as tape:
@@ -420,7 +420,7 @@ def test_models_start_at_the_training_splits_rates(name, head):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
-def test_one_seed_one_initialisation(name):
+def test_equal_seeds_give_equal_initialisation(name):
     first, same, other = (_model(name, seed=seed) for seed in (1, 1, 2))
     names = ("kernel", "embedding")
     kernels = [
@@ -452,7 +452,7 @@ def test_an_energy_is_there_for_jrc_and_changes_no_output(name, task):
     model = _model(name, loss=LossConfig(name="jrc", loss_tasks=(task,)))
     heads = model._critic_heads if name == "metaheac" else [model._heads[tower]]
     kernels = [layer._columns[1].kernel for layer in heads]
-    # One seed, one function, with and without the energy, and whatever that has learnt.
+    # A model with the same seed has the same outputs with and without energy, at any weights of it.
     for shift in (0.0, 1.0):
         for kernel in kernels:
             kernel.assign(kernel + shift)
@@ -487,7 +487,7 @@ def test_mixed_precision_trains_every_architecture(name):
     assert {tf.convert_to_tensor(gradient).dtype for gradient in _gradients(model)} == {tf.float32}
 
 
-def test_a_head_that_the_paper_does_not_leave_open_is_refused():
+def test_an_unsupported_head_is_refused():
     refused = [
         (name, head) for name in MODELS for head in CONVERSION_HEADS if (name, head) not in CASES
     ]
@@ -508,7 +508,7 @@ def test_unknown_head_is_refused():
 
 
 def test_an_auxiliary_weight_without_such_a_loss_is_refused():
-    with pytest.raises(ValueError, match="--model=mmoe has no extra loss"):
+    with pytest.raises(ValueError, match="--model=mmoe has no auxiliary loss"):
         _model("mmoe", auxiliary_weight=0.5)
 
 

@@ -1,4 +1,4 @@
-"""The package as a stranger finds it: one wheel, one command, names that are there when used."""
+"""The package as a new user gets it: one wheel, one command, lazily imported public names."""
 
 import ast
 import importlib.metadata
@@ -60,8 +60,7 @@ def test_each_command_shows_its_own_help(name, command):
 
 
 def test_every_import_is_declared():
-    """A package that lies in the environment by chance, pwiser_serving too, hides
-    a missing line."""
+    """An installed package that is not declared would hide a missing dependency."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     used = ("plots", "tune", "study", "bench")

@@ -66,7 +66,7 @@ def test_protobuf_reads_what_was_written(tmp_path):
 @pytest.mark.parametrize(
     ("categories", "numbers", "group"), [(0, 2, True), (3, 0, True), (3, 2, False), (1, 0, False)]
 )
-def test_what_is_absent_is_neither_written_nor_required(tmp_path, categories, numbers, group):
+def test_empty_arrays_are_not_written_or_required(tmp_path, categories, numbers, group):
     import tensorflow as tf
 
     categorical, numerical, grade, groups = _rows(4, categories, numbers)
@@ -111,7 +111,7 @@ def test_a_negative_group_is_refused():
         records.encode(categorical, numerical, grade, group)
 
 
-def test_read_names_file_and_record_of_every_damage(tmp_path):
+def test_read_reports_file_and_record_of_any_corruption(tmp_path):
     frames = records.encode(*_rows(3))
     whole, length = frames.tobytes(), frames.shape[1]
     assert len(list(records.read(_write(tmp_path / "whole", frames)))) == 3

@@ -12,7 +12,7 @@ from pwiser_tf import metrics, plots, report
 
 
 def sample(rows=3000, click_rate=0.1, conversion_rate=0.3, seed=0):
-    """Grades and predictions that know something about them."""
+    """Grades, and predictions that are correlated with them."""
     generator = np.random.default_rng(seed)
     ctr = click_rate * np.exp(generator.normal(scale=0.7, size=rows)).clip(0.1, 5)
     cvr = conversion_rate * np.exp(generator.normal(scale=0.7, size=rows)).clip(0.1, 3)
@@ -95,7 +95,7 @@ def test_table_columns_line_up_across_tasks():
 
 @pytest.mark.parametrize("name", ["m", "a name much longer than any table has room for"])
 def test_table_fits_100_columns(name):
-    # As wide as numbers come: the largest public data set, and predictions gone far astray.
+    # The widest numbers: the largest public data set, and very wrong predictions.
     wide = result(rows=84_000_000, positives=3_400_000, log_loss=34.5, pcoc=12345.678)
     text = report.table({name: dict.fromkeys(metrics.TASKS, wide)})
     assert max(map(len, text.splitlines())) <= 100
@@ -171,7 +171,7 @@ def test_score_panels_draw_a_tick_for_each_row_of_a_small_grade(drawn):
     conversions = int(np.sum(grade == 2))
     assert 0 < conversions < 30
     axes = draw(drawn, grade, predictions)[2]
-    assert legend(axes)[2] == f"conversion ({conversions}): a tick a row"
+    assert legend(axes)[2] == f"conversion ({conversions}): one tick per row"
     np.testing.assert_allclose(axes.lines[0].get_xdata(), predictions["ctcvr"][grade == 2])
 
 
@@ -182,7 +182,7 @@ def test_reliability_panels_draw_bins_and_intervals(drawn):
     points = axes.lines[1].get_xydata()
     np.testing.assert_allclose(points, np.stack([curve.predicted, curve.observed], axis=1))
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
-    # Every interval lies inside the axes, apart from what a logarithm cannot show.
+    # Every interval is inside the axes, except for values without a logarithm.
     assert axes.get_ylim()[1] >= curve.high.max()
     assert axes.get_xlim() == axes.get_ylim()
 
@@ -222,19 +222,19 @@ def assert_a_sheet_is_written(path, grade, scores):
 @pytest.mark.parametrize(
     "counts", [(0, 0, 0), (1, 0, 0), (12, 5, 3), (500, 40, 0), (0, 0, 50), (900, 50, 2)]
 )
-def test_odd_labels_still_give_a_sheet(tmp_path, counts):
+def test_unusual_labels_still_give_plots(tmp_path, counts):
     scores = np.random.default_rng(0).random(sum(counts))
     assert_a_sheet_is_written(tmp_path / "sheet.png", grades(*counts), scores)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("values", [[0.01], [0], [1], [0, 1], [0, 1e-38, 1e-9, 0.5, 1]])
-def test_odd_scores_still_give_a_sheet(tmp_path, values):
+def test_unusual_scores_still_give_plots(tmp_path, values):
     scores = np.random.default_rng(0).choice(values, 650)
     assert_a_sheet_is_written(tmp_path / "sheet.png", grades(500, 140, 10), scores)
 
 
-def test_undefined_metrics_are_named_so(drawn):
+def test_undefined_metrics_are_labelled_undefined(drawn):
     axes = draw(drawn, grades(50, 40, 0), dict.fromkeys(metrics.TASKS, np.linspace(0, 1, 90)))
     assert legend(axes[0])[1:] == ["CTCVR: AUC undefined", "CVR: AUC undefined"]
     assert axes[4].get_title() == "Reliability of CTCVR: PCOC undefined"
@@ -266,7 +266,7 @@ def test_comparison_draws_each_model_with_its_interval(drawn):
 # --- files -------------------------------------------------------------------------------------
 
 
-def test_plots_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_plots_are_written_atomically(tmp_path, monkeypatch):
     summaries = {"BCE": {task: result() for task in metrics.TASKS}}
     path = tmp_path / "comparison.png"
     plots.plot_comparison(path, summaries)
@@ -284,14 +284,14 @@ def test_plots_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_that_is_not_there_is_an_os_error(tmp_path):
+def test_a_missing_folder_is_an_os_error(tmp_path):
     summaries = {"BCE": {task: result() for task in metrics.TASKS}}
     with pytest.raises(FileNotFoundError, match="absent"):
         plots.plot_comparison(tmp_path / "absent" / "comparison.png", summaries)
 
 
 @pytest.mark.slow
-def test_plots_leave_matplotlib_and_tensorflow_alone(tmp_path):
+def test_plots_do_not_change_matplotlib_or_import_tensorflow(tmp_path):
     program = f"""
 import sys, matplotlib
 # Not "backend": to read that one is to choose it.
@@ -318,7 +318,7 @@ def test_difference_table_has_the_paired_test_of_each_task_against_the_first():
     }
     lines = report.difference_table(grade, predictions).split("\n")
     assert len(lines) == 1 + 3
-    assert "less that of a" in lines[0]
+    assert "minus that of a" in lines[0]
     clicked = grade >= 1
     rows = {"CTR": (clicked, slice(None)), "CTCVR": (grade == 2, slice(None))}
     rows["CVR"] = ((grade == 2)[clicked], clicked)
@@ -344,7 +344,7 @@ def test_a_difference_of_few_rows_has_no_interval():
         assert line.split(maxsplit=2) == ["CVR", "b", shown]
 
 
-def test_a_full_disk_names_the_sheet_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_full_disk_names_the_file_and_leaves_no_partial_file(tmp_path, monkeypatch):
     def fill(figure, path, **_):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

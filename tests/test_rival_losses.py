@@ -160,7 +160,7 @@ def test_the_two_oracles_agree():
     np.testing.assert_allclose(by_rows[1], gradient, rtol=1e-12, atol=1e-18)
 
 
-def test_groups_of_one_row_each_are_silent():
+def test_groups_of_one_row_have_no_loss():
     logits, grade, _ = random_case(seed=10)
     for name in GROUPWISE:
         loss, gradient = loss_and_gradient(name, logits, grade, np.arange(len(grade)))
@@ -185,7 +185,7 @@ def test_without_pairs_loss_and_gradient_are_zero(name, grade):
     np.testing.assert_array_equal(gradient, np.zeros(len(grade)))
 
 
-def test_a_term_without_pairs_leaves_the_other():
+def test_a_term_without_pairs_does_not_change_the_other():
     for lower_grade in (0, 1):
         loss = losses.pairwise_logistic(np.array([0.4, 0.4]), [lower_grade, 2]).numpy()
         assert loss == pytest.approx(math.log(2), rel=1e-12)
@@ -213,7 +213,7 @@ def test_extreme_logits_have_finite_gradients(name, dtype, scale):
     assert np.abs(gradient).max() > 0
 
 
-def test_far_pairs_cost_their_distance_or_next_to_nothing():
+def test_far_pairs_cost_their_distance_or_about_zero():
     logits = tf.constant([3e4, -3e4])
     assert float(losses.combined_pair(logits, [0, 1])) == pytest.approx(6e4, rel=1e-6)
     assert float(losses.combined_pair(logits, [1, 0])) == 0
@@ -247,8 +247,8 @@ def test_half_precision_logits(name, dtype, tolerance):
 
 
 @pytest.mark.parametrize("name", LOGISTIC)
-def test_a_loss_scale_saves_gradients_that_half_precision_cannot_hold(name):
-    # A row's share is 1e-8 of a slope of one half: below float16, 1024 times as much is not.
+def test_a_loss_scale_keeps_gradients_below_half_precision(name):
+    # A row's gradient is 1e-8 times 1/2: below float16, 1024 times as much is not.
     rows = 50_000
     logits = tf.zeros([rows], tf.float16)
     grade = np.repeat([0, 2], [rows - 10, 10])
@@ -279,7 +279,7 @@ def test_only_differences_of_logits_matter(name):
     shifted_loss, shifted_gradient = loss_and_gradient(name, logits + 3, grade, group)
     assert shifted_loss == pytest.approx(loss, rel=1e-12)
     np.testing.assert_allclose(shifted_gradient, gradient, rtol=1e-9, atol=1e-15)
-    # What lowers some rows raises the others by as much.
+    # The gradients of all rows sum to 0.
     assert abs(gradient.sum()) < 1e-14
 
 
@@ -289,7 +289,7 @@ def test_jrc_a_shift_of_a_groups_energies_changes_nothing():
     loss = losses.jrc(logits, energy, grade > 0, group).numpy()
     shifted = losses.jrc(logits, energy + 5 * (group == group[0]), grade > 0, group).numpy()
     assert shifted == pytest.approx(loss, rel=1e-12)
-    # Nor does one of a group's logits, as a softmax cancels it.
+    # A shift of a group's logits changes nothing either, because a softmax cancels it.
     shifted = losses.jrc(logits + 5 * (group == group[0]), energy, grade > 0, group).numpy()
     assert shifted == pytest.approx(loss, rel=1e-12)
 
@@ -410,12 +410,14 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_what_is_refused(function):
+def test_wrong_inputs_are_refused(function):
     with pytest.raises(TypeError, match="logits: found int32, expected a floating-point type"):
         function([0, 1, 1], [0, 1, 0])
     with pytest.raises(ValueError, match=r"logits: found shape \(3, 2\), expected \[batch\]"):
         function(np.zeros((3, 2)), [0, 1, 0])
-    with pytest.raises(ValueError, match=r"found shape \(1,\), expected \(3,\) as the scores"):
+    with pytest.raises(
+        ValueError, match=r"found shape \(1,\), expected \(3,\), the shape of the scores"
+    ):
         function(np.float32([0.1, 0.2, 0.3]), [1])
 
 
@@ -426,7 +428,7 @@ def test_an_unknown_label_is_refused(name, label):
         FUNCTIONS[name](np.float32([0.1, 0.2, 0.3]), [0, 1, label])
 
 
-def test_energy_and_group_must_be_as_many_as_logits():
+def test_energy_and_group_must_have_the_size_of_the_logits():
     logits = np.float32([0.1, 0.2])
     with pytest.raises(ValueError, match=r"energy: found shape \(1,\), expected \(2,\)"):
         losses.jrc(logits, np.float32([0.1]), [0, 1], [1, 1])
@@ -498,7 +500,7 @@ def test_focal_refuses_a_wrong_gamma(gamma):
 
 
 @pytest.mark.parametrize("reduction", ["auto", "none", "sum", "sum_over_batch_size"])
-def test_keras_losses_give_the_number_itself_and_survive_serialisation(reduction):
+def test_keras_losses_give_the_function_value_and_can_be_serialised(reduction):
     logits, grade, _ = random_case(seed=25)
     for make, y_true, expected in (
         (PairwiseLogisticLoss, grade, oracles.pairwise_logistic(logits, grade)[0]),

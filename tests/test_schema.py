@@ -55,7 +55,7 @@ def test_ids_of_strings():
 
 
 @pytest.mark.parametrize("dtype", ["int64", "string"])
-def test_an_empty_vocabulary_knows_nothing(dtype):
+def test_an_empty_vocabulary_gives_id_0(dtype):
     values = np.array([1, 2]) if dtype == "int64" else np.array(["a", None], object)
     np.testing.assert_array_equal(Categorical("x", dtype, ()).ids(values), [0, 0])
 
@@ -73,7 +73,7 @@ def test_a_constant_number_is_not_divided_by_zero():
     np.testing.assert_array_equal(feature.apply(np.array([3.0, 5.0])), [0, 2])
 
 
-def test_identity_changes_nothing_but_missing():
+def test_identity_changes_only_missing_values():
     feature = Numerical("ratio", "identity", mean=3.0, std=2.0, fill_value=0.5)
     np.testing.assert_array_equal(feature.apply(np.array([0.25, np.nan])), [0.25, 0.5])
 
@@ -101,7 +101,7 @@ def test_fingerprint_follows_what_a_model_depends_on():
         assert changed.fingerprint != made.fingerprint
 
 
-def test_a_missing_split_is_named_with_those_there_are():
+def test_a_missing_split_is_reported_with_the_existing_ones():
     with pytest.raises(DataError, match="no test split; it has: train"):
         _example().split("test")
 
@@ -123,7 +123,7 @@ def test_load_says_where_the_schema_is_missing(tmp_path):
         ("\x00\xff", "not a schema"),
     ],
 )
-def test_load_refuses_what_is_no_schema(tmp_path, text, message):
+def test_load_refuses_a_file_that_is_not_a_schema(tmp_path, text, message):
     (tmp_path / "schema.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         Schema.load(tmp_path)

@@ -37,7 +37,7 @@ def test_layout(sample):
         numbers = table[list(aliexpress.NUMERICAL)].to_numpy()
         assert numbers.min() == 0
         assert numbers.max() <= 1
-        # Zero-inflated, some columns heavily, some hardly.
+        # Columns have different shares of zeros, from few to many.
         zeros = (numbers == 0).mean(axis=0)
         assert zeros.min() < 0.15
         assert zeros.max() > 0.75
@@ -84,12 +84,12 @@ def test_categories_are_skewed_and_of_varied_sizes(sample):
         assert counts[0] > 1.8 * counts.mean()
 
 
-def test_accidents_have_nothing_to_do_with_utility_and_never_convert():
+def test_accidental_clicks_are_independent_of_utility_and_never_convert():
     truth = Truth.draw(seed=1, ctr=0.2, cvr=0.1, accidental_clicks=0.5, shape=SHAPE)
     rows = truth.sample(np.random.default_rng(0), np.arange(20_000))
     accidental, genuine = rows.accidental, rows.click & ~rows.accidental
     assert not (rows.conversion & accidental).any()
-    # Among rows without a genuine click, an accident is as likely at any utility.
+    # Among rows without a genuine click, an accidental click does not depend on the utility.
     others = ~genuine
     assert abs(metrics.auc(accidental[others], rows.click_utility[others]) - 0.5) < 0.02
     assert metrics.auc(genuine, rows.click_utility) > 0.65
@@ -108,7 +108,7 @@ def test_planted_probabilities_are_calibrated_and_the_best_there_is():
             assert abs(labels[part].mean() - expected) < 4.5 * deviation
 
 
-def test_more_accidents_make_clicks_harder_to_predict(tmp_path):
+def test_more_accidental_clicks_make_clicks_harder_to_predict(tmp_path):
     ceilings = []
     for share in (0.0, 0.4, 0.8):
         folder = tmp_path / str(share)
@@ -196,7 +196,7 @@ def test_aliccp_raw_layout(tmp_path):
             assert len(feature_list(row[-1])) == int(row[-2])
         own = [[feature[0] for feature in feature_list(row[-1])] for row in skeleton]
         shared = [[feature[0] for feature in feature_list(row[-1])] for row in common]
-        # What the real files have: repeats, absent fields, overridden ones, histories anywhere.
+        # As in the real files: repeated, missing and overridden fields, histories at any position.
         assert {names.count("210") for names in own} == {1, 2, 3}
         assert {names.count("508") for names in own} == {0, 1}
         assert any("121" in names for names in own)
@@ -262,7 +262,7 @@ def test_command(command, tmp_path):
         ("--rows=0", "--rows"),
     ],
 )
-def test_command_refuses_what_cannot_be(command, tmp_path, flag, message):
+def test_command_refuses_impossible_values(command, tmp_path, flag, message):
     done = command("sample", f"--output_dir={tmp_path / 'out'}", flag)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr

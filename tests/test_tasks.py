@@ -32,7 +32,7 @@ def test_plain_loss_is_bce_on_the_tasks_own_label():
     assert _loss("ctcvr") == pytest.approx(_bce(CONVERTED), rel=1e-6)
 
 
-def test_conversion_weight_counts_conversions_so_often():
+def test_conversion_weight_counts_conversions_that_many_times():
     weights = [1, 1, 1, 3, 1, 1]
     expected = _bce(CLICKED, weights)
     assert _loss("ctr", conversion_weight=3.0) == pytest.approx(expected, rel=1e-6)
@@ -65,7 +65,7 @@ def test_pwiser_as_the_paper_prints_it():
         config = LossConfig(normalization=normalization)
         return float(Task("ctr", config)({"grade": grade}, {"logits": LOGITS})) - _bce(grade > 0)
 
-    # Each sum has two conversions a lower-graded row.
+    # Each sum has two conversions per lower-graded row.
     assert term("pairs") > 0.01
     assert term("negatives") == pytest.approx(2 * term("pairs"), rel=1e-4)
 
@@ -80,14 +80,14 @@ def test_pwiser_as_the_paper_prints_it():
         ("listce", lambda positive: losses.listce(LOGITS, positive, GROUP)),
     ],
 )
-def test_a_rivals_term_is_added_with_its_weight(loss, term, task, positive):
+def test_the_term_of_another_loss_is_added_with_its_weight(loss, term, task, positive):
     value = float(term(positive))
     assert value > 0
     found = _loss(task, name=loss, ranking_weight=0.7)
     assert found == pytest.approx(_bce(positive) + 0.7 * value, rel=1e-6)
 
 
-def test_focal_takes_the_place_of_bce():
+def test_focal_replaces_bce():
     p = np.where(CLICKED, PROBABILITIES, 1 - PROBABILITIES)
     of_rows = -((1 - p) ** 1.5) * np.log(p)
     found = _loss("ctr", name="focal", focal_gamma=1.5)
@@ -117,8 +117,8 @@ def test_every_setting_changes_the_result(loss, field, value):
     )
 
 
-def test_all_settings_but_the_tasks_share_are_in_that_test():
-    # The share is the model's to apply, and tested there.
+def test_every_setting_except_task_weights_is_tested():
+    # The model applies the task weights; tests of models cover them.
     tested = test_every_setting_changes_the_result.pytestmark[0].args[1]
     fields = {field.name for field in dataclasses.fields(LossConfig)}
     elsewhere = {"ctr_weight", "ctcvr_weight", "normalization"}

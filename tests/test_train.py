@@ -10,7 +10,7 @@ import tensorflow as tf
 from pwiser_tf import runs
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import ClickConversionModel
-from pwiser_tf.training import Progress, _monitored, train
+from pwiser_tf.training import Progress, _monitored_value, train
 from tests.conftest import wait_for, write_dataset
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("unrendered")]
@@ -31,7 +31,7 @@ def _process(arguments):
     return subprocess.run([*TRAIN, *arguments], capture_output=True, text=True, check=False)
 
 
-def test_a_run_leaves_what_the_design_says(trained, settings):
+def test_a_run_writes_its_files(trained, settings):
     assert {path.name for path in trained.iterdir()} >= {
         "flags.json",
         "schema.json",
@@ -82,7 +82,7 @@ def test_tensorboard_has_losses_and_validation_metrics(dataset, settings, tmp_pa
     assert {"train/ctr_loss", "train/ctcvr_loss", "validation/ctr_auc"} <= tags
 
 
-def test_one_seed_one_result(trained, settings, tmp_path):
+def test_equal_seeds_give_equal_results(trained, settings, tmp_path):
     first = json.loads((trained / "metrics.json").read_text())
     assert train(settings, tmp_path / "again") == first
 
@@ -112,7 +112,7 @@ CHANGES = {
     "shuffle": "groups",
     "seed": 1,
 }
-# Flags that are read with other settings than those of the fixture: (those settings, a change).
+# Flags that only other models or losses read: (settings with these, a change).
 ELSEWHERE = {
     "experts": ({"model": "mmoe"}, 3),
     "critics": ({"model": "metaheac"}, 3),
@@ -142,13 +142,13 @@ def test_flags_of_other_models_and_losses_change_the_result(name, settings, tmp_
     assert runs[0]["epochs"][0]["train"] != runs[1]["epochs"][0]["train"]
 
 
-def test_every_setting_is_tried(settings):
+def test_every_setting_is_tested(settings):
     free = {"data_dir", "epochs", "patience"}
     assert {*CHANGES, *ELSEWHERE} | free == set(settings.values()) | free
 
 
 def test_patience_stops_the_run(settings, tmp_path):
-    """Without learning nothing gets better: the run ends so many epochs after the first."""
+    """Without learning no epoch is better: the run ends `patience` epochs after the first."""
     patient = settings.replace(learning_rate=0.0, epochs=9, patience=2, dropout=0.0)
     metrics = train(patient, tmp_path / "run")
     # Batch normalisation's statistics still move, so the best epoch may not be the first.
@@ -168,7 +168,7 @@ def test_a_data_set_smaller_than_a_batch_trains(tmp_path, settings, capsys):
         train(small.replace(batch_size=1), tmp_path / "one")
 
 
-def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
+def test_a_killed_run_ends_like_an_uninterrupted_run(settings, tmp_path):
     long = settings.replace(epochs=3, patience=9, batch_size=16, model="mmoe")
     whole = _process(_arguments(long, tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr
@@ -190,10 +190,10 @@ def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
         process.send_signal(signal.SIGKILL)
         output = process.communicate()[0].decode()
         assert process.returncode == -signal.SIGKILL, output
-        resumed += "going on at epoch" in output
+        resumed += "continuing at epoch" in output
     result = _process(arguments)
     assert result.returncode == 0, result.stderr
-    assert "going on at epoch" in result.stdout
+    assert "continuing at epoch" in result.stdout
     assert resumed == 1
     found = json.loads((tmp_path / "killed" / "metrics.json").read_text())
     assert found == expected
@@ -202,16 +202,16 @@ def test_killed_anywhere_it_ends_like_an_uninterrupted_run(settings, tmp_path):
 def test_a_finished_run_is_not_trained_again(trained, settings, capsys):
     before = (trained / "checkpoints" / "checkpoint").read_text()
     train(settings, trained)
-    assert "going on at epoch 3" in capsys.readouterr().out
+    assert "continuing at epoch 3" in capsys.readouterr().out
     assert (trained / "checkpoints" / "checkpoint").read_text() == before
 
 
 def test_two_processes_do_not_share_a_folder(trained, settings):
-    with runs.locked(trained), pytest.raises(DataError, match="another process is at work"):
+    with runs.locked(trained), pytest.raises(DataError, match="another process is using"):
         train(settings, trained)
 
 
-def test_divergence_is_told(settings, tmp_path):
+def test_divergence_is_reported(settings, tmp_path):
     told = "diverged: the loss is not finite at step 2 of epoch 1; lower --learning_rate"
     with pytest.raises(DataError, match=told):
         train(settings.replace(learning_rate=1e30), tmp_path / "run")
@@ -234,7 +234,7 @@ def test_a_run_that_diverges_later_ends_with_its_best_epoch(
     found = train(settings.replace(epochs=5), tmp_path / "run")
     error = capsys.readouterr().err
     assert "the loss is not finite at step 4 of epoch 2" in error
-    assert "of the finished epochs the best, 1, is the result" in error
+    assert "the result is epoch 1, the best finished epoch" in error
     assert len(found["epochs"]) == found["best_epoch"] == 1
     assert found["test"] == whole["test"]
 
@@ -253,10 +253,10 @@ def test_more_epochs_and_patience_extend_a_run(settings, tmp_path, capsys):
     long = settings.replace(epochs=3, patience=4)
     train(short, tmp_path / "run")
     extended = train(long, tmp_path / "run")
-    assert "going on at epoch 2, step 0" in capsys.readouterr().out
+    assert "continuing at epoch 2, step 0" in capsys.readouterr().out
     assert extended == train(long, tmp_path / "whole")
     assert runs.load(tmp_path / "run")[0].read() == long.read()
-    # A run cannot be cut short.
+    # A run cannot be shortened.
     with pytest.raises(DataError, match="the run in this folder has --epochs=3, not 1"):
         train(short, tmp_path / "run")
 
@@ -270,14 +270,14 @@ def test_patience_0_is_patience_1_as_in_keras(settings, tmp_path):
     assert len(histories[0]["epochs"]) > 1
 
 
-def test_a_damaged_state_is_refused(trained, settings, tmp_path):
+def test_a_corrupt_checkpoint_is_refused(trained, settings, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
     for file in (tmp_path / "run" / "checkpoints").glob("*.data*"):
-        # Within the optimiser's tensors, which a plain restore would not look at.
+        # In the optimiser's tensors, which a simple restore would not read.
         content = bytearray(file.read_bytes())
         content[len(content) // 2] ^= 1
         file.write_bytes(content)
-    with pytest.raises(DataError, match="damaged"):
+    with pytest.raises(DataError, match="corrupt checkpoint"):
         train(settings, tmp_path / "run")
 
 
@@ -306,9 +306,9 @@ def test_monitored_is_the_mean_auc_and_falls_back_to_log_loss():
     def values(auc, log_loss):
         return {"auc": auc, "log_loss": log_loss}
 
-    assert _monitored({"ctr": values(0.6, 1), "ctcvr": values(0.8, 1)}) == pytest.approx(0.7)
-    assert _monitored({"ctr": values(0.6, 1), "ctcvr": values(None, 1)}) == 0.6
-    assert _monitored({"ctr": values(None, 1), "ctcvr": values(None, 2)}) == -3
+    assert _monitored_value({"ctr": values(0.6, 1), "ctcvr": values(0.8, 1)}) == pytest.approx(0.7)
+    assert _monitored_value({"ctr": values(0.6, 1), "ctcvr": values(None, 1)}) == 0.6
+    assert _monitored_value({"ctr": values(None, 1), "ctcvr": values(None, 2)}) == -3
 
 
 def test_progress_survives_its_round_trip():
@@ -326,8 +326,8 @@ def test_progress_survives_its_round_trip():
         ("--model=mmmoe", "value should be one of <single_task|shared_bottom|omoe|mmoe|ple"),
         ("--batch_size=many", "flag --batch_size=many"),
         ("--loss_tasks=ctr,cvrr", "expected names out of ctr,ctcvr"),
-        ("--auxiliary_weight=0.5", "--model=shared_bottom has no extra loss"),
-        ("--model=esmm", "--conversion_head=direct: --model=esmm is defined with product alone"),
+        ("--auxiliary_weight=0.5", "--model=shared_bottom has no auxiliary loss"),
+        ("--model=esmm", "--conversion_head=direct: --model=esmm only supports product"),
         ("--loss=jrc", "--shuffle=rows: --loss=jrc compares the rows of a group"),
         ("--tower_units=64,x", "expected positive integers"),
         ("--learning_rate=nan", "--learning_rate=nan: expected a finite number"),

@@ -149,7 +149,7 @@ def test_the_flagfiles_header_says_where_it_comes_from(studied, base):
 def test_the_last_words_are_honest(studied, base):
     output = " ".join(studied[1].split())
     conversions = Schema.load(base.data_dir).split("validation").conversions
-    assert "AUC less that of bce [95% interval], paired DeLong test" in output
+    assert "AUC minus that of bce [95% interval], paired DeLong test" in output
     assert "its figures are too good" in output
     assert f"those of CTCVR rest on {conversions} conversions" in output
     assert "pwiser study" in output
@@ -173,7 +173,7 @@ def test_killed_anywhere_it_finds_the_same(studied, base, tmp_path):
         assert process.returncode == -signal.SIGKILL, output
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
-    assert "going on at epoch" in (folder / "train.log").read_text()
+    assert "continuing at epoch" in (folder / "train.log").read_text()
     for name in ("trials.csv", "best.flags", "best-bce.flags"):
         found = (folder / name).read_text().replace(str(folder), str(studied[0]))
         assert found == (studied[0] / name).read_text(), name
@@ -246,7 +246,7 @@ def test_a_file_that_is_no_study_is_refused(base, tmp_path):
 
 
 def test_two_processes_do_not_share_a_study(base, tmp_path):
-    with runs.locked(tmp_path), pytest.raises(DataError, match="another process is at work"):
+    with runs.locked(tmp_path), pytest.raises(DataError, match="another process is using"):
         tune.tune(base, tmp_path, TRIALS)
 
 

@@ -1,4 +1,4 @@
-"""A folder that was damaged or edited gives one DataError, whatever was done to it."""
+"""Any damage or edit of a run folder gives one DataError."""
 
 import json
 import shutil
@@ -37,26 +37,26 @@ def _edit(**values):
 
 DAMAGE = {
     "no best": (_remove("best"), "best: no model"),
-    "no best files": (_remove("best/epoch*"), "damaged"),
-    "cut weights": (_cut("best/*.data*", 100), "damaged"),
-    "cut index": (_cut("best/*.index", 100), "damaged"),
+    "no best files": (_remove("best/epoch*"), "corrupt checkpoint"),
+    "cut weights": (_cut("best/*.data*", 100), "corrupt checkpoint"),
+    "cut index": (_cut("best/*.index", 100), "corrupt checkpoint"),
     "empty list": (_cut("best/checkpoint", 0), "best: not written by"),
     "no flags": (_remove("flags.json"), "flags.json: no such file; --workdir must be a run"),
     "empty flags": (_cut("flags.json", 0), "flags.json: not JSON"),
-    "other size": (_edit(embedding_dim=9), "best/epoch-[12]: .*not of the model"),
-    "one more layer": (_edit(bottom_units=[8, 8]), "best/epoch-[12]: .*not of the model"),
+    "other size": (_edit(embedding_dim=9), "best/epoch-[12]: .*of another model"),
+    "one more layer": (_edit(bottom_units=[8, 8]), "best/epoch-[12]: .*of another model"),
     "wrong type": (_edit(embedding_dim="x"), "--embedding_dim=x: expected type int"),
     "number for a list": (_edit(tower_units=8), "--tower_units=8: expected type tuple"),
     "unknown model": (_edit(model="foo"), "--model=foo: expected one of"),
     "unknown head": (_edit(conversion_head="foo"), "--conversion_head=foo: expected one of"),
-    "unknown flag": (_edit(foo=1), "no option foo"),
+    "unknown flag": (_edit(foo=1), "unknown option foo"),
     "no schema": (_remove("schema.json"), "schema.json: no such file"),
     "no vocabulary": (_remove("vocabularies/*"), r"vocabularies/\d+.jsonl: no such file"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_damage_is_named(name, trained, tmp_path):
+def test_damage_is_reported(name, trained, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     runs.load_run(folder)
@@ -83,7 +83,7 @@ def test_checkpoints_without_their_flags_are_not_taken_for_another_run(trained, 
         runs.begin(tmp_path / "run", other, Schema.load(trained))
 
 
-def test_a_lock_is_let_go(tmp_path):
+def test_a_lock_is_released(tmp_path):
     with runs.locked(tmp_path), pytest.raises(DataError), runs.locked(tmp_path):
         pass
     with runs.locked(tmp_path):

@@ -1,1 +1,1 @@
-"""Command lines that make data sets: csv_to_tfrecord (from CSV) and make_sample (generated)."""
+"""Commands that make data sets: csv_to_tfrecord (from CSV) and make_sample (generated)."""

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Generated data to served scores, in less than a minute on two cores. Run by `make quickstart`;
-# everything lands in one folder. QUICKSTART_ROWS sets the number of generated rows.
+# From generated data to served scores in less than a minute on two cores. Run by `make quickstart`;
+# all output is in one folder. QUICKSTART_ROWS sets the number of generated rows.
 set -euo pipefail
 folder=${1:?usage: tools/quickstart.sh FOLDER}
 rows=${QUICKSTART_ROWS:-100000}
@@ -25,7 +25,7 @@ step "4. Export it as a SavedModel for TF Serving"
 say pwiser export --workdir="$folder/run" --export_dir="$folder/models" --model_name=quickstart
 
 step "5. Serve it, and score ten rows of the test file over gRPC"
-# Port 0: any free port, which the server's log names.
+# Port 0 means any free port; the server's log names it.
 pwiser serve --port=0 --model_name=quickstart \
     --model_base_path="$PWD/$folder/models/quickstart" >"$folder/server.log" 2>&1 &
 server=$!

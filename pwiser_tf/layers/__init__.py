@@ -1,4 +1,4 @@
-"""Layers: features to a vector, blocks, gates, heads."""
+"""Layers: feature encoder, MLP blocks, gates, heads."""
 
 from pwiser_tf.layers.blocks import MLP, Block, Head, l2
 from pwiser_tf.layers.features import Encoder, RawFeatures

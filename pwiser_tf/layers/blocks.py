@@ -1,4 +1,4 @@
-"""The blocks of an MLP, and the head at its end. Shapes: B rows in a batch."""
+"""The blocks of an MLP, and the head of a tower. Shapes: B rows in a batch."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,13 @@ _BATCH_NORM_EPSILON = 1e-5
 class Block(keras.layers.Layer):
     """Dense, batch normalisation, ReLU, dropout: MTReclib's block, with fewer passes over memory.
 
-    The matrix product is the library's; all that follows it is one fused function forward and
-    one backward (in training compiled by XLA), with a dropout mask of one random byte a unit.
-    benchmarks/training.py has the comparison with PyTorch. The mask depends on (salt, count)
-    alone, both variables: a run that resumes from a checkpoint draws the masks that it would have
-    drawn without the interruption.
+    TensorFlow computes the matrix product. In training everything after it is one fused function
+    forward and one backward, compiled by XLA; the dropout mask has one random byte per unit.
+    benchmarks/training.py compares it with PyTorch. The mask depends only on the variables (salt,
+    count), so a run that resumes from a checkpoint gets the same masks as without interruption.
 
-    With `mixed_precision`, training multiplies and passes on bfloat16 (as Keras's mixed_bfloat16
-    does); weights, statistics and inference stay float32.
+    With `mixed_precision`, training uses bfloat16 products and outputs, like Keras's
+    mixed_bfloat16. Weights, statistics and inference stay float32.
 
     Call: float [B, inputs] to float [B, units].
     """
@@ -32,7 +31,7 @@ class Block(keras.layers.Layer):
         mixed_precision: bool = False,
         **kwargs,
     ):
-        # Without autocast: Keras would widen what the block before passes on.
+        # Without autocast, as Keras would cast bfloat16 outputs of the previous block to float32.
         super().__init__(autocast=False, **kwargs)
         self._units = units
         # The mask compares a byte with a threshold: the rate is rounded to a multiple of 1/256.
@@ -43,7 +42,7 @@ class Block(keras.layers.Layer):
         self._training_dtype = tf.bfloat16 if mixed_precision else tf.float32
 
     def build(self, input_shape):
-        # Batch normalisation takes any constant away again: the product needs no bias.
+        # No bias, because batch normalisation would subtract it again.
         self.kernel = self.add_weight(
             "kernel",
             [input_shape[-1], self._units],
@@ -81,7 +80,7 @@ class Block(keras.layers.Layer):
         return y
 
     def _random_bytes(self, rows: tf.Tensor) -> tf.Tensor:
-        """One random byte a unit, uint8 [rows, units]; none are drawn without dropout."""
+        """One random byte per unit, uint8 [rows, units]; [rows, 0] without dropout."""
         if not self._threshold:
             return tf.zeros([rows, 0], tf.uint8)
         seed = self.salt_and_count.read_value()
@@ -94,7 +93,7 @@ class Block(keras.layers.Layer):
 
 
 class MLP(keras.layers.Layer):
-    """Blocks in a row. Call: float [B, inputs] to float [B, units[-1]]."""
+    """A sequence of blocks. Call: float [B, inputs] to float [B, units[-1]]."""
 
     def __init__(
         self,
@@ -114,10 +113,10 @@ class MLP(keras.layers.Layer):
 
 
 class Head(keras.layers.Layer):
-    """The end of a tower: its logit and, where asked for, an energy beside it (see JRC).
+    """The end of a tower: its logit and, if `energy`, a second output for the loss JRC.
 
-    The energy starts at 0 and draws no random number, so that with it or without it a model of
-    one seed starts as the same function.
+    The energy starts at 0 and uses no random number, so with and without it a model with the same
+    seed starts as the same function.
 
     Call: float [B, units] to float32 [B, 1], or [B, 2] with the energy in the second column.
     """
@@ -142,14 +141,14 @@ class Head(keras.layers.Layer):
 
 
 def l2(weight_decay: float) -> keras.regularizers.Regularizer | None:
-    """L2 whose gradient is weight_decay * weight: what PyTorch's Adam calls weight decay."""
+    """L2 with the gradient weight_decay * weight, as the weight decay of PyTorch's Adam."""
     return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
 
 
 def _normalize_relu_dropout(x, gamma, beta, mask_bytes, threshold: int):
     """Batch normalisation, ReLU and dropout of x [B, units]; also the batch's mean and variance.
 
-    The backward pass recomputes what it needs from x, instead of reading it from memory.
+    The backward pass recomputes intermediate values from x instead of reading them from memory.
     """
 
     @tf.custom_gradient
@@ -164,8 +163,8 @@ def _normalize_relu_dropout(x, gamma, beta, mask_bytes, threshold: int):
     return apply(x, gamma, beta)
 
 
-def _keep(values, mask_bytes, threshold):
-    """Dropout: values where the mask's byte reaches the threshold, scaled so the mean stays."""
+def _dropout(values, mask_bytes, threshold):
+    """Keeps values where the byte reaches the threshold, scaled so that the mean is the same."""
     if not threshold:
         return values
     kept = tf.cast(mask_bytes >= threshold, values.dtype)
@@ -179,7 +178,7 @@ def _forward(x, gamma, beta, mask_bytes, threshold):
     mean = tf.reduce_mean(x, axis=0)
     variance = tf.reduce_mean(tf.square(x - mean), axis=0)
     scale = gamma * tf.math.rsqrt(variance + _BATCH_NORM_EPSILON)
-    y = _keep(tf.nn.relu((x - mean) * scale + beta), mask_bytes, threshold)
+    y = _dropout(tf.nn.relu((x - mean) * scale + beta), mask_bytes, threshold)
     return tf.cast(y, dtype), mean, variance
 
 
@@ -189,7 +188,7 @@ def _backward(x, gamma, beta, mask_bytes, threshold, mean, variance, dy):
     dtype, x, dy = x.dtype, tf.cast(x, tf.float32), tf.cast(dy, tf.float32)
     inverse = tf.math.rsqrt(variance + _BATCH_NORM_EPSILON)
     normalized = (x - mean) * inverse
-    dz = _keep(dy, mask_bytes, threshold)
+    dz = _dropout(dy, mask_bytes, threshold)
     dz = tf.where(normalized * gamma + beta > 0, dz, 0.0)
     dbeta = tf.reduce_sum(dz, axis=0)
     dgamma = tf.reduce_sum(dz * normalized, axis=0)

@@ -1,4 +1,4 @@
-"""Raw values to features, and features to one vector.
+"""Layers from raw values to features, and from features to one vector.
 
 Shapes: B rows in a batch, C categorical and N numerical features, D = embedding_dim.
 """
@@ -12,10 +12,10 @@ from pwiser_tf.schema import OUT_OF_VOCABULARY, Schema
 
 
 class RawFeatures(tf.Module):
-    """Raw values, one tensor a column, to the features a model is called with, as a graph.
+    """A graph from raw values, one tensor per column, to the input features of a model.
 
-    It states `Categorical.ids` and `Numerical.apply` of the schema again, for the served model;
-    values that need a fill leave it as NaN, and `Encoder` fills them.
+    For the served model it implements the rules of `Categorical.ids` and `Numerical.apply` of the
+    schema. Missing numbers stay NaN here; `Encoder` replaces them.
     """
 
     def __init__(self, schema: Schema):
@@ -55,12 +55,12 @@ class RawFeatures(tf.Module):
 
 
 class Encoder(keras.layers.Layer):
-    """Features to one vector: an embedding a category, and all numericals as one more field.
+    """Features to one vector: an embedding per categorical feature, and one for all numericals.
 
-    The fields are those of MTReclib: C embeddings of size D from one table with an offset a
-    feature, and one linear map of the N numericals to size D. Ids outside a feature's vocabulary
-    become id 0 here, and numericals that are not finite the feature's fill value, so that no
-    input, served or read from a file, can address a row that is not its own.
+    The fields are those of MTReclib: C embeddings of size D from one table, in which each feature
+    has an offset, and one linear map of the N numericals to size D. Ids outside a feature's
+    vocabulary become id 0, so no input, served or from a file, can read the embedding of another
+    feature. Numericals that are not finite become the feature's fill value.
 
     Call: features {"categorical": int64 [B, C], "numerical": float32 [B, N]} to float32
     [B, (C + 1) * D] ([B, C * D] without numericals).
@@ -70,7 +70,7 @@ class Encoder(keras.layers.Layer):
         super().__init__(**kwargs)
         self._sizes = np.array([feature.size for feature in schema.categorical], np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(self._sizes)[:-1]]).astype(np.int64)
-        # The transform leaves NaN as NaN: fill with what the fill value is transformed to.
+        # The transformed fill value, because missing values are replaced after the transform.
         self._fill = np.array(
             [feature.apply(np.array([np.nan]))[0] for feature in schema.numerical], np.float32
         )

@@ -22,7 +22,7 @@ class Gate(keras.layers.Layer):
     def call(
         self, inputs: tf.Tensor, experts: list[tf.Tensor], training: bool = False
     ) -> tf.Tensor:
-        # Compiled, the stack of all experts is never written to memory.
+        # The compiled function does not write the stack of all experts to memory.
         mix = _compiled_mix if training else _mix
         return mix(self._weights(inputs), experts)
 

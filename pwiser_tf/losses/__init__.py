@@ -1,15 +1,15 @@
-"""The losses: PWiseR and those that it is compared with, functions of tensors.
+"""The losses: PWiseR and the losses that it is compared with, as functions of tensors.
 
-    pwiser              squared hinges of a batch's conversions over all other rows
-    pairwise_logistic   RankNet, on PWiseR's own pairs
-    combined_pair       RankNet, on the pairs of one binary label          (arXiv 2403.14144)
+    pwiser              squared hinges between conversions and other rows  (arXiv 2406.02163)
+    pairwise_logistic   RankNet on the pairs of PWiseR
+    combined_pair       RankNet on the pairs of one binary label           (arXiv 2403.14144)
     jrc                 softmax among the rows of one group, per class     (arXiv 2208.06164)
     listce              softmax cross-entropy of a group's probabilities   (arXiv 2211.01494)
     focal               cross-entropy with less weight on easy rows        (arXiv 1708.02002)
 
-All but focal are terms to be added to binary cross-entropy (BCE) with a weight. Where a paper mixes
-alpha * BCE + (1 - alpha) * term, that is the same up to scale as BCE + (1 - alpha) / alpha * term.
-`tasks.LOSSES` says how training calls each.
+All except focal are terms that are added to binary cross-entropy (BCE) with a weight. If a paper
+has alpha * BCE + (1 - alpha) * term, this is the same up to scale as
+BCE + (1 - alpha) / alpha * term. `tasks.LOSSES` defines how training calls each loss.
 """
 
 from pwiser_tf.losses.listwise import jrc, listce

@@ -1,4 +1,4 @@
-"""Losses of the rows of one group against each other: JRC and ListCE."""
+"""Losses that compare the rows of one group: JRC and ListCE."""
 
 import tensorflow as tf
 
@@ -13,31 +13,32 @@ def jrc(logits: tf.Tensor, energy: tf.Tensor, labels: tf.Tensor, group: tf.Tenso
 
         mean over rows i of  -log( exp(f_y(i)) / sum_{j in g} exp(f_y(j)) )
 
-    All rows of the group stand in the denominator, those of the same label too, and negatives
-    compete among themselves through f0 as positives do through f1: so the paper's equation has
-    it. The mean over rows is what Alibaba's EasyRec computes; the mixture in the paper is alpha *
-    BCE + (1 - alpha) * this. A group ("context") is a session there; of which rows a batch holds
-    the paper says nothing: a row that is alone in the batch costs 0, so keep groups together.
+    As in the paper's equation, the denominator has all rows of the group, including those with the
+    same label. So negatives compete with each other through f0, and positives through f1. The mean
+    over rows is what Alibaba's EasyRec computes. The loss in the paper is alpha * BCE +
+    (1 - alpha) * this term. A group ("context") in the paper is a session. The paper does not say
+    which rows are in a batch. If a batch has only one row of a group, that row costs 0, so keep
+    groups together.
 
-    Time O(n), by segments; log-sum-exp about each group's maximum, in float64.
+    Time O(n), with segment operations. Log-sum-exp subtracts each group's maximum, in float64.
 
     Args:
       logits: float [batch] or [batch, 1], any float type.
-      energy: the same, of the logits' type.
+      energy: of the same shape and type as the logits.
       labels: bool, integer or float [batch] or [batch, 1] in {0, 1}. Another value is an error on
         CPU (InvalidArgumentError).
       group: integer [batch] or [batch, 1], any values.
 
     Returns:
-      The loss, a scalar of the logits' type; 0 for an empty batch, NaN where a logit or an energy
-      is not finite.
+      The loss, a scalar of the logits' type; 0 for an empty batch, NaN if a logit or an energy is
+      not finite.
 
     Raises:
       TypeError: logits or energies that are not floating point.
       ValueError: other shapes.
     """
     logits = inputs.scores(logits, "logits")
-    energy = inputs.scores(inputs.beside(energy, "energy", logits), "energy")
+    energy = inputs.scores(inputs.one_per_score(energy, "energy", logits), "energy")
     y = inputs.labels(labels, logits)
     index, groups = inputs.groups(group, logits)
     f0 = tf.cast(energy, tf.float64)
@@ -54,13 +55,13 @@ def listce(logits: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
 
         -1/C sum_i y_i log( p_i / sum_j p_j )
 
-    Softmax cross-entropy, with log p in the place of the logits: its minimum is where p is
-    proportional to y, which BCE's minimum is too. Groups without a positive have no loss. The
-    mean is over the groups with a positive: that is our choice (the paper's text could not be had).
-    The paper mixes (1 - alpha) * BCE + alpha * this.
+    This is softmax cross-entropy with log p instead of the logits. At its minimum p is proportional
+    to y, which is also true at the minimum of BCE. Groups without a positive have no loss. The mean
+    is over the groups with a positive; this is our choice, because the text of the paper was not
+    available. The loss in the paper is (1 - alpha) * BCE + alpha * this term.
 
-    Time O(n), by segments; log p and log-sum-exp never leave log space, in float64. Rows that are
-    alone in the batch cost 0, so keep groups together.
+    Time O(n), with segment operations; log p and log-sum-exp are computed in log space, in float64.
+    If a batch has only one row of a group, that row costs 0, so keep groups together.
 
     Args:
       logits: float [batch] or [batch, 1], any float type.
@@ -69,7 +70,7 @@ def listce(logits: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
       group: integer [batch] or [batch, 1], any values.
 
     Returns:
-      The loss, a scalar of the logits' type; 0 without positives, NaN where a logit is not finite.
+      The loss, a scalar of the logits' type; 0 without positives, NaN if a logit is not finite.
 
     Raises:
       TypeError: logits that are not floating point.
@@ -79,7 +80,7 @@ def listce(logits: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
     y = inputs.labels(labels, logits)
     index, groups = inputs.groups(group, logits)
     share = _log_share(tf.math.log_sigmoid(tf.cast(logits, tf.float64)), index, groups)
-    positives = tf.math.unsorted_segment_sum(y, index, groups)  # [groups]: each one's C
+    positives = tf.math.unsorted_segment_sum(y, index, groups)  # C of each group, [groups]
     cost = tf.math.divide_no_nan(tf.math.unsorted_segment_sum(-y * share, index, groups), positives)
     counted = tf.math.count_nonzero(positives, dtype=tf.float64)
     loss = tf.math.divide_no_nan(tf.reduce_sum(cost), counted)
@@ -87,8 +88,8 @@ def listce(logits: tf.Tensor, labels: tf.Tensor, group: tf.Tensor) -> tf.Tensor:
 
 
 def _log_share(values: tf.Tensor, index: tf.Tensor, groups: tf.Tensor) -> tf.Tensor:
-    """Log-softmax of each value, float [batch], among those of its own group."""
-    # About a constant: it cancels in the result, and so in the gradient.
+    """Log-softmax of each value, float [batch], over the values of its group."""
+    # The subtracted maximum cancels in the result, and so in the gradient.
     highest = tf.stop_gradient(tf.math.unsorted_segment_max(values, index, groups))
     values -= tf.gather(highest, index)
     total = tf.math.unsorted_segment_sum(tf.exp(values), index, groups)

@@ -1,4 +1,4 @@
-"""RankNet, on the pairs of PWiseR and on those of one label."""
+"""RankNet on the pairs of PWiseR, and on the pairs of one label."""
 
 import tensorflow as tf
 import tf_keras as keras
@@ -6,22 +6,22 @@ import tf_keras as keras
 from pwiser_tf.losses import inputs
 from pwiser_tf.losses.pairwise import PairLoss
 
-# Upper rows whose pairs with all others are in memory at a time.
+# The number of upper rows that are compared with all rows at a time; it limits the memory.
 _PAIR_BLOCK = 8
 
 
 def pairwise_logistic(logits: tf.Tensor, grade: tf.Tensor) -> tf.Tensor:
-    """RankNet (Burges et al. 2005; BPR is the same) on PWiseR's own pairs, every one of the batch.
+    """RankNet (Burges et al. 2005; BPR is the same) on all pairs of PWiseR in the batch.
 
         1/(N1 M) sum_{i: grade 1} sum_{j: grade 2} log(1 + exp(-(s_j - s_i)))
       + 1/(N0 M) sum_{k: grade 0} sum_{j: grade 2} log(1 + exp(-(s_j - s_k)))
 
-    RankNet takes any pairs; these are those of PWiseR, so that only the shape of the loss differs.
-    It has no margins: a pair pushes on, however far apart it is, with sigmoid(-(s_j - s_i)).
+    RankNet works on any pairs. These are the pairs of PWiseR, so that only the shape of the loss
+    differs. It has no margins: the gradient of a pair, sigmoid(-(s_j - s_i)), is never 0.
 
-    Unlike a squared hinge this sum has no prefix sums: the pairs are computed one by one, some
-    conversions against all rows at a time, in time O(n M) and memory O(n). Sums are float64. For
-    what else holds (terms without pairs, values that are not finite, second derivatives) see
+    Unlike for a squared hinge, prefix sums cannot replace the pairs. All pairs are computed, a
+    block of conversions against all rows at a time, in time O(n M) and memory O(n). Sums are
+    float64. Terms without pairs, values that are not finite and second derivatives are as in
     `pwiser`.
 
     Args:
@@ -45,10 +45,9 @@ def combined_pair(logits: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
 
         1/(P N) sum_{i: label 1} sum_{j: label 0} log(1 + exp(-(s_i - s_j)))
 
-    It is RankNet between the positives P and the negatives N of the label that BCE learns, mean
-    over pairs (as in the authors' code). The paper mixes alpha * BCE + (1 - alpha) * this.
-
-    Computed as `pairwise_logistic` is, in time O(N P).
+    It is RankNet between the P positives and the N negatives of the label that BCE learns, as a
+    mean over pairs (as in the authors' code). The loss in the paper is alpha * BCE + (1 - alpha) *
+    this term. It is computed like `pairwise_logistic`, in time O(N P).
 
     Args:
       logits: float [batch] or [batch, 1], any float type.
@@ -91,7 +90,7 @@ class CombinedPairLoss(PairLoss):
 
 
 def _logistic_of_classes(logits: tf.Tensor, classes: tf.Tensor, size: int) -> tf.Tensor:
-    """`_logistic` of every class below the last against it, each class's pairs with mean weight 1.
+    """The sum over the lower classes of the mean of `_logistic` over the pairs with the last class.
 
     Args:
       logits: float [batch]. classes: int32 [batch] in 0..size - 1.
@@ -111,11 +110,11 @@ def _logistic(logits: tf.Tensor, weight: tf.Tensor, upper: tf.Tensor) -> tf.Tens
     @tf.custom_gradient
     def loss_of(logits):
         half = logits.dtype in (tf.float16, tf.bfloat16)
-        # No tape sees what is inside: the gradient is known, and XLA could not keep a tape's notes.
+        # Hidden from gradient tapes: the gradient is given below, and XLA cannot record one here.
         x = tf.stop_gradient(tf.cast(logits, tf.float32) if half else logits)
         above = tf.gather_nd(x, upper_rows)
         count = tf.size(above)
-        # XLA compiles for one size of each input: only the batch's may matter, not M.
+        # XLA compiles for fixed input sizes, so pad to a size that does not depend on M.
         above = tf.pad(above, [[0, tf.size(x) - count + _PAIR_BLOCK]])
         sums, slope, upper_slope = _logistic_blocks(x, weight, above, count)
 
@@ -123,8 +122,7 @@ def _logistic(logits: tf.Tensor, weight: tf.Tensor, upper: tf.Tensor) -> tf.Tens
             total = tf.tensor_scatter_nd_sub(slope, upper_rows, upper_slope[:count])
             # Multiplied before the cast: half precision needs its loss scale applied first.
             total = tf.cast(tf.cast(upstream, tf.float64) * total, logits.dtype)
-            # A second derivative would be wrong, or none at all: tied to the logits again, to
-            # have it refused.
+            # A second derivative would be wrong or missing. With `0 * logits` it is refused.
             return tf.raw_ops.PreventGradient(
                 input=total + 0 * logits, message="pairwise losses have no second derivatives"
             )
@@ -142,12 +140,12 @@ def _logistic_blocks(x, weight, above, count):
     Elementwise float32 (for float32 logits), summed in float64.
 
     Args:
-      x: float [batch]. weight: float64 [batch]. above: float [batch + _PAIR_BLOCK], the upper
-      rows' logits, then anything finite. count: M, an int32 scalar.
+      x: float [batch]. weight: float64 [batch]. above: float [batch + _PAIR_BLOCK], the logits of
+      the M upper rows, then any finite numbers. count: M, an int32 scalar.
 
     Returns:
-      The loss, float64; dloss/dx without the upper rows' own part, float64 [batch]; minus
-      dloss/dabove, float64 [batch + _PAIR_BLOCK], of which the first M count.
+      The loss, float64; dloss/dx with `above` as constants, float64 [batch]; -dloss/dabove,
+      float64 [batch + _PAIR_BLOCK], of which only the first M are valid.
     """
 
     def add_block(start, losses, slopes, upper_slopes):

@@ -1,4 +1,4 @@
-"""AITM: what the click tower knows is transferred to the conversion tower (Xi et al., KDD 2021)."""
+"""AITM: the click tower transfers information to the conversion tower (Xi et al., KDD 2021)."""
 
 import math
 
@@ -12,7 +12,7 @@ from pwiser_tf.models.base import CLICK, CONVERSION, TOWERS, ClickConversionMode
 class AITM(ClickConversionModel):
     """Adaptive information transfer along the sequence exposure, click, conversion.
 
-    With q_t the output of tower t's own bottom MLP on the shared features, k its size:
+    q_t is the output of the bottom MLP of tower t on the shared features, and k its size:
 
         click        z_1 = q_1
         transfer     p = g(z_1)
@@ -20,14 +20,14 @@ class AITM(ClickConversionModel):
                      w = softmax over u of <K(u), Q(u)> / sqrt(k)
         tower t      sigmoid(MLP_t(z_t))
 
-    g is a block, V, K and Q linear maps. The calibrator punishes what cannot be, a conversion
-    likelier than its click:
+    g is a block; V, K and Q are linear maps. The calibrator penalizes an impossible prediction, a
+    conversion that is more likely than its click:
 
         L = sum over t of L_t + 0.6 * mean over rows of max(p_conversion - p_click, 0)
 
-    (a mean as in the paper; the authors' code sums over the batch, whose weight then depends on
-    its size). Both towers predict over all exposures, which the calibrator presumes: so there is
-    the direct head only.
+    (a mean as in the paper; the authors' code has a sum over the batch, whose weight depends on the
+    batch size). The calibrator assumes that both towers predict over all exposures, so only the
+    direct head is supported.
     """
 
     conversion_heads = ("direct",)
@@ -54,7 +54,7 @@ class AITM(ClickConversionModel):
 
 
 class _InformationTransfer(keras.layers.Layer):
-    """Attention over what is transferred and what is the task's own.
+    """Attention over the transferred vector and the tower's own vector.
 
     Call: float [B, 2, units] to float32 [B, units].
     """

@@ -1,11 +1,11 @@
-"""What all architectures share: the two towers, the two heads, the tasks, and the outputs.
+"""Shared by all architectures: the two towers and their heads, the tasks, and the outputs.
 
-An architecture is a subclass that says how the inputs of the two towers are made. The first tower
-is read as the probability of a click. The second is read in one of two ways (`conversion_head`):
+An architecture is a subclass that computes the inputs of the two towers. The output of the first
+tower is the probability of a click. The output of the second has two versions (`conversion_head`):
 
     direct   its sigmoid q is P(click and conversion | exposure), learnt over all exposures;
              served as ctcvr = min(q, ctr), cvr = ctcvr / ctr        (PWiseR's paper, MTReclib)
-    product  its sigmoid is P(conversion | click), and ctcvr = ctr * cvr is what is learnt  (ESMM)
+    product  its sigmoid is P(conversion | click); it is learnt through ctcvr = ctr * cvr    (ESMM)
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from pwiser_tf.tasks import LOSSES, TASKS, LossConfig, Task
 
 CLICK, CONVERSION = TOWERS = ("click", "conversion")
 CONVERSION_HEADS = ("direct", "product")
-# The tower whose output a task reads first.
+# The tower of each task. With the product head, CTCVR also uses the click tower.
 TOWER_OF_TASK = {"ctr": CLICK, "ctcvr": CONVERSION}
 
 
@@ -36,36 +36,40 @@ class ModelConfig:
     """The architecture and its sizes; the defaults are MTReclib's.
 
     Raises:
-      DataError: values that the architecture cannot have.
+      DataError: values that the architecture does not support.
     """
 
     name: str = option("mmoe", "The architecture.", flag="model", choices=MODELS)
     conversion_head: str | None = option(
         None,
-        "What the second tower learns: direct, P(click and conversion | exposure); product, "
-        "P(conversion | click), learnt through ctcvr = ctr * cvr. Default: what the architecture's "
-        "paper has (product for esmm and escm2, otherwise direct).",
+        "What the second tower learns. direct: P(click and conversion | exposure); product: "
+        "P(conversion | click), learnt through ctcvr = ctr * cvr. Default: as in the paper of the "
+        "architecture (product for esmm and escm2, otherwise direct).",
         choices=CONVERSION_HEADS,
     )
-    embedding_dim: int = option(128, "Size of an embedding.", low=1)
-    bottom_units: tuple[int, ...] = option((512, 256), "MLP sizes of a bottom or expert.", low=1)
-    tower_units: tuple[int, ...] = option((128, 64), "MLP sizes of a tower.", low=1)
+    embedding_dim: int = option(128, "The size of an embedding.", low=1)
+    bottom_units: tuple[int, ...] = option(
+        (512, 256), "Layer sizes of a bottom MLP or an expert.", low=1
+    )
+    tower_units: tuple[int, ...] = option((128, 64), "Layer sizes of a tower.", low=1)
     experts: int = option(
-        8, "Experts for each tower; in ple and stem, half of them are shared.", low=1
+        8, "The number of experts for each tower; in ple and stem half of them are shared.", low=1
     )
     critics: int = option(5, "The number of critics of metaheac.", low=1)
-    dropout: float = option(0.2, "Dropout rate.", low=0.0, high=0.99)
-    weight_decay: float = option(1e-6, "L2 on embeddings and dense kernels.", low=0.0)
+    dropout: float = option(0.2, "The dropout rate.", low=0.0, high=0.99)
+    weight_decay: float = option(
+        1e-6, "L2 regularization of embeddings and dense kernels.", low=0.0
+    )
     auxiliary_weight: float | None = option(
         None,
-        "Weight of the extra loss of an architecture, in units of the mean weight of its tasks: "
-        "the calibrator of aitm (default 0.6, as in the paper), the risk of CVR of escm2 (0.5).",
+        "The weight of an architecture's auxiliary loss, relative to the mean weight of the tasks: "
+        "the calibrator of aitm (default 0.6, as in the paper), the CVR risk of escm2 (0.5).",
         low=0.0,
     )
     mixed_precision: bool = option(
         False,
-        "Train with bfloat16 matrix products: faster where the processor has them (AMX, "
-        "AVX512-BF16, GPU). The exported model is float32 in any case.",
+        "Train with bfloat16 matrix products, which are faster on processors that support them "
+        "(AMX, AVX512-BF16, GPU). The exported model is always float32.",
     )
 
     def __post_init__(self):
@@ -81,17 +85,18 @@ class ModelConfig:
 class ClickConversionModel(tfrs.Model):
     """Base of the architectures. Called with features (see data.batches), it gives probabilities.
 
-    A subclass builds its layers in __init__ and defines `tower_inputs`, or else `tower_logits`.
-    What it may state besides, as class attributes:
+    A subclass builds its layers in __init__ and defines `tower_inputs`, or `tower_logits` instead.
+    It may also set these class attributes:
 
-      conversion_heads: the heads that its paper leaves open; the first is the default.
-      auxiliary_weight: None, or the weight in its paper of a term of its own, `auxiliary_loss`.
-      towers: the towers that `tower_inputs` feeds.
-      options: the fields of ModelConfig that it reads and some others do not.
+      conversion_heads: the heads that its paper allows; the first is the default.
+      auxiliary_weight: the default weight of its `auxiliary_loss`, or None if it has none.
+      towers: the towers that get an input from `tower_inputs`.
+      options: the fields of ModelConfig that it reads and some other architectures do not.
 
     Args:
-      schema: the data set's; config: the sizes.
-      loss: how the tasks are learnt; needed to train, not to predict.
+      schema: the schema of the data set.
+      config: the sizes.
+      loss: the losses of the tasks; needed for training, not for prediction.
     """
 
     conversion_heads: tuple[str, ...] = CONVERSION_HEADS
@@ -124,27 +129,27 @@ class ClickConversionModel(tfrs.Model):
 
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
-        """Raises DataError for a config that the architecture cannot have."""
+        """Raises DataError for a config that the architecture does not support."""
         if config.conversion_head not in cls.conversion_heads:
             raise DataError(
-                f"--conversion_head={config.conversion_head}: --model={config.name} is defined "
-                f"with {' or '.join(cls.conversion_heads)} alone"
+                f"--conversion_head={config.conversion_head}: --model={config.name} only "
+                f"supports {' or '.join(cls.conversion_heads)}"
             )
         if config.auxiliary_weight and cls.auxiliary_weight is None:
             raise DataError(
                 f"--auxiliary_weight={config.auxiliary_weight}: --model={config.name} has no "
-                "extra loss beside those of the tasks"
+                "auxiliary loss"
             )
 
     def tower_inputs(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
-        """Features to {tower: float32 [B, units]}, for all of `towers`."""
+        """Features to {tower: float32 [B, units]}, for each of `towers`."""
         raise NotImplementedError
 
     def tower_logits(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
-        """Features to {tower: float32 [B, width]}, for both TOWERS and what else there is.
+        """Features to {tower: float32 [B, width]}, for both TOWERS and any additional towers.
 
-        Column 0 is the logit. The second column, where a task of the tower is learnt by JRC, is
-        the energy: class logits (f0, f1) are (energy, energy + logit). It shapes the loss alone.
+        Column 0 is the logit. If a task of the tower has the loss JRC, column 1 is the energy: the
+        class logits (f0, f1) are (energy, energy + logit). The energy is used only by the loss.
         """
         inputs = self.tower_inputs(features, training)
         return {
@@ -153,7 +158,7 @@ class ClickConversionModel(tfrs.Model):
         }
 
     def auxiliary_loss(self, logits: dict[str, tf.Tensor], grade: tf.Tensor) -> tf.Tensor:
-        """What `tower_logits` gave, and grades [B], to the architecture's own term, a scalar."""
+        """The outputs of `tower_logits` and grades [B] to the auxiliary loss, a scalar."""
         raise NotImplementedError
 
     def call(self, features: dict[str, tf.Tensor], training: bool = False) -> dict[str, tf.Tensor]:
@@ -164,13 +169,13 @@ class ClickConversionModel(tfrs.Model):
         if self._config.conversion_head == "product":
             cvr = tf.sigmoid(conversion)
         else:
-            # min(q, ctr) / ctr, which stays defined where ctr underflows.
+            # min(q, ctr) / ctr in log space, which is also defined if ctr underflows.
             log_ratio = tf.math.log_sigmoid(conversion) - tf.math.log_sigmoid(click)
             cvr = tf.exp(tf.minimum(log_ratio, 0.0))
         return {"ctr": ctr, "cvr": cvr, "ctcvr": ctr * cvr}
 
     def train_step(self, inputs) -> dict[str, tf.Tensor]:
-        """A step of tfrs.Model, with the losses' means over the epoch instead of the batch's."""
+        """A step of tfrs.Model that returns the mean losses of the epoch, not of the batch."""
         of_batch = super().train_step(inputs)
         for name in ("loss", "regularization_loss", "total_loss"):
             self._means[name].update_state(of_batch[name])
@@ -179,9 +184,10 @@ class ClickConversionModel(tfrs.Model):
     def compute_loss(self, inputs, training: bool = False) -> tf.Tensor:
         """The loss of a batch (features, grade), a scalar.
 
-        It is the sum over the tasks of weight * loss, and of the auxiliary loss, if there is one.
-        In the papers that have one every task counts once beside it. So it is scaled by the mean
-        of the tasks' weights: with the usual halves, all is half of the paper's sum.
+        It is the sum of weight * loss over the tasks, plus the auxiliary loss, if there is one. In
+        the papers with an auxiliary loss every task has weight 1. So the auxiliary loss is scaled
+        by the mean weight of the tasks: with the default weights of 0.5 the sum is half of the
+        paper's.
         """
         features, grade = inputs
         logits = self.tower_logits(features, training)
@@ -202,7 +208,7 @@ class ClickConversionModel(tfrs.Model):
         return tf.add_n(terms)
 
     def _task_predictions(self, logits: dict[str, tf.Tensor]) -> dict[str, dict[str, tf.Tensor]]:
-        """What each task's loss is computed on: {task: {"logits": [B], "energy": [B]}}."""
+        """The inputs of each task's loss: {task: {"logits": [B], "energy": [B]}}."""
         click, conversion = (logits[tower][:, 0] for tower in TOWERS)
         if self._config.conversion_head == "product":
             conversion = _logit_of_product(click, conversion)
@@ -220,14 +226,14 @@ class ClickConversionModel(tfrs.Model):
         return MLP(units, config.dropout, config.weight_decay, config.mixed_precision)
 
     def _head(self, tower: str) -> Head:
-        # Models start at the base rates: calibrated from the first step, instead of spending
-        # hundreds of steps on walking there from 1/2.
+        # The bias starts at the base rate, so the model is calibrated from the first step. From 1/2
+        # it would need hundreds of steps to get there.
         bias = log_odds(self._rates[tower]) if tower in self._rates else 0.0
         return Head(bias, self._config.weight_decay, energy=tower in self._energies)
 
 
 def _base_rates(schema: Schema, conversion_head: str) -> dict[str, tuple[int, int]]:
-    """What each tower learns first: tower to (positives, rows) of the training split."""
+    """The base rate of each tower's label in the training split: {tower: (positives, rows)}."""
     if "train" not in schema.splits:
         return dict.fromkeys(TOWERS, (0, 0))
     split = schema.splits["train"]
@@ -238,14 +244,14 @@ def _base_rates(schema: Schema, conversion_head: str) -> dict[str, tuple[int, in
 def log_odds(rate: tuple[int, int]) -> float:
     """The logit of a rate given as (positives, rows)."""
     positives, rows = rate
-    # Half a row each way keeps a split without positives, or without negatives, finite.
+    # The half rows keep the result finite without positives or without negatives.
     return math.log((positives + 0.5) / (rows - positives + 0.5))
 
 
 def _logit_of_product(a: tf.Tensor, b: tf.Tensor) -> tf.Tensor:
-    """The logit of sigmoid(a) * sigmoid(b), without leaving log space.
+    """The logit of sigmoid(a) * sigmoid(b), computed in log space.
 
-    1 - pq = (1 - p) + p (1 - q): a sum, which keeps its digits and gradients where pq is nearly 1.
+    1 - pq = (1 - p) + p (1 - q): this sum keeps precision and gradients if pq is close to 1.
     """
     log_p, log_q = tf.math.log_sigmoid(a), tf.math.log_sigmoid(b)
     log_rest = tf.reduce_logsumexp([tf.math.log_sigmoid(-a), log_p + tf.math.log_sigmoid(-b)], 0)

@@ -1,26 +1,26 @@
 """ESCM2: ESMM with a counterfactual risk of CVR (Wang et al., SIGIR 2022, arXiv 2204.05125).
 
-For an exposure with click o, conversion r, propensity p = ctr and CVR error d, the cross-entropy
-of r and the predicted cvr, ESMM's loss is joined by an estimate of what d would be on average
-if all exposures had been clicked:
+An exposure has a click o, a conversion r, a propensity p = ctr, and a CVR error d: the
+cross-entropy of r and the predicted cvr. ESCM2 adds a term to ESMM's loss: an estimate of the mean
+of d if all exposures had been clicked.
 
     IPS   mean of o d / p
-    DR    mean of e + o (d - e) / p,  plus the imputation's own  mean of o (d - e)^2 / p
+    DR    mean of e + o (d - e) / p,  plus the loss of the imputation, mean of o (d - e)^2 / p
 
-where e is the error that a third tower, the imputation, predicts. The estimates are unbiased where
-p is right, DR's also where e is. All means are over all exposures of the batch. DR's
-gradients reach the CVR tower and the imputation through both of its terms, and shared embeddings
-from everywhere; none goes through the propensity.
+e is the error that a third tower, the imputation, predicts. The estimates are unbiased if p is
+correct; DR's also if e is correct. All means are over all exposures of the batch. DR's gradients
+reach the CVR tower and the imputation through both terms, and the shared embeddings through all
+terms. No gradient goes through the propensity.
 
-Where the paper leaves a choice, or its text could not be read:
+Choices where the paper leaves them open, or where its text was not available:
 
-- The weight. The total is CTR + lambda_c * (the above) + lambda_g * CTCVR. `auxiliary_weight` is
-  lambda_c; its default, 0.5, is that of PaddleRec's implementation. lambda_g is ctcvr_weight /
+- The weight. The total is CTR + lambda_c * (the term above) + lambda_g * CTCVR. `auxiliary_weight`
+  is lambda_c; its default, 0.5, is that of PaddleRec's implementation. lambda_g is ctcvr_weight /
   ctr_weight, by default 1.
-- The clipping. Small propensities blow a few rows up. Here p counts as no less than a tenth of
-  the training split's click rate, so that no row weighs more than ten times what it would where
-  p is constant. (PaddleRec clips DR's 1 / p at 15, whatever the rate.)
-- The imputation ends in a softplus, as an error is above 0 and unbounded. (PaddleRec's is a
+- Clipping. Small propensities give a few rows very large weights. Here p is at least a tenth of
+  the training split's click rate, so no row has more than ten times the weight that it would have
+  with a constant p. (PaddleRec clips DR's 1 / p at 15, whatever the rate.)
+- The imputation ends in a softplus, because an error is positive and unbounded. (PaddleRec's is a
   probability.)
 - The towers have ESMM's structure: a shared embedding. (PaddleRec's have experts and gates.)
 """
@@ -37,7 +37,7 @@ _SMALLEST_SHARE = 0.1
 
 
 class ESCM2IPS(ESMM):
-    """ESMM and the risk of CVR by inverse propensity scores."""
+    """ESMM with the CVR risk estimated by inverse propensity scores."""
 
     auxiliary_weight = 0.5
     options = ("auxiliary_weight",)
@@ -58,7 +58,7 @@ class ESCM2IPS(ESMM):
 
 
 class ESCM2DR(ESCM2IPS):
-    """ESMM and the risk of CVR by the doubly robust estimator, with an imputation tower."""
+    """ESMM with the CVR risk of the doubly robust estimator, with an imputation tower."""
 
     towers = (*TOWERS, IMPUTATION)
 

@@ -6,13 +6,14 @@ from pwiser_tf.models.base import ClickConversionModel
 
 
 class ESMM(ClickConversionModel):
-    """The towers share the embeddings alone; each has an MLP of its own, bottom and tower.
+    """The towers share only the embeddings; each has its own bottom MLP and tower.
 
-        ctcvr = ctr * cvr,  learnt as such over all exposures, and so is ctr
+        ctcvr = ctr * cvr
 
-    so that CVR is learnt from clicks and yet where it will be used, on all exposures. Hence the
-    product head only. The paper shares the embedding table and no layer above; for the other
-    reading, a whole bottom shared, take `--model=shared_bottom --conversion_head=product`.
+    ctr and ctcvr are learnt over all exposures. So cvr is learnt for all exposures, where it is
+    used, and not only for clicks. Only the product head is supported. The paper shares the
+    embedding table and no layer above it. For a shared bottom MLP use
+    `--model=shared_bottom --conversion_head=product`.
     """
 
     conversion_heads = ("product",)

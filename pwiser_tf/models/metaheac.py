@@ -8,23 +8,23 @@ from pwiser_tf.models.base import TOWERS, ClickConversionModel, log_odds
 
 
 class MetaHeac(ClickConversionModel):
-    """Experts and critics belong to no task; gates, told which task it is, mix both.
+    """All tasks share the experts and critics; gates that get the task as input mix them.
 
-    With t the task's embedding and m the mean of the row's field embeddings:
+    t is the embedding of the task and m the mean of the row's field embeddings:
 
         z_t = sum over experts e of softmax(W [t, m])_e f_e(x)
         p_t = sum over critics c of softmax(V [t, m])_c sigmoid(h_c(z_t) + b_t)
 
-    W and V are shared by the tasks: what tells them apart is t (and b_t). The weights of the
-    critics sum to 1, so that p_t can be any probability; MTReclib's version takes a mean over
-    critics on top, and cannot exceed 1 / critics.
+    The tasks share W and V; only t and b_t differ between tasks. The weights of the critics sum to
+    1, so p_t can be any probability. MTReclib's version also takes a mean over the critics, and so
+    cannot exceed 1 / critics.
 
-    Ours: the bias b_t, which lets each task start at its own base rate; gates without a hidden
-    layer, as MTReclib's (the authors' code has one); a critic is an MLP of `tower_units`.
+    Our choices: the bias b_t, with which each task starts at its base rate; gates without a hidden
+    layer, as in MTReclib (the authors' code has one); a critic is an MLP of `tower_units`.
 
-    Left out: the meta-learning of the paper's title, MAML over campaigns with support and query
-    sets, and the fine-tuning to a new campaign. It prepares the network for tasks that it has not
-    seen. Here both tasks are known, with all their data, and none follows.
+    Left out: the meta-learning of the paper's title (MAML over campaigns with support and query
+    sets) and the fine-tuning to a new campaign. It prepares the network for unseen tasks. Here
+    both tasks and all their data are known.
     """
 
     towers = ()
@@ -35,7 +35,7 @@ class MetaHeac(ClickConversionModel):
         self._shared_encoder = self._encoder()
         self._experts = [self._mlp(config.bottom_units) for _ in range(config.experts)]
         self._critics = [self._mlp(config.tower_units) for _ in range(config.critics)]
-        # All critics have an energy if one task is learnt by JRC.
+        # All critics have an energy if a task has the loss JRC.
         self._critic_heads = [
             Head(0.0, config.weight_decay, energy=bool(self._energies))
             for _ in range(config.critics)
@@ -62,9 +62,9 @@ class MetaHeac(ClickConversionModel):
         fields = tf.reshape(x, [tf.shape(x)[0], -1, self._config.embedding_dim])
         mean_field = tf.reduce_mean(fields, axis=1)  # [B, D]
         experts = [expert(x, training) for expert in self._experts]  # E times [B, units]
-        return {tower: self._criticise(tower, mean_field, experts, training) for tower in TOWERS}
+        return {tower: self._mixed_logit(tower, mean_field, experts, training) for tower in TOWERS}
 
-    def _criticise(self, tower, mean_field, experts, training) -> tf.Tensor:
+    def _mixed_logit(self, tower, mean_field, experts, training) -> tf.Tensor:
         """The tower's logit, [B, 1], or [B, 2] with the energy."""
         task = tf.repeat(self._task_embeddings[tower], tf.shape(mean_field)[0], axis=0)  # [B, D]
         gate_input = tf.concat([task, mean_field], axis=1)  # [B, 2 D]
@@ -77,7 +77,7 @@ class MetaHeac(ClickConversionModel):
             ],
             axis=1,
         )
-        # The logit of the mixed probability, log p - log(1 - p), without leaving log space.
+        # The logit of the mixed probability, log p - log(1 - p), computed in log space.
         logits = columns[:, :, 0] + self._biases[tower]  # [B, critics]
         log_p = tf.reduce_logsumexp(log_weights + tf.math.log_sigmoid(logits), axis=1)
         log_not_p = tf.reduce_logsumexp(log_weights + tf.math.log_sigmoid(-logits), axis=1)

@@ -1,4 +1,4 @@
-"""MMoE: experts shared by the towers, a gate a tower (Ma et al., KDD 2018)."""
+"""MMoE: experts shared by the towers, one gate per tower (Ma et al., KDD 2018)."""
 
 import tensorflow as tf
 
@@ -7,7 +7,7 @@ from pwiser_tf.models.base import TOWERS, ClickConversionModel
 
 
 class MMoE(ClickConversionModel):
-    """Each tower sees its own softmax mixture of all experts; gates read the encoded features."""
+    """Each tower gets its own softmax mixture of all experts; gates read the encoded features."""
 
     options = ("experts",)
 

@@ -7,7 +7,7 @@ from pwiser_tf.models.base import TOWERS, ClickConversionModel
 
 
 class OMoE(ClickConversionModel):
-    """Both towers see the same softmax mixture of all experts (Jacobs et al., 1991)."""
+    """Both towers get the same softmax mixture of all experts (Jacobs et al., 1991)."""
 
     options = ("experts",)
 

@@ -1,4 +1,4 @@
-"""PLE: levels of shared experts and experts of each tower's own (Tang et al., RecSys 2020)."""
+"""PLE: levels of shared experts and experts of single towers (Tang et al., RecSys 2020)."""
 
 import tensorflow as tf
 
@@ -11,19 +11,19 @@ BRANCHES = (*TOWERS, SHARED)
 
 
 class PLE(ClickConversionModel):
-    """Progressive layered extraction: one CGC level an entry of `bottom_units`.
+    """Progressive layered extraction: one CGC level per entry of `bottom_units`.
 
-    A branch is a tower's or the shared one. At level l, with S_b the experts of branch b, each
-    one block of the level's size on that branch's output of the level below:
+    There is a branch for each tower and a shared branch. At each level, S_b are the experts of
+    branch b. An expert is one block; its input is the branch's output of the level below.
 
         tower k  g_k = softmax(W_k x_k) mixes S_k and S_shared        customized gate control
         shared   g_shared = softmax(W_shared x_shared) mixes all experts of all branches
 
-    At level 0 every branch has the encoded features. The last level's towers need no shared
-    output, so there it is not made.
+    The input of the first level is the encoded features. The last level has no shared output,
+    because nothing would use it.
 
-    `experts` counts what a tower's gate sees: half are shared, half the tower's own. MTReclib's 4
-    and 4, and its two levels of one layer each, are the defaults.
+    `experts` is the number of experts that the gate of a tower mixes: half are shared, half are the
+    tower's own. The defaults are those of MTReclib: 4 and 4, and two levels of one layer each.
     """
 
     options = ("experts",)
@@ -67,10 +67,10 @@ class PLE(ClickConversionModel):
 
 
 def half_of(experts: int) -> int:
-    """Half of the experts that a gate sees; DataError where there is none."""
+    """Half of the experts of a gate; DataError if their number is odd or less than 2."""
     if experts < 2 or experts % 2:
         raise DataError(
             f"--experts={experts}: expected an even number of at least 2: half are shared, half "
-            "each tower's own"
+            "belong to each tower"
         )
     return experts // 2

@@ -1,4 +1,4 @@
-"""Single task: two networks that share nothing, trained side by side (Covington et al., 2016)."""
+"""Single task: two networks that share nothing, trained together (Covington et al., 2016)."""
 
 import tensorflow as tf
 

@@ -1,4 +1,4 @@
-"""STEM-Net: shared embeddings and embeddings of each tower's own (Su et al., AAAI 2024)."""
+"""STEM-Net: shared embeddings and embeddings of single towers (Su et al., AAAI 2024)."""
 
 import tensorflow as tf
 
@@ -8,19 +8,19 @@ from pwiser_tf.models.ple import BRANCHES, SHARED, half_of
 
 
 class STEM(ClickConversionModel):
-    """All forward, task-specific backward.
+    """All experts in the forward pass, only the task's own and shared experts in the backward pass.
 
-    Each branch, a tower's or the shared one, has its own embedding table x_b and its own experts
-    on it. A tower mixes the experts of all branches, also of the other tower, but does not teach
-    the latter:
+    There is a branch for each tower and a shared branch. Each branch has its own embedding table,
+    with the output x_b, and its own experts S_b. A tower mixes the experts of all branches,
+    including those of the other tower, but does not train the latter:
 
         g_k = softmax(W_k (x_k + x_shared)) mixes S_k, S_shared and stop_gradient(S_other)
 
-    so that a tower's embeddings learn what its own task prefers and nothing else.
+    So the embeddings of a tower learn only from its own task.
 
-    As PLE's, `experts` are half shared and half each tower's own (a gate sees the other tower's
-    too: 12 for 8). The authors tune both numbers; their gates have hidden layers, ours are
-    linear like those of our other mixtures. One level, as in their experiments.
+    As in PLE, half of `experts` are shared and half belong to each tower (a gate also mixes those
+    of the other tower: 12 for 8). The authors tune both numbers. Their gates have hidden layers;
+    ours are linear, as in our other models. There is one level, as in their experiments.
     """
 
     options = ("experts",)

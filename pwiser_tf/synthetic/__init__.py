@@ -1,1 +1,1 @@
-"""Generated logs with a planted truth, in the layouts of real data. No TensorFlow is imported."""
+"""Generated logs with a planted truth, in the layouts of real data, without TensorFlow."""

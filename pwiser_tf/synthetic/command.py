@@ -1,8 +1,8 @@
-"""Generated exposure logs with a planted truth (truth.py), in the layouts of real data.
+"""Generates exposure logs with a planted truth (truth.py), in the layouts of real data.
 
     pwiser sample --output_dir=sample --rows=200000 --accidental_clicks=0.3
 
-The AUC of the planted probabilities, printed at the end, is what no model can exceed but by luck.
+At the end it prints the AUC of the planted probabilities. A model can exceed it only by chance.
 """
 
 import pathlib
@@ -30,11 +30,11 @@ def make_sample(
     test_fraction: float = 0.2,
     layout: str = "processed",
 ) -> dict[str, float]:
-    """Writes a sample into a folder; train holds the first searches, test the last.
+    """Writes a sample into a folder; train has the first searches, test the last.
 
     Args:
-      rows: of train and test together.
-      ctr, cvr, accidental_clicks: as `Truth.draw`.
+      rows: the number of exposures, train and test together.
+      ctr, cvr, accidental_clicks: as in `Truth.draw`.
       layout: one of LAYOUTS.
 
     Returns:
@@ -73,19 +73,26 @@ def make_sample(
 
 
 def define_flags() -> None:
-    """Defines the flags of this command line."""
-    flags.DEFINE_string("output_dir", None, "The folder to make.")
-    flags.DEFINE_integer("rows", 200_000, "Exposures, of train and test together.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Of the truth and of the rows.", lower_bound=0)
+    """Defines the flags of this command."""
+    flags.DEFINE_string("output_dir", None, "The folder to create.")
+    flags.DEFINE_integer(
+        "rows", 200_000, "The number of exposures, train and test together.", lower_bound=1
+    )
+    flags.DEFINE_integer("seed", 0, "The seed of the truth and of the rows.", lower_bound=0)
     flags.DEFINE_float("accidental_clicks", 0.3, "The share of clicks that are accidental.")
     flags.DEFINE_float("ctr", 0.04, "Clicks per exposure.")
     flags.DEFINE_float("cvr", 0.07, "Conversions per click.")
-    flags.DEFINE_float("test_fraction", 0.2, "The share of rows in test, the last searches.")
-    flags.DEFINE_enum("layout", "processed", list(LAYOUTS), "AliExpress's, or Ali-CCP's.")
+    flags.DEFINE_float("test_fraction", 0.2, "The share of rows in test (the last searches).")
+    flags.DEFINE_enum(
+        "layout",
+        "processed",
+        list(LAYOUTS),
+        "The layout of the files: AliExpress (processed, raw) or Ali-CCP.",
+    )
 
 
 def main() -> None:
-    """Generates as the flags say and prints the rates and the ceiling of the AUC."""
+    """Generates a sample and prints its rates and the AUC of the planted probabilities."""
     values = flags.FLAGS
     if not values.output_dir:
         raise DataError("--output_dir is needed; --help shows all flags")
@@ -96,7 +103,9 @@ def main() -> None:
         if not 0 < values[name].value < 1:
             raise DataError(f"--{name}: found {values[name].value}, expected between 0 and 1")
     if values.cvr >= 1 - values.accidental_clicks:
-        raise DataError("--cvr must be below 1 - --accidental_clicks: accidents never convert")
+        raise DataError(
+            "--cvr must be below 1 - --accidental_clicks, as an accidental click never converts"
+        )
     with output.whole_folder(values.output_dir, overwrite=False) as folder:
         made = make_sample(
             folder,

@@ -1,6 +1,6 @@
-"""The layouts in which generated exposure logs are written. See `Layout`.
+"""The file layouts of generated exposure logs; each is a class that implements `Layout`.
 
-A layout is one class here; its columns are those of the module that reads the format.
+The columns are those of the module of `convert` that reads the format.
 """
 
 import pathlib
@@ -17,19 +17,19 @@ from pwiser_tf.synthetic.truth import Rows, Shape
 
 _COUNTRY = "XX"
 _ITEM_FIELDS = (*aliccp.ITEM_FIELDS, *aliccp.CROSS_FIELDS, *aliccp.CONTEXT_FIELDS)
-# The ids of a field are its offset and those above.
+# The ids of a field are its offset plus a category.
 _OFFSET = {field: 1_000_000 * (i + 1) for i, field in enumerate(aliccp.CATEGORIES)}
 _OFFSET |= {field: 100_000_000 * (i + 1) for i, field in enumerate(aliccp.HISTORIES)}
 
 
 class Layout(Protocol):
-    """How rows become files."""
+    """Defines the files and tables of a layout."""
 
     shape: Shape
     has_header: bool
 
     def path(self, folder: pathlib.Path, split: str, name: str) -> pathlib.Path:
-        """The file of the table of that name."""
+        """The file of the table with this name."""
 
     def tables(self, rows: Rows) -> dict[str, pyarrow.Table]:
         """The tables of some rows, by name."""
@@ -85,11 +85,11 @@ class AliExpressRaw(_AliExpress):
 
 
 class _AliCcp:
-    """What both layouts of Ali-CCP share: ids, what is missing, and the odd rows of the real data.
+    """Shared by both layouts of Ali-CCP: ids, missing values and irregular rows.
 
-    The ids of different fields differ, as in the real data. A user whose 124 or 126 is the first
-    category has none; a cross field whose value is 0 is absent. One row in 500 without a click has
-    a conversion.
+    As in the real data, different fields have different ids. The first category of the user fields
+    124 and 126 counts as missing, and so does a cross field with the value 0. One in 500 rows
+    without a click has a conversion.
     """
 
     shape = Shape(
@@ -100,7 +100,7 @@ class _AliCcp:
     )
 
     def _user_ids(self, rows: Rows) -> dict[str, np.ndarray]:
-        """Ids of the searches' users, [S] a field; 0 where missing."""
+        """Ids of the users of the searches, [S] for each field; 0 if missing."""
         ids = {}
         for field, category in zip(aliccp.USER_FIELDS, rows.user_categories.T, strict=True):
             missing = (category == 0) & (field in ("124", "126"))
@@ -108,7 +108,7 @@ class _AliCcp:
         return ids
 
     def _item_ids(self, rows: Rows) -> dict[str, np.ndarray]:
-        """Ids of the shown items, [n] a field; 0 where missing."""
+        """Ids of the shown items, [n] for each field; 0 if missing."""
         categories = zip(_ITEM_FIELDS, rows.item_categories.T, strict=True)
         ids = {field: _OFFSET[field] + category for field, category in categories}
         for field, value in zip(aliccp.CROSS_FIELDS, rows.item_numbers.T, strict=True):
@@ -120,7 +120,7 @@ class _AliCcp:
         return rows.click.astype(int), (rows.conversion | odd).astype(int)
 
     def _histories(self, rows: Rows) -> Iterator[dict[str, list[tuple[int, float]]]]:
-        """For each search, the ids and values of its user's histories; one at least in each."""
+        """For each search, the (id, value) pairs of the user's histories, at least one in each."""
         for search_id in rows.search_id.tolist():
             yield {
                 field: [
@@ -132,7 +132,7 @@ class _AliCcp:
 
 
 class AliCcpProcessed(_AliCcp):
-    """ali_ccp_train.csv, ali_ccp_test.csv, with the header of 33 columns; 0 where missing."""
+    """ali_ccp_train.csv, ali_ccp_test.csv, with a header of 33 columns; 0 if missing."""
 
     has_header = True
 
@@ -144,7 +144,7 @@ class AliCcpProcessed(_AliCcp):
         columns = {"click": click, "purchase": conversion}
         columns |= {field: ids[rows.search] for field, ids in self._user_ids(rows).items()}
         columns |= self._item_ids(rows)
-        # These files have one id, and one value, of each history.
+        # These files have one id and one value of each history.
         first = [{f: h[0] for f, h in histories.items()} for histories in self._histories(rows)]
         for position, prefix in enumerate(("", "D")):
             for field in aliccp.HISTORIES:
@@ -167,13 +167,13 @@ class AliCcpRaw(_AliCcp):
         return folder / f"{name}_{split}.csv"
 
     def tables(self, rows):
-        # Multiplied by an odd number: other ids for other searches, without an order.
+        # Multiplied by an odd number, so that ids are unique and not in order.
         common_ids = np.array(
             [f"{x:016x}" for x in rows.search_id.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)]
         )
         user = self._user_ids(rows)
         histories = ["\x01".join(map(self._history, h.items())) for h in self._histories(rows)]
-        # Some have the histories first, as the real files have no order of fields.
+        # Half of them have the histories first, as fields have no fixed order in the real files.
         before = np.arange(len(rows.search_id)) % 2 == 0
         listed = [self._features(field, ids) for field, ids in user.items()]
         columns = [_where(before, histories), *listed, _where(~before, histories)]
@@ -202,7 +202,7 @@ class AliCcpRaw(_AliCcp):
 
     @staticmethod
     def _features(field: str, ids: np.ndarray, values: np.ndarray | None = None) -> pyarrow.Array:
-        """A field's features as text, null where the id is 0; their values, 1.0 unless given."""
+        """The features of a field as text with their values (default 1.0); null if the id is 0."""
         join = pyarrow.compute.binary_join_element_wise
         value = "1.0" if values is None else pyarrow.array(values).cast("string")
         text = join(join(field, pyarrow.array(ids).cast("string"), "\x02"), value, "\x03")
@@ -250,11 +250,11 @@ class Writer:
 
 
 def _where(chosen: np.ndarray, texts: list[str]) -> pyarrow.Array:
-    """The texts, null where not chosen."""
+    """The chosen texts; null for the others."""
     return pyarrow.compute.if_else(pyarrow.array(chosen), pyarrow.array(texts), None)
 
 
 def _joined(columns: list[pyarrow.Array]) -> tuple[pyarrow.Array, np.ndarray]:
-    """Feature lists of the columns' features, null ones left out, and how many each has."""
+    """Joins the columns to feature lists without nulls; returns them and their lengths."""
     lists = pyarrow.compute.binary_join_element_wise(*columns, "\x01", null_handling="skip")
     return lists, pyarrow.compute.count_substring(lists, "\x02").to_numpy()

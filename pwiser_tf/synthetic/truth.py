@@ -1,12 +1,12 @@
-"""The planted truth of generated exposure logs: who is shown what, clicks, and converts.
+"""The planted truth of generated exposure logs: users, items, clicks and conversions.
 
-Every search has a user vector and every shown item an item vector. Categories and numbers are
-noisy views of them; the click utility and the conversion utility are functions of them, linear
-and of their products, so that a model with interactions beats one without. A click is
+Every search has a user vector and every shown item has an item vector. Categories and numbers are
+noisy views of these vectors. The click utility and the conversion utility are linear functions of
+the two vectors and of their products, so a model with interactions beats one without. A click is
 
     genuine     with probability sigmoid(click utility); it converts with probability
                 sigmoid(conversion utility)
-    accidental  at random, whatever the utility; it never converts
+    accidental  at random, independent of the utility; it never converts
 """
 
 import dataclasses
@@ -18,13 +18,13 @@ FACTORS = 4
 # Standard deviations of the utilities, in logits.
 CLICK_SPREAD, CONVERSION_SPREAD = 1.6, 1.0
 SEARCH_ROWS = 10
-# The utilities' intercepts are set on this many searches, drawn for that purpose.
+# The number of searches that are drawn to set the intercepts of the utilities.
 _CALIBRATION_SEARCHES = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What features there are: how many values each category has, and how many numbers."""
+    """The features: the number of values of each category, and the number of numbers."""
 
     user_categories: tuple[int, ...]
     item_categories: tuple[int, ...]
@@ -34,11 +34,12 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Side:
-    """How the features of users (or of items) come from their vectors.
+    """How the features of users (or items) depend on their vectors.
 
     Attributes:
       values: a vector for each value of each category, float [cardinality, FACTORS].
-      loadings: float [FACTORS, numbers]. zeros: the share of zeros of each number, [numbers].
+      loadings: float [FACTORS, numbers].
+      zeros: the share of zeros of each number, [numbers].
     """
 
     values: tuple[np.ndarray, ...]
@@ -72,8 +73,8 @@ class Truth:
 
     Attributes:
       click, conversion: weights of the user's vector, the item's, and their products, [3, FACTORS].
-      click_intercept, conversion_intercept: set so that the rates come out as asked.
-      accidental: the probability of an accidental click where there is no genuine one.
+      click_intercept, conversion_intercept: set so that the rates are as requested.
+      accidental: the probability of an accidental click if there is no genuine one.
     """
 
     user: Side
@@ -88,17 +89,18 @@ class Truth:
     def draw(
         cls, seed: int, ctr: float, cvr: float, accidental_clicks: float, shape: Shape
     ) -> "Truth":
-        """Draws a truth with those rates and features.
+        """Draws a truth with these rates and features.
 
         Args:
-          ctr: clicks, genuine and accidental, per exposure. cvr: conversions per click.
+          ctr: clicks per exposure, genuine and accidental.
+          cvr: conversions per click.
           accidental_clicks: the share of clicks that are accidental.
         """
         rng = np.random.default_rng([seed, 0])
         user = Side.draw(rng, shape.user_categories, shape.user_numbers)
         item = Side.draw(rng, shape.item_categories, shape.item_numbers)
         click = rng.normal(size=(3, FACTORS))
-        # What makes people buy is partly what makes them look.
+        # Clicks and conversions partly have the same causes.
         conversion = 0.3 * click + rng.normal(size=(3, FACTORS))
         genuine = ctr * (1 - accidental_clicks)
         truth = cls(user, item, click, conversion, 0, 0, (ctr - genuine) / (1 - genuine))
@@ -109,7 +111,7 @@ class Truth:
             for spread, utility in zip((CLICK_SPREAD, CONVERSION_SPREAD), utilities, strict=True)
         ]
         click_intercept = _intercept(utilities[0] * scales[0], genuine)
-        # Conversions come from genuine clicks alone, so they weigh the rows.
+        # Only genuine clicks convert, so the rows are weighted with their probability.
         weights = _sigmoid(utilities[0] * scales[0] + click_intercept)
         conversion_intercept = _intercept(
             utilities[1] * scales[1], cvr / (1 - accidental_clicks), weights
@@ -172,7 +174,7 @@ class Rows:
     conversion: np.ndarray
 
     def head(self, rows: int) -> "Rows":
-        """The first rows, fewer than one chunk has."""
+        """The first rows of a chunk."""
         cut = {
             name: getattr(self, name)[:rows]
             for name in (
