@@ -260,7 +260,7 @@ class Theirs:
         learnt = list(self.model.parameters())
         groups = [{"params": learnt, "weight_decay": settings.model.weight_decay}]
         if self._as_ours:
-            copy_weights(settings.build_model(schema), self.model)
+            copy_weights(runs.build_model(settings, schema), self.model)
             # Before a normalisation a bias does nothing, but Adam scales its rounding errors up to
             # full steps, and the running mean lags behind it.
             for linear, norm in itertools.pairwise(self.model.modules()):
@@ -369,7 +369,7 @@ def compare_passes(model: ClickConversionModel, settings: Config, schema: Schema
 def compare_steps(settings: Config, schema: Schema, steps: int) -> float:
     """The same after some steps of each on the same batches, by Adam as ours, without dropout."""
     settings = settings.replace(dropout=0.0)
-    ours, theirs = settings.build_model(schema), Theirs(THEIRS_AS_OURS, settings, schema)
+    ours, theirs = runs.build_model(settings, schema), Theirs(THEIRS_AS_OURS, settings, schema)
     batches = _batches(settings, schema, 0).take(steps)
     ours.compile(optimizer=keras.optimizers.legacy.Adam(settings.training.learning_rate))
     ours.fit(batches, verbose=0)

@@ -7,7 +7,6 @@ among all), and a panel a setting: the trials' values against what they were wor
 
 import math
 import os
-import pathlib
 
 import optuna
 import pandas as pd
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from pwiser_tf import plots
+from pwiser_tf.files import whole_file
 from pwiser_tf.tasks import TASKS
 
 _STYLES = ({"color": "#7F7F7F", "marker": "s"}, {"color": "#0072B2", "marker": "o"})
@@ -44,7 +44,7 @@ def write_csv(path: str | os.PathLike, studies: dict[str, optuna.Study]) -> None
     """Writes one row a finished trial: what it had, how it ended, what it was worth.
 
     Args:
-      path: of the file; it is written aside and moved into place.
+      path: of the file.
       studies: loss to its study.
     """
     rows = []
@@ -62,21 +62,16 @@ def write_csv(path: str | os.PathLike, studies: dict[str, optuna.Study]) -> None
                     **trial.params,
                 }
             )
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        # Object columns: else an epoch becomes 3.0 where another row has none.
+    with whole_file(path) as aside:
+        # Object columns: otherwise an epoch becomes 3.0 where another row has none.
         pd.DataFrame(rows, dtype=object).to_csv(aside, index=False)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def plot_studies(path: str | os.PathLike, studies: dict[str, optuna.Study]) -> None:
     """Draws the search: its course, what mattered, and a panel a setting.
 
     Args:
-      path: of the PNG; it is written aside and moved into place.
+      path: of the PNG.
       studies: loss to its study, of two losses at most; each has a finished trial.
 
     Raises:
