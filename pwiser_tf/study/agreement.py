@@ -41,7 +41,6 @@ import pwiser_tf.quiet  # noqa: F401
 import contextlib
 import dataclasses
 import functools
-import itertools
 import math
 import os
 import pathlib
@@ -55,11 +54,11 @@ import tf_keras as keras
 from absl import flags
 from scipy import stats
 
-from pwiser_tf import command_line, config, data, metrics, runs
-from pwiser_tf.config import Config
+from pwiser_tf import command_line, data, metrics, runs
+from pwiser_tf.config import Config, config_from_arguments
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import ClickConversionModel
-from pwiser_tf.models.base import TOWERS, log_odds
+from pwiser_tf.models.base import TOWERS
 from pwiser_tf.schema import SPLITS, Schema
 from pwiser_tf.tasks import POSITIVE_GRADE, TASKS
 from pwiser_tf.training import fit, share_cores
@@ -119,16 +118,11 @@ def settings_of(values: flags.FlagValues, folder: str) -> Config:
     """
     names = ("epochs", "batch_size", "embedding_dim", "bottom_units", "tower_units", "experts")
     arguments = [f"--{name}={values[name].value}" for name in names]
-    # No run stops early; --workdir is one that train asks for and settings do not hold.
-    arguments += [f"--patience={values.epochs}", f"--data_dir={folder}", "--workdir=unused"]
-    of_train = flags.FlagValues()
-    config.define_flags(of_train)
-    config.define_run_flags(of_train)
-    try:
-        of_train(["train", "--model=mmoe", "--conversion_head=direct", "--loss=bce", *arguments])
-    except flags.Error as error:
-        raise DataError(str(error)) from None
-    return config.config_from_flags(of_train)
+    # No run stops early.
+    arguments += [f"--patience={values.epochs}", f"--data_dir={folder}"]
+    return config_from_arguments(
+        ["--model=mmoe", "--conversion_head=direct", "--loss=bce", *arguments]
+    )
 
 
 def generate(folder: pathlib.Path, rows: int) -> str:
@@ -177,18 +171,6 @@ def our_predictor(model: ClickConversionModel) -> Predictor:
     return lambda features: [probabilities.numpy() for probabilities in towers(features)]
 
 
-def their_predictor(model) -> Predictor:
-    """The same of MTReclib's model."""
-    import torch
-
-    def towers(features):
-        model.eval()
-        with torch.no_grad():
-            return [probabilities.numpy() for probabilities in model(*_tensors(features))]
-
-    return towers
-
-
 def predict(predictor: Predictor, folder: str, schema: Schema, split: str):
     """Probabilities {task: [rows]}, "served" among them, and the grades [rows] of a split."""
     columns, grades = [], []
@@ -229,122 +211,19 @@ def train_ours(settings: Config, folder: pathlib.Path) -> tuple[list[Epoch], ker
     return epochs, model
 
 
-class Theirs:
-    """MTReclib's model and loop, with the sizes of `settings` and initialised from its seed.
-
-    `name` is THEIRS, THEIRS_AT_RATES or THEIRS_AS_OURS.
-    """
-
-    def __init__(self, name: str, settings: Config, schema: Schema):
-        import torch
-
-        from pwiser_tf.study import mtreclib
-
-        torch.manual_seed(settings.training.seed)
-        self.model = mtreclib.MMoE(
-            [feature.size for feature in schema.categorical],
-            len(schema.numerical),
-            settings.model.embedding_dim,
-            settings.model.bottom_units,
-            settings.model.tower_units,
-            settings.model.experts,
-            settings.model.dropout,
-        )
-        self._as_ours = name == THEIRS_AS_OURS
-        self._steps = 0
-        if name == THEIRS_AT_RATES:
-            split = schema.split("train")
-            positives = split.clicks, split.conversions
-            for (_, head), count in zip(self.model.towers, positives, strict=True):
-                torch.nn.init.constant_(head.bias, log_odds((count, split.rows)))
-        learnt = list(self.model.parameters())
-        groups = [{"params": learnt, "weight_decay": settings.model.weight_decay}]
-        if self._as_ours:
-            copy_weights(runs.build_model(settings, schema), self.model)
-            # Before a normalisation a bias does nothing, but Adam scales its rounding errors up to
-            # full steps, and the running mean lags behind it.
-            for linear, norm in itertools.pairwise(self.model.modules()):
-                if isinstance(norm, torch.nn.BatchNorm1d):
-                    linear.bias.requires_grad_(False)
-            learnt = [parameter for parameter in learnt if parameter.requires_grad]
-            groups = [
-                {
-                    "params": [p for p in learnt if p.ndim > 1],
-                    "weight_decay": settings.model.weight_decay,
-                },
-                {"params": [p for p in learnt if p.ndim == 1]},
-            ]
-        self._optimizer = torch.optim.Adam(groups, lr=settings.training.learning_rate)
-
-    def step(self, features: dict[str, tf.Tensor], grade: tf.Tensor) -> None:
-        """Trains on a batch."""
-        import torch
-
-        from pwiser_tf.study import mtreclib
-
-        self._steps += 1
-        if self._as_ours:
-            # Keras adds epsilon to the raw second moment's root, PyTorch to the corrected one's.
-            for group in self._optimizer.param_groups:
-                group["eps"] = 1e-7 / math.sqrt(1 - group["betas"][1] ** self._steps)
-        self.model.train()
-        loss = mtreclib.loss(self.model(*_tensors(features)), torch.tensor(grade.numpy()))
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
-
-
 def train_theirs(name: str, settings: Config, schema: Schema) -> list[Epoch]:
-    """A run of MTReclib's, with what `name` says changed: its epochs."""
-    theirs = Theirs(name, settings, schema)
+    """A run of MTReclib's in the variant `name`: its epochs."""
+    from pwiser_tf.study import mtreclib
+
+    theirs = mtreclib.Trainer(settings, schema, name == THEIRS_AT_RATES, name == THEIRS_AS_OURS)
     epochs = []
     for number in range(settings.training.epochs):
         for batch in _batches(settings, schema, number):
             theirs.step(*batch)
-        epochs.append(_epoch(their_predictor(theirs.model), settings, schema))
+        epochs.append(_epoch(theirs.predict, settings, schema))
         shown = ", ".join(f"{task} {epochs[-1].validation[task]:.4f}" for task in TASKS)
         print(f"{name}, epoch {number + 1}, validation AUC: {shown}", file=sys.stderr, flush=True)
     return epochs
-
-
-def copy_weights(ours: ClickConversionModel, theirs) -> None:
-    """Gives MTReclib's model the weights and running statistics of ours, of the same sizes."""
-    import torch
-
-    def assign(parameter, values):
-        with torch.no_grad():
-            parameter.copy_(torch.tensor(values))
-
-    def dense(layer, linear):
-        assign(linear.weight, layer.kernel.numpy().T)
-        assign(linear.bias, layer.bias.numpy())
-
-    def blocks(mlp, sequence):
-        # A linear map, a normalisation, a ReLU and a dropout each; ours has no bias before the
-        # normalisation, which would take it away.
-        for block, linear, norm in zip(mlp._blocks, sequence[0::4], sequence[1::4], strict=True):
-            assign(linear.weight, block.kernel.numpy().T)
-            torch.nn.init.zeros_(linear.bias)
-            assign(norm.weight, block.gamma.numpy())
-            assign(norm.bias, block.beta.numpy())
-            assign(norm.running_mean, block.mean.numpy())
-            assign(norm.running_var, block.variance.numpy())
-
-    assign(theirs.embedding.weight, ours._shared_encoder.embeddings.numpy())
-    dense(ours._shared_encoder._linear, theirs.numerical)
-    for expert, sequence in zip(ours._experts, theirs.experts, strict=True):
-        blocks(expert, sequence)
-    for tower, gate, (sequence, head) in zip(TOWERS, theirs.gates, theirs.towers, strict=True):
-        dense(ours._gates[tower]._weights, gate[0])
-        blocks(ours._towers[tower], sequence)
-        dense(ours._heads[tower]._columns[0], head)
-
-
-def _tensors(features) -> tuple:
-    """The ids and the numbers of a batch for PyTorch."""
-    import torch
-
-    return tuple(torch.tensor(features[name].numpy()) for name in ("categorical", "numerical"))
 
 
 def _batches(settings: Config, schema: Schema, epoch: int) -> tf.data.Dataset:
@@ -361,27 +240,32 @@ def _batches(settings: Config, schema: Schema, epoch: int) -> tf.data.Dataset:
 
 def compare_passes(model: ClickConversionModel, settings: Config, schema: Schema) -> float:
     """The largest difference of a probability on the test rows, the weights being the same."""
-    theirs = Theirs(THEIRS, settings, schema).model
-    copy_weights(model, theirs)
+    from pwiser_tf.study import mtreclib
+
+    theirs = mtreclib.Trainer(settings, schema)
+    mtreclib.copy_weights(model, theirs.model)
     return _largest_difference(model, theirs, settings, schema)
 
 
 def compare_steps(settings: Config, schema: Schema, steps: int) -> float:
     """The same after some steps of each on the same batches, by Adam as ours, without dropout."""
+    from pwiser_tf.study import mtreclib
+
     settings = settings.replace(dropout=0.0)
-    ours, theirs = runs.build_model(settings, schema), Theirs(THEIRS_AS_OURS, settings, schema)
+    ours = runs.build_model(settings, schema)
+    theirs = mtreclib.Trainer(settings, schema, as_ours=True)
     batches = _batches(settings, schema, 0).take(steps)
     ours.compile(optimizer=keras.optimizers.legacy.Adam(settings.training.learning_rate))
     ours.fit(batches, verbose=0)
     for batch in batches:
         theirs.step(*batch)
-    return _largest_difference(ours, theirs.model, settings, schema)
+    return _largest_difference(ours, theirs, settings, schema)
 
 
 def _largest_difference(ours, theirs, settings: Config, schema: Schema) -> float:
     (found, _), (expected, _) = (
         predict(predictor, settings.data_dir, schema, "test")
-        for predictor in (our_predictor(ours), their_predictor(theirs))
+        for predictor in (our_predictor(ours), theirs.predict)
     )
     return max(float(np.abs(found[task] - expected[task]).max()) for task in TASKS)
 
@@ -395,17 +279,11 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     Returns:
       (difference, low, high); of samples that do not vary the interval is a point.
     """
-    samples = [np.asarray(sample, np.float64) for sample in (ours, theirs)]
-    difference = float(samples[0].mean() - samples[1].mean())
-    # Of each mean.
-    variances = [float(sample.var(ddof=1)) / len(sample) for sample in samples]
-    if not sum(variances):
+    difference = float(np.mean(ours) - np.mean(theirs))
+    if not np.ptp(ours) and not np.ptp(theirs):
         return difference, difference, difference
-    freedom = sum(variances) ** 2 / sum(
-        variance**2 / (len(sample) - 1) for variance, sample in zip(variances, samples, strict=True)
-    )
-    reach = float(stats.t.ppf((1 + _LEVEL) / 2, freedom)) * math.sqrt(sum(variances))
-    return difference, difference - reach, difference + reach
+    found = stats.ttest_ind(ours, theirs, equal_var=False)
+    return difference, *map(float, found.confidence_interval(_LEVEL))
 
 
 def best(run: Sequence[Epoch]) -> Epoch:
