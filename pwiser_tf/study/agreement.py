@@ -4,34 +4,32 @@
     python -m pwiser_tf.study.agreement --data=data/us --embedding_dim=128 --bottom_units=512,256 \\
         --tower_units=128,64 --experts=8 --epochs=2
 
-Both read the same converted data set (without --data a generated one) in batches of the same size
-through pwiser_tf.data, have the same sizes, and train for the same number of epochs with Adam, L2
-and the mean of two BCEs, without early stopping. Ours runs under pwiser_tf.train.fit. PyTorch runs
-on the CPU. What the two keep as their own, and where it is taken out:
+Both read the same converted data set (without --data a generated one) in batches of the same size,
+have the same sizes, and train for the same number of epochs with Adam, L2 and the mean of two BCEs,
+without early stopping. Ours is trained by pwiser_tf.training.fit. PyTorch runs on the CPU. What
+differs, and in which row of the table it does not:
 
-    first bias     our towers start at the base rates, MTReclib's at 0: in a second row MTReclib's
-                   start there too
+    first bias     our towers start at the base rates, MTReclib's at 0; equal in the second row
     first weights  ours are Glorot's, PyTorch's layers draw from +-1/sqrt(inputs), biases too (the
-                   embeddings are Glorot's in both): in a third row MTReclib's model starts with
+                   embeddings are Glorot's in both); in the third row MTReclib's model starts with
                    weights and biases that ours drew
     Adam           our epsilon is 1e-7 beside the raw second moment, PyTorch's 1e-8 beside the
                    corrected one; our L2 is of kernels and embeddings, MTReclib's of all parameters;
-                   MTReclib's maps have a bias before a normalisation, which does nothing but drift:
-                   in the third row as ours
-    seeds          no run of MTReclib's has the seed of one of ours, so that no order of rows, first
-                   weight or dropout mask is shared, and the two are independent samples, as Welch's
-                   t needs
+                   MTReclib's layers have a bias before a normalization, which only drifts; as ours
+                   in the third row
+    seeds          no run of MTReclib's has the seed of one of ours: the two are independent
+                   samples, as Welch's t-test needs
     small          our running variances divide by n, PyTorch's by n - 1; our dropout of 0.2 is
                    51/256
 
-So the third row says whether the two programs are one and the same; the rows above it, how much the
-start alone decides at this number of steps.
+So the third row shows whether the two programs are the same; the rows above it, how much the start
+alone matters at this number of steps.
 
-CTCVR is measured by the second tower's own probability, as MTReclib does it. What ours serves,
-min(it, CTR), is measured beside it. Before the table two things are compared that know no chance:
-both forward passes with the same trained weights, where a difference above 1e-5 ends the benchmark,
-for the rest would mean nothing; and the probabilities after some steps of training, as in the third
-row, without dropout.
+CTCVR is measured by the second tower's own probability, as in MTReclib; what ours serves,
+min(it, CTR), is measured beside it. Before the table two deterministic comparisons are printed:
+the probabilities of both with the same trained weights, where a difference above 1e-5 ends the
+program, because the table would mean nothing; and the probabilities after some steps of training,
+as in the third row, without dropout.
 """
 
 import pwiser_tf.quiet  # noqa: F401
@@ -39,13 +37,12 @@ import pwiser_tf.quiet  # noqa: F401
 # isort: split
 
 import contextlib
-import dataclasses
-import functools
 import math
 import os
 import pathlib
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -79,8 +76,7 @@ _STEPS = 5
 Predictor = Callable[[dict[str, tf.Tensor]], Sequence[np.ndarray]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Epoch:
+class Epoch(typing.NamedTuple):
     """AUCs after an epoch: {"ctr", "ctcvr", "served"} of the validation and of the test split."""
 
     validation: dict[str, float]
@@ -88,26 +84,28 @@ class Epoch:
 
     @property
     def monitored(self) -> float:
-        """What the best epoch of a run is chosen by, in both programs."""
+        """The value by which the best epoch is chosen, in both programs."""
         return sum(self.validation[task] for task in TASKS) / len(TASKS)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of this command line."""
-    string, integer = (
-        functools.partial(define, flag_values=values)
-        for define in (flags.DEFINE_string, flags.DEFINE_integer)
-    )
-    string("data", None, "A converted data set; default: one is generated.")
-    integer("rows", 200_000, "Training rows of the generated data set.", lower_bound=1000)
-    integer("seeds", 5, "Runs of each.", lower_bound=2)
-    # As pwiser_tf.train has them, where their values are checked.
-    integer("epochs", 3, "Epochs of a run.")
-    integer("batch_size", 2048, "Rows a batch.")
-    integer("embedding_dim", 16, "Size of an embedding.")
-    string("bottom_units", "128,64", "MLP sizes of an expert.")
-    string("tower_units", "32", "MLP sizes of a tower.")
-    integer("experts", 4, "Experts.")
+    for name, default, text, low in (
+        ("data", None, "A converted data set; default: one is generated.", None),
+        ("rows", 200_000, "Training rows of the generated data set.", 1000),
+        ("seeds", 5, "Runs of each program.", 2),
+        # As pwiser_tf.train has them, where their values are checked.
+        ("epochs", 3, "Epochs of a run.", None),
+        ("batch_size", 2048, "Rows in a batch.", None),
+        ("embedding_dim", 16, "Size of an embedding.", None),
+        ("bottom_units", "128,64", "MLP sizes of an expert.", None),
+        ("tower_units", "32", "MLP sizes of a tower.", None),
+        ("experts", 4, "Experts.", None),
+    ):
+        if isinstance(default, int):
+            flags.DEFINE_integer(name, default, text, lower_bound=low, flag_values=values)
+        else:
+            flags.DEFINE_string(name, default, text, flag_values=values)
 
 
 def settings_of(values: flags.FlagValues, folder: str) -> Config:
@@ -193,19 +191,18 @@ def aucs(predictor: Predictor, folder: str, schema: Schema, split: str) -> dict[
 
 
 def _epoch(predictor: Predictor, settings: Config, schema: Schema) -> Epoch:
-    both = (aucs(predictor, settings.data_dir, schema, name) for name in ("validation", "test"))
-    return Epoch(*both)
+    return Epoch(*(aucs(predictor, settings.data_dir, schema, n) for n in ("validation", "test")))
 
 
 def train_ours(settings: Config, folder: pathlib.Path) -> tuple[list[Epoch], keras.Model]:
-    """A run of pwiser_tf.train in `folder`: its epochs, and the model of the best of them."""
+    """One of our runs, in `folder`: its epochs, and the model of the best one."""
     epochs = []
     schema = Schema.load(settings.data_dir)
 
     def on_epoch(model, _):
         epochs.append(_epoch(our_predictor(model), settings, schema))
 
-    # What train says of its progress is not what this benchmark prints.
+    # The output of training is not part of the report.
     with contextlib.redirect_stdout(sys.stderr):
         model, _, _ = fit(settings, folder, checkpoint_seconds=math.inf, on_epoch=on_epoch)
     return epochs, model
@@ -238,36 +235,40 @@ def _batches(settings: Config, schema: Schema, epoch: int) -> tf.data.Dataset:
     )
 
 
-def compare_passes(model: ClickConversionModel, settings: Config, schema: Schema) -> float:
-    """The largest difference of a probability on the test rows, the weights being the same."""
+def _print_deterministic(model: ClickConversionModel, settings: Config, schema: Schema) -> None:
+    """Prints the two comparisons without chance; RuntimeError where the functions differ."""
     from pwiser_tf.study import mtreclib
+
+    def largest_difference(ours, theirs) -> float:
+        (found, _), (expected, _) = (
+            predict(predictor, settings.data_dir, schema, "test")
+            for predictor in (our_predictor(ours), theirs.predict)
+        )
+        return max(float(np.abs(found[task] - expected[task]).max()) for task in TASKS)
 
     theirs = mtreclib.Trainer(settings, schema)
     mtreclib.copy_weights(model, theirs.model)
-    return _largest_difference(model, theirs, settings, schema)
-
-
-def compare_steps(settings: Config, schema: Schema, steps: int) -> float:
-    """The same after some steps of each on the same batches, by Adam as ours, without dropout."""
-    from pwiser_tf.study import mtreclib
-
+    difference = largest_difference(model, theirs)
+    print(
+        "largest difference of a probability on the test rows: with the same trained weights "
+        f"{difference:.0e}",
+        flush=True,
+    )
+    if not difference <= _SAME_FUNCTION:
+        raise RuntimeError(f"the two models are not the same function: {difference}")
     settings = settings.replace(dropout=0.0)
     ours = runs.build_model(settings, schema)
     theirs = mtreclib.Trainer(settings, schema, as_ours=True)
-    batches = _batches(settings, schema, 0).take(steps)
+    batches = _batches(settings, schema, 0).take(_STEPS)
     ours.compile(optimizer=keras.optimizers.legacy.Adam(settings.training.learning_rate))
     ours.fit(batches, verbose=0)
     for batch in batches:
         theirs.step(*batch)
-    return _largest_difference(ours, theirs, settings, schema)
-
-
-def _largest_difference(ours, theirs, settings: Config, schema: Schema) -> float:
-    (found, _), (expected, _) = (
-        predict(predictor, settings.data_dir, schema, "test")
-        for predictor in (our_predictor(ours), theirs.predict)
+    print(
+        f"with the same first weights, after {_STEPS} steps on the same batches without dropout, "
+        f"Adam as ours: {largest_difference(ours, theirs):.0e}\n",
+        flush=True,
     )
-    return max(float(np.abs(found[task] - expected[task]).max()) for task in TASKS)
 
 
 def welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
@@ -318,25 +319,22 @@ def table(programs: dict[str, list[list[Epoch]]]) -> str:
 def verdict(programs: dict[str, list[list[Epoch]]]) -> str:
     """Whether ours agrees with each of the others at the epoch best by validation; a line each."""
     lines = []
-    for name in (name for name in programs if name != OURS):
+    for name in list(programs)[1:]:
         found = {
             task: welch(*(_test_aucs(programs[who], best, task) for who in (OURS, name)))
             for task in TASKS
         }
-        apart = [
-            f"{task.upper()} by {_shown(found[task])}"
-            for task in TASKS
-            if not found[task][1] <= 0 <= found[task][2]
-        ]
         reach = max(abs(end) for _, *ends in found.values() for end in ends)
+        apart = " and ".join(
+            f"{task.upper()} by {_shown(estimate)}"
+            for task, estimate in found.items()
+            if not estimate[1] <= 0 <= estimate[2]
+        )
         lines.append(
-            f"{name}: "
-            + (
-                f"ours differs in {' and '.join(apart)}"
-                if apart
-                else "no difference from ours beyond seed noise: the intervals of CTR and CTCVR "
-                f"hold 0, and rule out one beyond {reach:.4f}"
-            )
+            f"{name}: ours differs in {apart}"
+            if apart
+            else f"{name}: no difference from ours beyond seed noise: the intervals of CTR and "
+            f"CTCVR hold 0, and rule out one beyond {reach:.4f}"
         )
     return "\n".join(lines)
 
@@ -355,10 +353,9 @@ def main() -> None:
     try:
         import torch
     except ImportError:
-        raise DataError("this benchmark needs PyTorch: pip install -e '.[bench]'") from None
+        raise DataError("this command needs PyTorch: pip install -e '.[bench]'") from None
     share_cores()
-    # Threads that wait for each other spin: on cores that others use too, all of them were seen to
-    # take six times as long as half of them.
+    # Waiting threads spin: on cores that others use too, a thread a core took six times as long.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
     with runs.file_errors(), tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
@@ -374,15 +371,13 @@ def main() -> None:
             epochs, model = train_ours(run, scratch / f"run-{seed}")
             programs[OURS].append(epochs)
             if seed == 0:
-                _print_checks(model, run, schema)
+                _print_deterministic(model, run, schema)
             for name in list(programs)[1:]:
                 run = settings.replace(seed=values.seeds + seed)
                 programs[name].append(train_theirs(name, run, schema))
-            # Or every model ever built stays in memory.
+            # Otherwise every model stays in memory.
             keras.backend.clear_session()
-    print(table(programs))
-    print()
-    print(verdict(programs))
+    print(f"{table(programs)}\n\n{verdict(programs)}")
     served = [best(run).test[SERVED] - best(run).test["ctcvr"] for run in programs[OURS]]
     print(
         "CTCVR AUC of min(it, CTR), which ours serves, less that of the tower alone: "
@@ -403,23 +398,6 @@ def _print_what_runs(settings: Config, schema: Schema, seeds: int) -> None:
         f"Adam {training.learning_rate:g}, L2 {model.weight_decay:g}; {training.epochs} epochs "
         f"of batches of {training.batch_size}; seeds 0 to {seeds - 1} for ours, {seeds} to "
         f"{2 * seeds - 1} for MTReclib's",
-        flush=True,
-    )
-
-
-def _print_checks(model: ClickConversionModel, settings: Config, schema: Schema) -> None:
-    difference = compare_passes(model, settings, schema)
-    print(
-        "largest difference of a probability on the test rows: with the same trained weights "
-        f"{difference:.0e}",
-        flush=True,
-    )
-    if not difference <= _SAME_FUNCTION:
-        raise RuntimeError(f"the two models are not the same function: {difference}")
-    difference = compare_steps(settings, schema, _STEPS)
-    print(
-        f"with the same first weights, after {_STEPS} steps on the same batches without dropout, "
-        f"Adam as ours: {difference:.0e}\n",
         flush=True,
     )
 
