@@ -533,19 +533,10 @@ def test_the_plot_has_course_importance_and_settings(tmp_path, monkeypatch):
 
 def test_the_plot_of_two_trials(tmp_path, monkeypatch):
     _, importance, *_ = _panels({"bce": _study([0.7, 0.7])}, tmp_path, monkeypatch)
-    assert "needs two settings and 10" in importance.texts[0].get_text()
+    assert "needs two options and 10" in importance.texts[0].get_text()
     monkeypatch.undo()
     tune_report.plot_studies(tmp_path / "tune.png", {"bce": _study([0.7, 0.7])})
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_flagfile_leaves_nothing_half_written(tmp_path):
-    values = {"model": "mmoe", "tower_units": (8, 4), "export_dir": None, "mixed_precision": False}
-    tune.write_flagfile(tmp_path / "best.flags", ["Found.", ""], values)
-    assert (tmp_path / "best.flags").read_text() == (
-        "# Found.\n#\n--model=mmoe\n--tower_units=8,4\n--mixed_precision=False\n"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["best.flags"]
 
 
 def test_a_best_value_at_the_edge_is_told(base, curves, tmp_path):

@@ -44,8 +44,7 @@ from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import evaluate
 from pwiser_tf.files import write_text
 from pwiser_tf.schema import Schema
-from pwiser_tf.study import workers
-from pwiser_tf.study.tune_report import plot_studies, write_csv
+from pwiser_tf.study import tune_report, workers
 from pwiser_tf.study.workers import Job, Pool
 from pwiser_tf.tasks import LOSSES, SCORE_SPACES, TASKS
 from pwiser_tf.training import Diverged, fit, share_cores
@@ -337,55 +336,36 @@ def _describe(search: Search, trial: FrozenTrial) -> str:
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in trial.params.items()
     )
-    if trial.user_attrs.get("diverged"):
-        outcome = "diverged"
-    else:
-        epochs = trial.intermediate_values
-        outcome = f"{max(epochs.values()):.4f}, epoch {trial.user_attrs['best_epoch']}"
-        outcome += f" of {len(epochs)}"
-        if trial.state == TrialState.PRUNED:
-            outcome += ", pruned"
-        elif search.best().number == trial.number:
-            outcome += ", best so far"
+    outcome = tune_report.outcome(trial)
+    if outcome != "diverged":
+        best = ", best so far" if search.best().number == trial.number else ""
+        outcome = (
+            f"{tune_report.best_value(trial):.4f}, epoch {trial.user_attrs['best_epoch']} of "
+            f"{len(trial.intermediate_values)}{', pruned' if outcome == 'pruned' else best}"
+        )
     return f"{search.loss} {trial.number + 1}: {outcome}; {values}"
 
 
-def write_flagfile(path: pathlib.Path, header: list[str], values: dict) -> None:
-    """Writes a flagfile whole or not at all.
-
-    Args:
-      path: of the file. header: lines of comment, without their "#".
-      values: flag to its value; tuples are joined by commas, None is left out.
-    """
-    lines = [f"# {line}".rstrip() for line in header]
-    for name, value in values.items():
-        if value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            lines.append(f"--{name}={text}")
-    write_text(path, "\n".join(lines) + "\n")
-
-
 def _write_best(search: Search, args: flags.FlagValues, folder: pathlib.Path) -> pathlib.Path:
-    """Writes a search's flagfile; returns its path."""
+    """Writes the flagfile of a search's best trial; returns its path."""
     trial = search.best()
-    name = "best.flags" if search.loss == args.loss else f"best-{search.loss}.flags"
+    path = folder / ("best.flags" if search.loss == args.loss else f"best-{search.loss}.flags")
     tuned = f" --tune={','.join(args.tune)}" if args.tune else ""
     aucs = " and ".join(
         f"{trial.user_attrs[f'{task}_auc']:.4f} ({task.upper()})"
         for task in TASKS
         if trial.user_attrs[f"{task}_auc"] is not None
     )
-    command = f"  pwiser tune --loss={args.loss} --trials={args.trials}{tuned}"
-    header = [
+    comment = [
         f"Number {trial.number + 1} of {len(search.finished())} trials of {search.loss}, the best, "
         "found with",
         "",
-        command,
+        f"  pwiser tune --loss={args.loss} --trials={args.trials}{tuned}",
         "",
         *textwrap.wrap(
-            f"and the flags below, but for those searched: {', '.join(search.names)}. Validation "
-            f"AUC {aucs or 'undefined'} at epoch {trial.user_attrs['best_epoch']}; the test split "
-            "was not opened.",
+            f"and the flags below, except for the searched ones: {', '.join(search.names)}. "
+            f"Validation AUC {aucs or 'undefined'} at epoch {trial.user_attrs['best_epoch']}; the "
+            "test split was not opened.",
             98,
         ),
     ]
@@ -396,8 +376,13 @@ def _write_best(search: Search, args: flags.FlagValues, folder: pathlib.Path) ->
         "export_dir": args.export_dir,
         "model_name": args.model_name,
     }
-    write_flagfile(folder / name, header, values)
-    return folder / name
+    lines = [f"# {line}".rstrip() for line in comment]
+    for name, value in values.items():
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            lines.append(f"--{name}={text}")
+    write_text(path, "\n".join(lines) + "\n")
+    return path
 
 
 def compare_best(searches: dict[str, Search], data_dir: str) -> str:
@@ -478,8 +463,8 @@ def main() -> None:
     with runs.file_errors():
         searches = tune(settings, folder, args.trials, args.tune, args.checkpoint_seconds)
         studies = {loss: search.study for loss, search in searches.items()}
-        write_csv(folder / "trials.csv", studies)
-        plot_studies(folder / "tune.png", studies)
+        tune_report.write_csv(folder / "trials.csv", studies)
+        tune_report.plot_studies(folder / "tune.png", studies)
         print(compare_best(searches, settings.data_dir))
         written = [str(_write_best(search, args, folder)) for search in searches.values()]
         print(f"for pwiser_tf.train: {', '.join(written)}; plot in {folder / 'tune.png'}")
