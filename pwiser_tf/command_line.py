@@ -7,7 +7,7 @@ from collections.abc import Callable
 import absl.logging
 from absl import app, flags
 
-from pwiser_tf.errors import DataError
+from pwiser_tf.errors import DataError, one_line
 
 
 def run(main: Callable[[], None]) -> None:
@@ -49,7 +49,5 @@ def run(main: Callable[[], None]) -> None:
 
 
 def _fail(error) -> None:
-    if isinstance(error, OSError) and error.strerror:
-        error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    print("error:", one_line(error), file=sys.stderr)
     sys.exit(2)

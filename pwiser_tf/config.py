@@ -221,6 +221,22 @@ def config_from_flags(values: flags.FlagValues, given: Sequence[str] = ()) -> Co
     return config
 
 
+def config_from_arguments(arguments: Sequence[str]) -> Config:
+    """The config that arguments of `pwiser train` describe, such as "--epochs=3".
+
+    Raises:
+      DataError: arguments that `pwiser train` refuses.
+    """
+    values = flags.FlagValues()
+    define_flags(values)
+    define_run_flags(values)
+    try:
+        values(["train", "--workdir=unused", *arguments])
+    except flags.Error as error:
+        raise DataError(str(error)) from None
+    return config_from_flags(values)
+
+
 def reference() -> str:
     """The content of docs/reference/flags.md: every option of a run."""
     users: dict[str, list[str]] = {}

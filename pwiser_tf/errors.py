@@ -24,3 +24,10 @@ class DataError(ValueError):
             text = text if len(text) <= 80 else text[:77] + "..."
             expected = f"found {text}, expected {expected}"
         super().__init__(f"{message}: {expected}" if message else expected)
+
+
+def one_line(error: Exception | str) -> str:
+    """An error as users see it: without errno and line breaks."""
+    if isinstance(error, OSError) and error.strerror:
+        error = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())

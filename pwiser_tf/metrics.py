@@ -123,15 +123,31 @@ def auc_difference(
     Raises:
       ValueError: as `auc`, and level not between 0 and 1.
     """
-    positives_a, negatives_a = _by_class(*_checked(labels, scores_a))
-    positives_b, negatives_b = _by_class(*_checked(labels, scores_b))
-    if not len(positives_a) or not len(negatives_a):
+    a, b = placements(labels, scores_a), placements(labels, scores_b)
+    if a is None or b is None:
         return math.nan, math.nan, math.nan, math.nan
-    _, of_positives_a, of_negatives_a = _placements(positives_a, negatives_a)
-    _, of_positives_b, of_negatives_b = _placements(positives_b, negatives_b)
-    return difference_of_placements(
-        of_positives_a - of_positives_b, of_negatives_a - of_negatives_b, level
-    )
+    return difference_of_placements(a[0] - b[0], a[1] - b[1], level)
+
+
+def placements(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """DeLong's placements, whose means are the AUC.
+
+    Args:
+      labels: [n] in {0, 1}.
+      scores: [n].
+
+    Returns:
+      (float64 [positives], float64 [negatives]): for each positive the share of negatives that it
+      scores above, for each negative the share of positives that score above it, in the order of
+      the rows; None where one class is absent.
+
+    Raises:
+      ValueError: as `auc`.
+    """
+    positives, negatives = _by_class(*_checked(labels, scores))
+    if not len(positives) or not len(negatives):
+        return None
+    return _placements(positives, negatives)[1:]
 
 
 def difference_of_placements(
@@ -149,11 +165,9 @@ def difference_of_placements(
     rare, and only large differences are found.
 
     Args:
-      by_positive: [positives], at least 1: the placement of each positive (the share of negatives
-        with a lower score) by model a, minus that by model b; each in [-1, 1].
-      by_negative: [negatives], at least 1: the same for the share of positives that score above
-        each negative.
-      level: the probability that the interval contains the true difference.
+      by_positive, by_negative: [positives] and [negatives], at least 1 each: the `placements` by
+        model a, less those by model b; each in [-1, 1].
+      level: the probability that the interval covers the true difference.
 
     Returns:
       (difference, low, high, p_value), as in `auc_difference`.
@@ -520,8 +534,7 @@ def _area(twice_wins, negatives: int) -> float:
 
 
 def _placements(positives, negatives) -> tuple[float, np.ndarray, np.ndarray]:
-    """The AUC and DeLong's structural components, which have the AUC as their mean: for each
-    positive the share of negatives below it, for each negative the share of positives above it."""
+    """The AUC, computed from integers, and the `placements` of both classes."""
     twice_wins = _twice_below(negatives, positives)
     twice_losses = _twice_below(positives, negatives)
     return (

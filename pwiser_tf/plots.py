@@ -6,7 +6,6 @@ styles and markers differ too.
 """
 
 import os
-import pathlib
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -15,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from pwiser_tf import metrics
+from pwiser_tf.files import whole_file
 from pwiser_tf.report import number, plural
 
 _TASK_STYLE = {
@@ -280,14 +280,6 @@ def tidy(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes the PNG to a temporary file and renames it, so that no reader sees a part of it."""
-    path = pathlib.Path(path)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        figure.savefig(partial, format="png")
-        os.replace(partial, path)
-    except OSError as error:
-        # The error has no file name, or that of the temporary file.
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes the figure as a PNG, whole or not at all."""
+    with whole_file(path) as aside:
+        figure.savefig(aside, format="png")

@@ -21,6 +21,7 @@ import tf_keras as keras
 
 from pwiser_tf.config import VERSION, Config
 from pwiser_tf.errors import DataError
+from pwiser_tf.files import write_text
 from pwiser_tf.models import MODELS, ClickConversionModel
 from pwiser_tf.schema import Schema
 
@@ -196,13 +197,8 @@ def read_json(path: pathlib.Path) -> dict:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-    """Writes a JSON file atomically."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

@@ -253,6 +253,24 @@ def test_a_level_outside_zero_and_one_is_refused(level):
         metrics.auc_interval([0, 1], [0.1, 0.2], level=level)
 
 
+def test_placements_by_double_loop():
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 40)
+    scores = random.integers(0, 8, 40).astype(np.float32)
+    of_positives, of_negatives = metrics.placements(labels, scores)
+    positives, negatives = scores[labels == 1], scores[labels == 0]
+
+    def beats(a, b):
+        return 1.0 if a > b else 0.5 if a == b else 0.0
+
+    expected = [np.mean([beats(p, n) for n in negatives]) for p in positives]
+    np.testing.assert_allclose(of_positives, expected)
+    expected = [np.mean([beats(p, n) for p in positives]) for n in negatives]
+    np.testing.assert_allclose(of_negatives, expected)
+    assert metrics.placements(np.ones(3), np.arange(3)) is None
+    assert metrics.placements(np.zeros(3), np.arange(3)) is None
+
+
 def test_auc_difference_is_paired_delong():
     for seed in range(5):
         labels, a = random_case(seed, rows=600, levels=20)

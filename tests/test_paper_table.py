@@ -17,7 +17,14 @@ import pytest
 from pwiser_tf import metrics, runs
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Schema, Split
-from pwiser_tf.study import paired, paper_report, paper_results, paper_runs, paper_table
+from pwiser_tf.study import (
+    paired,
+    paper_report,
+    paper_results,
+    paper_runs,
+    paper_table,
+    workers,
+)
 from pwiser_tf.training import train
 from tests.conftest import SCHEMA, write_dataset
 
@@ -50,24 +57,6 @@ def test_wilcoxon_by_hand():
     assert paired.wilcoxon([1.0]) is None
 
 
-def test_placements_by_double_loop():
-    random = np.random.default_rng(0)
-    labels = random.integers(0, 2, 40)
-    scores = random.integers(0, 8, 40).astype(np.float32)
-    found = paired.placements(labels, scores)
-    positives, negatives = scores[labels == 1], scores[labels == 0]
-
-    def beats(a, b):
-        return 1.0 if a > b else 0.5 if a == b else 0.0
-
-    expected = [np.mean([beats(p, n) for n in negatives]) for p in positives]
-    np.testing.assert_allclose(found.of_positives, expected)
-    expected = [np.mean([beats(p, n) for p in positives]) for n in negatives]
-    np.testing.assert_allclose(found.of_negatives, expected)
-    assert paired.placements(np.ones(3), np.arange(3)) is None
-    assert paired.placements(np.zeros(3), np.arange(3)) is None
-
-
 def _scores(seed, rows=300):
     random = np.random.default_rng(seed)
     labels = np.random.default_rng(99).random(rows) < 0.2
@@ -77,7 +66,7 @@ def _scores(seed, rows=300):
 
 def test_delong_of_one_seed_is_that_of_the_metrics():
     labels, a, b = _scores(1)
-    found = paired.over_rows([paired.placements(labels, a)], [paired.placements(labels, b)])
+    found = paired.over_rows([metrics.placements(labels, a)], [metrics.placements(labels, b)])
     expected = metrics.auc_difference(labels, a, b)
     assert (found.mean, found.low, found.high, found.p_value) == pytest.approx(expected)
 
@@ -85,11 +74,11 @@ def test_delong_of_one_seed_is_that_of_the_metrics():
 def test_delong_over_seeds_is_of_the_mean_difference():
     """Seeds that agree row by row add nothing; independent ones average their rows' noise."""
     labels, a, b = _scores(1)
-    pairs = [[paired.placements(labels, scores) for scores in _scores(s)[1:]] for s in range(4)]
+    pairs = [[metrics.placements(labels, scores) for scores in _scores(s)[1:]] for s in range(4)]
     found = paired.over_rows(*zip(*pairs, strict=True))
     single = [paired.over_rows([x], [y]) for x, y in pairs]
     assert found.mean == pytest.approx(np.mean([one.mean for one in single]))
-    of_a, of_b = paired.placements(labels, a), paired.placements(labels, b)
+    of_a, of_b = metrics.placements(labels, a), metrics.placements(labels, b)
     one, twice = paired.over_rows([of_a], [of_b]), paired.over_rows([of_a] * 2, [of_b] * 2)
     assert twice == one
     # Scores of independent noise around the same labels: the standard error halves with 4 seeds.
@@ -99,10 +88,10 @@ def test_delong_over_seeds_is_of_the_mean_difference():
 
 def test_delong_where_it_says_nothing():
     labels = [0] * 5 + [1] * 5
-    same = paired.placements(labels, np.arange(10))
+    same = metrics.placements(labels, np.arange(10))
     assert paired.over_rows([same], [same]) == paired.Estimate(0.0, 0.0, 0.0, 1.0)
     # With fewer than 5 rows of a class there is no interval.
-    best, worst = (paired.placements(labels[1:], sign * np.arange(9)) for sign in (1, -1))
+    best, worst = (metrics.placements(labels[1:], sign * np.arange(9)) for sign in (1, -1))
     assert paired.over_rows([best], [worst]) == paired.Estimate(1.0, None, None, None)
 
 
@@ -564,15 +553,15 @@ def test_processes_are_replaced_and_one_that_is_killed_is_told(dataset, tmp_path
         runs.append(paper_runs.Run("data", "single_task", loss, settings, folder))
     processes = []
 
-    def give(worker, run, original=paper_runs._Worker.give):
-        original(worker, run)
+    def start(worker, job, original=workers._Worker.start):
+        original(worker, job)
         processes.append(worker._process.pid)
-        if run is runs[1]:
+        if job.name == runs[1].name:
             os.kill(worker._process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(paper_runs._Worker, "give", give)
-    monkeypatch.setattr(paper_runs, "_RUNS_A_PROCESS", 1)
-    with pytest.raises(DataError, match=r"data single_task focal seed 0: its process ended.* -9 "):
+    monkeypatch.setattr(workers._Worker, "start", start)
+    monkeypatch.setattr(workers, "_JOBS_PER_PROCESS", 1)
+    with pytest.raises(DataError, match=r"data single_task focal seed 0: its process ended.* -9"):
         paper_runs.train_all(runs, 1)
     assert len(set(processes)) == 2
     schema = Schema.load(dataset)

@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,7 +18,7 @@ from optuna.trial import TrialState
 from pwiser_tf import config, plots, runs, training
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Schema
-from pwiser_tf.study import tune, tune_report
+from pwiser_tf.study import tune, tune_report, workers
 from pwiser_tf.tasks import LOSSES, TASKS
 from tests.conftest import write_dataset
 
@@ -61,7 +62,7 @@ def studied(base, tmp_path_factory):
 def _search(folder, base, loss):
     """What the study in the folder holds of a loss."""
     schema = Schema.load(base.data_dir)
-    return tune.Search(folder, base.replace(loss=loss), tune.DEFAULTS[loss], schema)
+    return tune.Search(folder, base.replace(loss=loss), tune.searched(loss, None), schema)
 
 
 # --- the command -------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def test_the_flagfile_trains_the_winner_again(name, loss, studied, base, tmp_pat
     assert settings.read() == search.settings(search.best()).read()
     assert settings.loss.name == loss
     # What was not searched is the base's.
-    same = set(base.read()) & set(settings.read()) - set(tune.DEFAULTS[loss]) - {"loss"}
+    same = set(base.read()) & set(settings.read()) - set(search.names) - {"loss"}
     assert all(settings.values()[name] == base.values()[name] for name in same)
     assert values["model_name"].value == "shop"
     assert values["workdir"].value == str(folder / f"run-{loss}")
@@ -276,6 +277,12 @@ def curves(monkeypatch):
             return None, None, types.SimpleNamespace(best_value=best)
 
         monkeypatch.setattr(tune, "fit", fit)
+        monkeypatch.setattr(tune, "Pool", lambda size: contextlib.nullcontext(InProcess()))
+
+    class InProcess:
+        def run(self, jobs, answer):
+            monkeypatch.setattr(workers, "ask", answer)
+            return [(job, job.function(*job.arguments)) for job in jobs]
 
     return play
 
@@ -419,7 +426,7 @@ def test_each_loss_searches_its_own_settings(loss, base):
 
 
 def test_margins_have_the_range_of_their_space(base):
-    drawn, _ = _drawn(base, "pwiser", tune.DEFAULTS["pwiser"])
+    drawn, _ = _drawn(base, "pwiser", tune.searched("pwiser", None))
     for space, low, high in (("probability", 0.005, 0.5), ("logit", 0.1, 5.0)):
         chosen = [settings for settings, _ in drawn if settings.loss.score_space == space]
         for name in ("margin_click", "margin_nonclick"):
@@ -448,7 +455,7 @@ def test_tune_chooses_what_is_searched():
 
 
 def test_the_first_trial_is_of_the_flags_moved_into_the_ranges(base):
-    names = tune.DEFAULTS["pwiser"]
+    names = tune.searched("pwiser", None)
     own = base.replace(learning_rate=1.0, pwiser_weight=0.0, loss_tasks=("ctr",))
     assert tune.first_values(own, names) == {
         "learning_rate": 1e-2,
@@ -529,19 +536,10 @@ def test_the_plot_has_course_importance_and_settings(tmp_path, monkeypatch):
 
 def test_the_plot_of_two_trials(tmp_path, monkeypatch):
     _, importance, *_ = _panels({"bce": _study([0.7, 0.7])}, tmp_path, monkeypatch)
-    assert "needs two settings and 10" in importance.texts[0].get_text()
+    assert "needs two options and 10" in importance.texts[0].get_text()
     monkeypatch.undo()
     tune_report.plot_studies(tmp_path / "tune.png", {"bce": _study([0.7, 0.7])})
     assert (tmp_path / "tune.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_flagfile_leaves_nothing_half_written(tmp_path):
-    values = {"model": "mmoe", "tower_units": (8, 4), "export_dir": None, "mixed_precision": False}
-    tune.write_flagfile(tmp_path / "best.flags", ["Found.", ""], values)
-    assert (tmp_path / "best.flags").read_text() == (
-        "# Found.\n#\n--model=mmoe\n--tower_units=8,4\n--mixed_precision=False\n"
-    )
-    assert [path.name for path in tmp_path.iterdir()] == ["best.flags"]
 
 
 def test_a_best_value_at_the_edge_is_told(base, curves, tmp_path):
@@ -551,6 +549,6 @@ def test_a_best_value_at_the_edge_is_told(base, curves, tmp_path):
     plain = base.replace(loss="bce", learning_rate=1e-2)
     search = tune.tune(plain, tmp_path, 2)["bce"]
     assert tune.warnings_about(search) == [
-        "warning: bce: learning_rate 0.01 lies at the edge of what was searched, 0.0001 to 0.01"
+        "warning: bce: learning_rate 0.01 lies at the edge of the searched range, 0.0001 to 0.01"
     ]
     assert json.loads(json.dumps(search.study.user_attrs))["asked"]["tune"] == ["learning_rate"]

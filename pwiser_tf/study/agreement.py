@@ -4,34 +4,32 @@
     python -m pwiser_tf.study.agreement --data=data/us --embedding_dim=128 --bottom_units=512,256 \\
         --tower_units=128,64 --experts=8 --epochs=2
 
-Both read the same converted data set (without --data a generated one) in batches of the same size
-through pwiser_tf.data, have the same sizes, and train for the same number of epochs with Adam, L2
-and the mean of two BCEs, without early stopping. Ours runs under pwiser_tf.train.fit. PyTorch runs
-on the CPU. What the two keep as their own, and where it is taken out:
+Both read the same converted data set (without --data a generated one) in batches of the same size,
+have the same sizes, and train for the same number of epochs with Adam, L2 and the mean of two BCEs,
+without early stopping. Ours is trained by pwiser_tf.training.fit. PyTorch runs on the CPU. What
+differs, and in which row of the table it does not:
 
-    first bias     our towers start at the base rates, MTReclib's at 0: in a second row MTReclib's
-                   start there too
+    first bias     our towers start at the base rates, MTReclib's at 0; equal in the second row
     first weights  ours are Glorot's, PyTorch's layers draw from +-1/sqrt(inputs), biases too (the
-                   embeddings are Glorot's in both): in a third row MTReclib's model starts with
+                   embeddings are Glorot's in both); in the third row MTReclib's model starts with
                    weights and biases that ours drew
     Adam           our epsilon is 1e-7 beside the raw second moment, PyTorch's 1e-8 beside the
                    corrected one; our L2 is of kernels and embeddings, MTReclib's of all parameters;
-                   MTReclib's maps have a bias before a normalisation, which does nothing but drift:
-                   in the third row as ours
-    seeds          no run of MTReclib's has the seed of one of ours, so that no order of rows, first
-                   weight or dropout mask is shared, and the two are independent samples, as Welch's
-                   t needs
+                   MTReclib's layers have a bias before a normalization, which only drifts; as ours
+                   in the third row
+    seeds          no run of MTReclib's has the seed of one of ours: the two are independent
+                   samples, as Welch's t-test needs
     small          our running variances divide by n, PyTorch's by n - 1; our dropout of 0.2 is
                    51/256
 
-So the third row says whether the two programs are one and the same; the rows above it, how much the
-start alone decides at this number of steps.
+So the third row shows whether the two programs are the same; the rows above it, how much the start
+alone matters at this number of steps.
 
-CTCVR is measured by the second tower's own probability, as MTReclib does it. What ours serves,
-min(it, CTR), is measured beside it. Before the table two things are compared that know no chance:
-both forward passes with the same trained weights, where a difference above 1e-5 ends the benchmark,
-for the rest would mean nothing; and the probabilities after some steps of training, as in the third
-row, without dropout.
+CTCVR is measured by the second tower's own probability, as in MTReclib; what ours serves,
+min(it, CTR), is measured beside it. Before the table two deterministic comparisons are printed:
+the probabilities of both with the same trained weights, where a difference above 1e-5 ends the
+program, because the table would mean nothing; and the probabilities after some steps of training,
+as in the third row, without dropout.
 """
 
 import pwiser_tf.quiet  # noqa: F401
@@ -39,14 +37,12 @@ import pwiser_tf.quiet  # noqa: F401
 # isort: split
 
 import contextlib
-import dataclasses
-import functools
-import itertools
 import math
 import os
 import pathlib
 import sys
 import tempfile
+import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -55,11 +51,11 @@ import tf_keras as keras
 from absl import flags
 from scipy import stats
 
-from pwiser_tf import command_line, config, data, metrics, runs
-from pwiser_tf.config import Config
+from pwiser_tf import command_line, data, metrics, runs
+from pwiser_tf.config import Config, config_from_arguments
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import ClickConversionModel
-from pwiser_tf.models.base import TOWERS, log_odds
+from pwiser_tf.models.base import TOWERS
 from pwiser_tf.schema import SPLITS, Schema
 from pwiser_tf.tasks import POSITIVE_GRADE, TASKS
 from pwiser_tf.training import fit, share_cores
@@ -80,8 +76,7 @@ _STEPS = 5
 Predictor = Callable[[dict[str, tf.Tensor]], Sequence[np.ndarray]]
 
 
-@dataclasses.dataclass(frozen=True)
-class Epoch:
+class Epoch(typing.NamedTuple):
     """AUCs after an epoch: {"ctr", "ctcvr", "served"} of the validation and of the test split."""
 
     validation: dict[str, float]
@@ -89,26 +84,28 @@ class Epoch:
 
     @property
     def monitored(self) -> float:
-        """What the best epoch of a run is chosen by, in both programs."""
+        """The value by which the best epoch is chosen, in both programs."""
         return sum(self.validation[task] for task in TASKS) / len(TASKS)
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags of this command line."""
-    string, integer = (
-        functools.partial(define, flag_values=values)
-        for define in (flags.DEFINE_string, flags.DEFINE_integer)
-    )
-    string("data", None, "A converted data set; default: one is generated.")
-    integer("rows", 200_000, "Training rows of the generated data set.", lower_bound=1000)
-    integer("seeds", 5, "Runs of each.", lower_bound=2)
-    # As pwiser_tf.train has them, where their values are checked.
-    integer("epochs", 3, "Epochs of a run.")
-    integer("batch_size", 2048, "Rows a batch.")
-    integer("embedding_dim", 16, "Size of an embedding.")
-    string("bottom_units", "128,64", "MLP sizes of an expert.")
-    string("tower_units", "32", "MLP sizes of a tower.")
-    integer("experts", 4, "Experts.")
+    for name, default, text, low in (
+        ("data", None, "A converted data set; default: one is generated.", None),
+        ("rows", 200_000, "Training rows of the generated data set.", 1000),
+        ("seeds", 5, "Runs of each program.", 2),
+        # As pwiser_tf.train has them, where their values are checked.
+        ("epochs", 3, "Epochs of a run.", None),
+        ("batch_size", 2048, "Rows in a batch.", None),
+        ("embedding_dim", 16, "Size of an embedding.", None),
+        ("bottom_units", "128,64", "MLP sizes of an expert.", None),
+        ("tower_units", "32", "MLP sizes of a tower.", None),
+        ("experts", 4, "Experts.", None),
+    ):
+        if isinstance(default, int):
+            flags.DEFINE_integer(name, default, text, lower_bound=low, flag_values=values)
+        else:
+            flags.DEFINE_string(name, default, text, flag_values=values)
 
 
 def settings_of(values: flags.FlagValues, folder: str) -> Config:
@@ -119,16 +116,11 @@ def settings_of(values: flags.FlagValues, folder: str) -> Config:
     """
     names = ("epochs", "batch_size", "embedding_dim", "bottom_units", "tower_units", "experts")
     arguments = [f"--{name}={values[name].value}" for name in names]
-    # No run stops early; --workdir is one that train asks for and settings do not hold.
-    arguments += [f"--patience={values.epochs}", f"--data_dir={folder}", "--workdir=unused"]
-    of_train = flags.FlagValues()
-    config.define_flags(of_train)
-    config.define_run_flags(of_train)
-    try:
-        of_train(["train", "--model=mmoe", "--conversion_head=direct", "--loss=bce", *arguments])
-    except flags.Error as error:
-        raise DataError(str(error)) from None
-    return config.config_from_flags(of_train)
+    # No run stops early.
+    arguments += [f"--patience={values.epochs}", f"--data_dir={folder}"]
+    return config_from_arguments(
+        ["--model=mmoe", "--conversion_head=direct", "--loss=bce", *arguments]
+    )
 
 
 def generate(folder: pathlib.Path, rows: int) -> str:
@@ -177,18 +169,6 @@ def our_predictor(model: ClickConversionModel) -> Predictor:
     return lambda features: [probabilities.numpy() for probabilities in towers(features)]
 
 
-def their_predictor(model) -> Predictor:
-    """The same of MTReclib's model."""
-    import torch
-
-    def towers(features):
-        model.eval()
-        with torch.no_grad():
-            return [probabilities.numpy() for probabilities in model(*_tensors(features))]
-
-    return towers
-
-
 def predict(predictor: Predictor, folder: str, schema: Schema, split: str):
     """Probabilities {task: [rows]}, "served" among them, and the grades [rows] of a split."""
     columns, grades = [], []
@@ -211,140 +191,36 @@ def aucs(predictor: Predictor, folder: str, schema: Schema, split: str) -> dict[
 
 
 def _epoch(predictor: Predictor, settings: Config, schema: Schema) -> Epoch:
-    both = (aucs(predictor, settings.data_dir, schema, name) for name in ("validation", "test"))
-    return Epoch(*both)
+    return Epoch(*(aucs(predictor, settings.data_dir, schema, n) for n in ("validation", "test")))
 
 
 def train_ours(settings: Config, folder: pathlib.Path) -> tuple[list[Epoch], keras.Model]:
-    """A run of pwiser_tf.train in `folder`: its epochs, and the model of the best of them."""
+    """One of our runs, in `folder`: its epochs, and the model of the best one."""
     epochs = []
     schema = Schema.load(settings.data_dir)
 
     def on_epoch(model, _):
         epochs.append(_epoch(our_predictor(model), settings, schema))
 
-    # What train says of its progress is not what this benchmark prints.
+    # The output of training is not part of the report.
     with contextlib.redirect_stdout(sys.stderr):
         model, _, _ = fit(settings, folder, checkpoint_seconds=math.inf, on_epoch=on_epoch)
     return epochs, model
 
 
-class Theirs:
-    """MTReclib's model and loop, with the sizes of `settings` and initialised from its seed.
-
-    `name` is THEIRS, THEIRS_AT_RATES or THEIRS_AS_OURS.
-    """
-
-    def __init__(self, name: str, settings: Config, schema: Schema):
-        import torch
-
-        from pwiser_tf.study import mtreclib
-
-        torch.manual_seed(settings.training.seed)
-        self.model = mtreclib.MMoE(
-            [feature.size for feature in schema.categorical],
-            len(schema.numerical),
-            settings.model.embedding_dim,
-            settings.model.bottom_units,
-            settings.model.tower_units,
-            settings.model.experts,
-            settings.model.dropout,
-        )
-        self._as_ours = name == THEIRS_AS_OURS
-        self._steps = 0
-        if name == THEIRS_AT_RATES:
-            split = schema.split("train")
-            positives = split.clicks, split.conversions
-            for (_, head), count in zip(self.model.towers, positives, strict=True):
-                torch.nn.init.constant_(head.bias, log_odds((count, split.rows)))
-        learnt = list(self.model.parameters())
-        groups = [{"params": learnt, "weight_decay": settings.model.weight_decay}]
-        if self._as_ours:
-            copy_weights(settings.build_model(schema), self.model)
-            # Before a normalisation a bias does nothing, but Adam scales its rounding errors up to
-            # full steps, and the running mean lags behind it.
-            for linear, norm in itertools.pairwise(self.model.modules()):
-                if isinstance(norm, torch.nn.BatchNorm1d):
-                    linear.bias.requires_grad_(False)
-            learnt = [parameter for parameter in learnt if parameter.requires_grad]
-            groups = [
-                {
-                    "params": [p for p in learnt if p.ndim > 1],
-                    "weight_decay": settings.model.weight_decay,
-                },
-                {"params": [p for p in learnt if p.ndim == 1]},
-            ]
-        self._optimizer = torch.optim.Adam(groups, lr=settings.training.learning_rate)
-
-    def step(self, features: dict[str, tf.Tensor], grade: tf.Tensor) -> None:
-        """Trains on a batch."""
-        import torch
-
-        from pwiser_tf.study import mtreclib
-
-        self._steps += 1
-        if self._as_ours:
-            # Keras adds epsilon to the raw second moment's root, PyTorch to the corrected one's.
-            for group in self._optimizer.param_groups:
-                group["eps"] = 1e-7 / math.sqrt(1 - group["betas"][1] ** self._steps)
-        self.model.train()
-        loss = mtreclib.loss(self.model(*_tensors(features)), torch.tensor(grade.numpy()))
-        self._optimizer.zero_grad()
-        loss.backward()
-        self._optimizer.step()
-
-
 def train_theirs(name: str, settings: Config, schema: Schema) -> list[Epoch]:
-    """A run of MTReclib's, with what `name` says changed: its epochs."""
-    theirs = Theirs(name, settings, schema)
+    """A run of MTReclib's in the variant `name`: its epochs."""
+    from pwiser_tf.study import mtreclib
+
+    theirs = mtreclib.Trainer(settings, schema, name == THEIRS_AT_RATES, name == THEIRS_AS_OURS)
     epochs = []
     for number in range(settings.training.epochs):
         for batch in _batches(settings, schema, number):
             theirs.step(*batch)
-        epochs.append(_epoch(their_predictor(theirs.model), settings, schema))
+        epochs.append(_epoch(theirs.predict, settings, schema))
         shown = ", ".join(f"{task} {epochs[-1].validation[task]:.4f}" for task in TASKS)
         print(f"{name}, epoch {number + 1}, validation AUC: {shown}", file=sys.stderr, flush=True)
     return epochs
-
-
-def copy_weights(ours: ClickConversionModel, theirs) -> None:
-    """Gives MTReclib's model the weights and running statistics of ours, of the same sizes."""
-    import torch
-
-    def assign(parameter, values):
-        with torch.no_grad():
-            parameter.copy_(torch.tensor(values))
-
-    def dense(layer, linear):
-        assign(linear.weight, layer.kernel.numpy().T)
-        assign(linear.bias, layer.bias.numpy())
-
-    def blocks(mlp, sequence):
-        # A linear map, a normalisation, a ReLU and a dropout each; ours has no bias before the
-        # normalisation, which would take it away.
-        for block, linear, norm in zip(mlp._blocks, sequence[0::4], sequence[1::4], strict=True):
-            assign(linear.weight, block.kernel.numpy().T)
-            torch.nn.init.zeros_(linear.bias)
-            assign(norm.weight, block.gamma.numpy())
-            assign(norm.bias, block.beta.numpy())
-            assign(norm.running_mean, block.mean.numpy())
-            assign(norm.running_var, block.variance.numpy())
-
-    assign(theirs.embedding.weight, ours._shared_encoder.embeddings.numpy())
-    dense(ours._shared_encoder._linear, theirs.numerical)
-    for expert, sequence in zip(ours._experts, theirs.experts, strict=True):
-        blocks(expert, sequence)
-    for tower, gate, (sequence, head) in zip(TOWERS, theirs.gates, theirs.towers, strict=True):
-        dense(ours._gates[tower]._weights, gate[0])
-        blocks(ours._towers[tower], sequence)
-        dense(ours._heads[tower]._columns[0], head)
-
-
-def _tensors(features) -> tuple:
-    """The ids and the numbers of a batch for PyTorch."""
-    import torch
-
-    return tuple(torch.tensor(features[name].numpy()) for name in ("categorical", "numerical"))
 
 
 def _batches(settings: Config, schema: Schema, epoch: int) -> tf.data.Dataset:
@@ -359,31 +235,40 @@ def _batches(settings: Config, schema: Schema, epoch: int) -> tf.data.Dataset:
     )
 
 
-def compare_passes(model: ClickConversionModel, settings: Config, schema: Schema) -> float:
-    """The largest difference of a probability on the test rows, the weights being the same."""
-    theirs = Theirs(THEIRS, settings, schema).model
-    copy_weights(model, theirs)
-    return _largest_difference(model, theirs, settings, schema)
+def _print_deterministic(model: ClickConversionModel, settings: Config, schema: Schema) -> None:
+    """Prints the two comparisons without chance; RuntimeError where the functions differ."""
+    from pwiser_tf.study import mtreclib
 
+    def largest_difference(ours, theirs) -> float:
+        (found, _), (expected, _) = (
+            predict(predictor, settings.data_dir, schema, "test")
+            for predictor in (our_predictor(ours), theirs.predict)
+        )
+        return max(float(np.abs(found[task] - expected[task]).max()) for task in TASKS)
 
-def compare_steps(settings: Config, schema: Schema, steps: int) -> float:
-    """The same after some steps of each on the same batches, by Adam as ours, without dropout."""
+    theirs = mtreclib.Trainer(settings, schema)
+    mtreclib.copy_weights(model, theirs.model)
+    difference = largest_difference(model, theirs)
+    print(
+        "largest difference of a probability on the test rows: with the same trained weights "
+        f"{difference:.0e}",
+        flush=True,
+    )
+    if not difference <= _SAME_FUNCTION:
+        raise RuntimeError(f"the two models are not the same function: {difference}")
     settings = settings.replace(dropout=0.0)
-    ours, theirs = settings.build_model(schema), Theirs(THEIRS_AS_OURS, settings, schema)
-    batches = _batches(settings, schema, 0).take(steps)
+    ours = runs.build_model(settings, schema)
+    theirs = mtreclib.Trainer(settings, schema, as_ours=True)
+    batches = _batches(settings, schema, 0).take(_STEPS)
     ours.compile(optimizer=keras.optimizers.legacy.Adam(settings.training.learning_rate))
     ours.fit(batches, verbose=0)
     for batch in batches:
         theirs.step(*batch)
-    return _largest_difference(ours, theirs.model, settings, schema)
-
-
-def _largest_difference(ours, theirs, settings: Config, schema: Schema) -> float:
-    (found, _), (expected, _) = (
-        predict(predictor, settings.data_dir, schema, "test")
-        for predictor in (our_predictor(ours), their_predictor(theirs))
+    print(
+        f"with the same first weights, after {_STEPS} steps on the same batches without dropout, "
+        f"Adam as ours: {largest_difference(ours, theirs):.0e}\n",
+        flush=True,
     )
-    return max(float(np.abs(found[task] - expected[task]).max()) for task in TASKS)
 
 
 def welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
@@ -395,17 +280,11 @@ def welch(ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float,
     Returns:
       (difference, low, high); of samples that do not vary the interval is a point.
     """
-    samples = [np.asarray(sample, np.float64) for sample in (ours, theirs)]
-    difference = float(samples[0].mean() - samples[1].mean())
-    # Of each mean.
-    variances = [float(sample.var(ddof=1)) / len(sample) for sample in samples]
-    if not sum(variances):
+    difference = float(np.mean(ours) - np.mean(theirs))
+    if not np.ptp(ours) and not np.ptp(theirs):
         return difference, difference, difference
-    freedom = sum(variances) ** 2 / sum(
-        variance**2 / (len(sample) - 1) for variance, sample in zip(variances, samples, strict=True)
-    )
-    reach = float(stats.t.ppf((1 + _LEVEL) / 2, freedom)) * math.sqrt(sum(variances))
-    return difference, difference - reach, difference + reach
+    found = stats.ttest_ind(ours, theirs, equal_var=False)
+    return difference, *map(float, found.confidence_interval(_LEVEL))
 
 
 def best(run: Sequence[Epoch]) -> Epoch:
@@ -440,25 +319,22 @@ def table(programs: dict[str, list[list[Epoch]]]) -> str:
 def verdict(programs: dict[str, list[list[Epoch]]]) -> str:
     """Whether ours agrees with each of the others at the epoch best by validation; a line each."""
     lines = []
-    for name in (name for name in programs if name != OURS):
+    for name in list(programs)[1:]:
         found = {
             task: welch(*(_test_aucs(programs[who], best, task) for who in (OURS, name)))
             for task in TASKS
         }
-        apart = [
-            f"{task.upper()} by {_shown(found[task])}"
-            for task in TASKS
-            if not found[task][1] <= 0 <= found[task][2]
-        ]
         reach = max(abs(end) for _, *ends in found.values() for end in ends)
+        apart = " and ".join(
+            f"{task.upper()} by {_shown(estimate)}"
+            for task, estimate in found.items()
+            if not estimate[1] <= 0 <= estimate[2]
+        )
         lines.append(
-            f"{name}: "
-            + (
-                f"ours differs in {' and '.join(apart)}"
-                if apart
-                else "no difference from ours beyond seed noise: the intervals of CTR and CTCVR "
-                f"hold 0, and rule out one beyond {reach:.4f}"
-            )
+            f"{name}: ours differs in {apart}"
+            if apart
+            else f"{name}: no difference from ours beyond seed noise: the intervals of CTR and "
+            f"CTCVR hold 0, and rule out one beyond {reach:.4f}"
         )
     return "\n".join(lines)
 
@@ -477,10 +353,9 @@ def main() -> None:
     try:
         import torch
     except ImportError:
-        raise DataError("this benchmark needs PyTorch: pip install -e '.[bench]'") from None
+        raise DataError("this command needs PyTorch: pip install -e '.[bench]'") from None
     share_cores()
-    # Threads that wait for each other spin: on cores that others use too, all of them were seen to
-    # take six times as long as half of them.
+    # Waiting threads spin: on cores that others use too, a thread a core took six times as long.
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // 2))
     with runs.file_errors(), tempfile.TemporaryDirectory() as scratch:
         scratch = pathlib.Path(scratch)
@@ -496,15 +371,13 @@ def main() -> None:
             epochs, model = train_ours(run, scratch / f"run-{seed}")
             programs[OURS].append(epochs)
             if seed == 0:
-                _print_checks(model, run, schema)
+                _print_deterministic(model, run, schema)
             for name in list(programs)[1:]:
                 run = settings.replace(seed=values.seeds + seed)
                 programs[name].append(train_theirs(name, run, schema))
-            # Or every model ever built stays in memory.
+            # Otherwise every model stays in memory.
             keras.backend.clear_session()
-    print(table(programs))
-    print()
-    print(verdict(programs))
+    print(f"{table(programs)}\n\n{verdict(programs)}")
     served = [best(run).test[SERVED] - best(run).test["ctcvr"] for run in programs[OURS]]
     print(
         "CTCVR AUC of min(it, CTR), which ours serves, less that of the tower alone: "
@@ -525,23 +398,6 @@ def _print_what_runs(settings: Config, schema: Schema, seeds: int) -> None:
         f"Adam {training.learning_rate:g}, L2 {model.weight_decay:g}; {training.epochs} epochs "
         f"of batches of {training.batch_size}; seeds 0 to {seeds - 1} for ours, {seeds} to "
         f"{2 * seeds - 1} for MTReclib's",
-        flush=True,
-    )
-
-
-def _print_checks(model: ClickConversionModel, settings: Config, schema: Schema) -> None:
-    difference = compare_passes(model, settings, schema)
-    print(
-        "largest difference of a probability on the test rows: with the same trained weights "
-        f"{difference:.0e}",
-        flush=True,
-    )
-    if not difference <= _SAME_FUNCTION:
-        raise RuntimeError(f"the two models are not the same function: {difference}")
-    difference = compare_steps(settings, schema, _STEPS)
-    print(
-        f"with the same first weights, after {_STEPS} steps on the same batches without dropout, "
-        f"Adam as ours: {difference:.0e}\n",
         flush=True,
     )
 

@@ -32,19 +32,6 @@ class Estimate:
     p_value: float | None
 
 
-@dataclasses.dataclass(frozen=True)
-class Placements:
-    """What DeLong's method needs of one model's scores.
-
-    Attributes:
-      of_positives: float64 [positives], the share of negatives that each one scores above.
-      of_negatives: float64 [negatives], the share of positives that score above each one.
-    """
-
-    of_positives: np.ndarray
-    of_negatives: np.ndarray
-
-
 def over_seeds(differences: Sequence[float]) -> Estimate:
     """The paired t-test: the mean of one difference a seed, [seeds] of at least 1.
 
@@ -53,15 +40,14 @@ def over_seeds(differences: Sequence[float]) -> Estimate:
     they are 0, else 0.
     """
     differences = np.asarray(differences, np.float64)
-    mean, count = float(differences.mean()), len(differences)
-    if count < 2:
+    mean = float(differences.mean())
+    if len(differences) < 2:
         return Estimate(mean, None, None, None)
-    error = float(differences.std(ddof=1)) / math.sqrt(count)
-    if error == 0:
+    if not np.ptp(differences):
         return Estimate(mean, mean, mean, 0.0 if mean else 1.0)
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error
-    p_value = float(2 * stats.t.sf(abs(mean) / error, count - 1))
-    return Estimate(mean, mean - reach, mean + reach, p_value)
+    found = stats.ttest_1samp(differences, 0)
+    low, high = map(float, found.confidence_interval(LEVEL))
+    return Estimate(mean, low, high, float(found.pvalue))
 
 
 def wilcoxon(differences: Sequence[float]) -> float | None:
@@ -77,20 +63,7 @@ def wilcoxon(differences: Sequence[float]) -> float | None:
     return float(stats.wilcoxon(differences).pvalue)
 
 
-def placements(labels: np.ndarray, scores: np.ndarray) -> Placements | None:
-    """The placements of scores [n] with labels [n] in {0, 1}; None where a class is absent."""
-    positive, scores = np.asarray(labels) == 1, np.asarray(scores)
-    positives, negatives = int(positive.sum()), int((~positive).sum())
-    if not positives or not negatives:
-        return None
-    # A rank among all less the rank in one's own class counts the others below, ties half.
-    ranks = stats.rankdata(scores)
-    below = ranks[positive] - stats.rankdata(scores[positive])
-    above = positives - (ranks[~positive] - stats.rankdata(scores[~positive]))
-    return Placements(below / negatives, above / positives)
-
-
-def over_rows(a: Sequence[Placements], b: Sequence[Placements]) -> Estimate:
+def over_rows(a: Sequence[tuple], b: Sequence[tuple]) -> Estimate:
     """DeLong's paired test of the AUC difference A less B, averaged over the seeds.
 
     The placements are averaged over seeds row by row, before their variance is taken, so that
@@ -99,16 +72,13 @@ def over_rows(a: Sequence[Placements], b: Sequence[Placements]) -> Estimate:
     is `pwiser_tf.metrics.auc_difference`.
 
     Args:
-      a, b: one Placements a seed, of the same rows throughout.
+      a, b: `pwiser_tf.metrics.placements` of each seed, of the same rows throughout.
     """
-    by_positive = _mean_difference([p.of_positives for p in a], [p.of_positives for p in b])
-    by_negative = _mean_difference([p.of_negatives for p in a], [p.of_negatives for p in b])
+    by_positive, by_negative = (
+        np.mean([x[side] - y[side] for x, y in zip(a, b, strict=True)], axis=0) for side in (0, 1)
+    )
     found = metrics.difference_of_placements(by_positive, by_negative, LEVEL)
     return Estimate(*(None if math.isnan(value) else value for value in found))
-
-
-def _mean_difference(a: list[np.ndarray], b: list[np.ndarray]) -> np.ndarray:
-    return np.mean([x - y for x, y in zip(a, b, strict=True)], axis=0)
 
 
 def both(*p_values: float | None) -> float | None:
@@ -123,13 +93,11 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
     Args:
       p_values: of one family of comparisons; None is no comparison, and stays None.
     """
-    order = sorted((p, k) for k, p in enumerate(p_values) if p is not None)
-    adjusted: list[float | None] = [None] * len(p_values)
-    largest = 0.0
-    for rank, (p_value, position) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p_value))
-        adjusted[position] = largest
-    return adjusted
+    known = sorted(p for p in p_values if p is not None)
+    multiplied = [p * (len(known) - rank) for rank, p in enumerate(known)]
+    adjusted = np.minimum(1.0, np.maximum.accumulate(multiplied)).tolist()
+    by_value = dict(zip(known, adjusted, strict=True))
+    return [None if p is None else by_value[p] for p in p_values]
 
 
 def verdict(gain: float, p_value: float | None) -> str | None:

@@ -1,15 +1,16 @@
 """The report of paper_results' dictionary, as Markdown and as plots."""
 
-import math
-import os
 import pathlib
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pwiser_tf import metrics, runs
+from pwiser_tf import metrics, plots, runs
+from pwiser_tf.files import write_text
+from pwiser_tf.report import number, plural
 from pwiser_tf.study.paper_results import MEASURES, Measure
 
 _EXPLANATION = """\
@@ -41,9 +42,7 @@ def write(found: dict, folder: pathlib.Path) -> None:
         plot_differences(found, ("auc",), folder / "differences.png")
         plot_differences(found, ("log_loss", "pcoc"), folder / "calibration.png")
         plot_epochs(found, folder / "epochs.png")
-    aside = folder / ".table.md.partial"
-    aside.write_text(markdown(found), encoding="utf-8")
-    aside.replace(folder / "table.md")
+    write_text(folder / "table.md", markdown(found))
 
 
 # --- Markdown ----------------------------------------------------------------------------------
@@ -51,10 +50,10 @@ def write(found: dict, folder: pathlib.Path) -> None:
 
 def markdown(found: dict) -> str:
     """The report as Markdown, from `paper_results.results`."""
-    parts = ["# Losses compared", _code(found["command"])]
+    parts = ["# Losses compared", textwrap.indent(found["command"], "    ")]
     compared = [row for row in found["comparisons"] if row["kind"] == "auc"]
     parts.append(
-        f"{_plural(found['seeds'], 'seed')}. "
+        f"{plural(found['seeds'], 'seed')}. "
         + _EXPLANATION.format(baseline=found["baseline"], comparisons=len(compared))
     )
     if compared:
@@ -69,25 +68,21 @@ def markdown(found: dict) -> str:
         parts.append(_absolute_table(rows, data, found))
         rows = [row for row in found["comparisons"] if row["data"] == name]
         if rows:
-            parts += [f"### AUC less that of {found['baseline']}, in 1e-4", _auc_table(rows)]
-            parts += [f"### Other metrics less those of {found['baseline']}", _other_table(rows)]
-            parts.append(
+            parts += [
+                f"### AUC less that of {found['baseline']}, in 1e-4",
+                _comparison_table(rows, of_auc=True),
+                f"### Other metrics less those of {found['baseline']}",
+                _comparison_table(rows, of_auc=False),
                 "Over seeds alone: no test over rows. p Holm is over all comparisons of a metric. "
-                "Log loss and abs(ln PCOC), PCOC's distance from 1: less is better, and a win."
-            )
+                "Log loss and abs(ln PCOC), PCOC's distance from 1: less is better, and a win.",
+            ]
     if compared:
-        parts += ["![Differences in AUC](differences.png)"]
-        parts += ["![Differences in calibration](calibration.png)"]
-        parts += ["![Differences by epoch](epochs.png)"]
+        parts += [
+            "![Differences in AUC](differences.png)",
+            "![Differences in calibration](calibration.png)",
+            "![Differences by epoch](epochs.png)",
+        ]
     return "\n\n".join(parts) + "\n"
-
-
-def _code(text: str) -> str:
-    return "\n".join("    " + line for line in text.split("\n"))
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -96,49 +91,40 @@ def _markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _counts_table(found: dict) -> str:
-    by_loss: dict[str, dict] = {}
-    for row in found["counts"]:
-        by_loss.setdefault(row["loss"], {})[row["task"], row["corrected"]] = row
+    names = ("wins", "ties", "losses")
     lines = []
-    for loss, rows in by_loss.items():
+    for loss in dict.fromkeys(row["loss"] for row in found["counts"]):
         cells = []
         for tasks in (*((task,) for task in metrics.TASKS), metrics.TASKS):
-            shown = [
-                "/".join(
-                    str(sum(rows[task, corrected][name] for task in tasks))
-                    for name in ("wins", "ties", "losses")
-                )
-                for corrected in (True, False)
-            ]
-            cells.append(f"{shown[0]} ({shown[1]})")
+            shown = {}
+            for corrected in (True, False):
+                rows = [
+                    row
+                    for row in found["counts"]
+                    if (row["loss"], row["corrected"]) == (loss, corrected) and row["task"] in tasks
+                ]
+                shown[corrected] = "/".join(str(sum(row[name] for row in rows)) for name in names)
+            cells.append(f"{shown[True]} ({shown[False]})")
         lines.append([loss, *cells])
     return _markdown_table(["loss", *(task.upper() for task in metrics.TASKS), "all"], lines)
 
 
 def _splits_table(data: dict) -> str:
-    lines = [
-        [
-            name,
-            f"{split['rows']:,}",
-            f"{split['clicks']:,}",
-            f"{split['conversions']:,}",
-            _percent(split["clicks"], split["rows"]),
-            _percent(split["conversions"], split["clicks"]),
-            _percent(split["conversions"], split["rows"]),
+    lines = []
+    for name, split in data["splits"].items():
+        counts = rows, clicks, conversions = [
+            split[key] for key in ("rows", "clicks", "conversions")
         ]
-        for name, split in data["splits"].items()
-    ]
+        shares = (clicks, rows), (conversions, clicks), (conversions, rows)
+        percents = [f"{100 * part / whole:.3g}%" if whole else "-" for part, whole in shares]
+        lines.append([name, *(f"{count:,}" for count in counts), *percents])
     return _markdown_table(
         ["split", "exposures", "clicks", "conversions", "CTR", "CVR", "CTCVR"], lines
     )
 
 
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.3g}%" if whole else "-"
-
-
 def _absolute_table(rows: list[dict], data: dict, found: dict) -> str:
-    measures = [measure for measure in MEASURES if measure.kind != "gauc" or data["groups"]]
+    measures = [m for m in MEASURES.values() if m.kind != "gauc" or data["groups"]]
     header = ["model", "loss", *(measure.title for measure in measures), "best epoch"]
     published = data["published"]
     if published:
@@ -149,7 +135,7 @@ def _absolute_table(rows: list[dict], data: dict, found: dict) -> str:
         for measure in measures:
             value = row["measures"][measure.title]
             digits = {"log_loss": 6, "pcoc": 3}.get(measure.kind, 4)
-            text = _number(value["mean"], f".{digits}f")
+            text = number(value["mean"], f".{digits}f")
             if value["deviation"] is not None:
                 text += f" ± {value['deviation']:.{digits}f}"
             cells.append(text)
@@ -175,53 +161,32 @@ def _absolute_table(rows: list[dict], data: dict, found: dict) -> str:
     return "\n\n".join([text, " ".join(notes)]) if notes else text
 
 
-def _auc_table(rows: list[dict]) -> str:
-    lines = [
-        [
-            row["model"],
-            row["loss"],
-            row["task"].upper(),
-            _difference(row, Measure("auc", row["task"])),
-            _p(row["p_seeds"]),
-            _p(row["p_rows"]),
-            "-" if row["seeds_for"] is None else f"+{row['seeds_for']} -{row['seeds_against']}",
-            _p(row["p_holm"]),
-            row["verdict"] or "-",
-        ]
-        for row in rows
-        if row["kind"] == "auc"
-    ]
-    header = ["model", "loss", "task", "difference"]
-    header += ["p seeds", "p rows", "seeds +/-", "p Holm", "verdict"]
-    return _markdown_table(header, lines)
-
-
-def _other_table(rows: list[dict]) -> str:
+def _comparison_table(rows: list[dict], of_auc: bool) -> str:
+    """The differences of AUC, with their test over rows, or those of the other measures."""
+    rows = [row for row in rows if (row["kind"] == "auc") == of_auc]
+    if not of_auc:
+        keys = list(MEASURES)
+        rows.sort(key=lambda row: keys.index((row["kind"], row["task"])))
     lines = []
-    for measure in MEASURES:
-        for row in rows:
-            if measure.kind != "auc" and (row["kind"], row["task"]) == (measure.kind, measure.task):
-                lines.append(
-                    [
-                        row["model"],
-                        row["loss"],
-                        measure.difference_title,
-                        _difference(row, measure),
-                        _p(row["p_seeds"]),
-                        _p(row["p_holm"]),
-                        row["verdict"] or "-",
-                    ]
-                )
-    return _markdown_table(
-        ["model", "loss", "metric", "difference", "p seeds", "p Holm", "verdict"], lines
-    )
+    for row in rows:
+        measure = MEASURES[row["kind"], row["task"]]
+        name = row["task"].upper() if of_auc else measure.difference_title
+        cells = [row["model"], row["loss"], name, _difference(row, measure), _p(row["p_seeds"])]
+        if of_auc:
+            defined = row["seeds_for"] is not None
+            seeds = f"+{row['seeds_for']} -{row['seeds_against']}" if defined else "-"
+            cells += [_p(row["p_rows"]), seeds]
+        lines.append([*cells, _p(row["p_holm"]), row["verdict"] or "-"])
+    header = ["model", "loss", "task" if of_auc else "metric", "difference", "p seeds"]
+    header += ["p rows", "seeds +/-"] if of_auc else []
+    return _markdown_table([*header, "p Holm", "verdict"], lines)
 
 
 def _difference(row: dict, measure: Measure) -> str:
     if row["mean"] is None:
         return "-"
     mean, low, high = (
-        _number(None if row[name] is None else row[name] * measure.scale, f"+.{measure.digits}f")
+        number(row[name] and row[name] * measure.scale, f"+.{measure.digits}f")
         for name in ("mean", "low", "high")
     )
     return f"{mean} [{low}, {high}]"
@@ -231,10 +196,6 @@ def _p(value: float | None) -> str:
     if value is None:
         return "-"
     return "<.0001" if value < 0.0001 else f"{value:.2g}" if value < 0.1 else f"{value:.2f}"
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
 
 
 # --- plots -------------------------------------------------------------------------------------
@@ -263,7 +224,7 @@ def plot_differences(found: dict, kinds: Sequence[str], path: pathlib.Path) -> N
     Args:
       found: `paper_results.results`. kinds: of the measures to draw. path: of the PNG.
     """
-    measures = [measure for measure in MEASURES if measure.kind in kinds]
+    measures = [measure for measure in MEASURES.values() if measure.kind in kinds]
     entries = list(dict.fromkeys((row["model"], row["loss"]) for row in found["comparisons"]))
     height = 1.3 + 0.28 * len(entries)
     figure = Figure(
@@ -273,7 +234,7 @@ def plot_differences(found: dict, kinds: Sequence[str], path: pathlib.Path) -> N
     )
     figure.suptitle(
         f"Test split, best epoch by validation: loss less {found['baseline']}, "
-        f"mean and 95% interval over {_plural(found['seeds'], 'seed')}; "
+        f"mean and 95% interval over {plural(found['seeds'], 'seed')}; "
         "filled: significant after Holm's correction",
         fontsize=11,
     )
@@ -290,8 +251,8 @@ def plot_differences(found: dict, kinds: Sequence[str], path: pathlib.Path) -> N
             axes.set_yticks(range(len(entries)), [f"{model}  {loss}" for model, loss in entries])
             axes.set_ylim(len(entries) - 0.5, -0.5)
             axes.tick_params(labelsize=8)
-            _tidy(axes)
-    _save(figure, path)
+            plots.tidy(axes)
+    plots.save(figure, path)
 
 
 def _draw_difference(axes: Axes, position: int, row: dict, measure: Measure, style: dict) -> None:
@@ -331,25 +292,25 @@ def plot_epochs(found: dict, path: pathlib.Path) -> None:
             axes.set_title(f"{data}, {model}: {task.upper()}", fontsize=9)
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9)
-    _save(figure, path)
+    plots.save(figure, path)
 
 
 def _draw_epochs(axes: Axes, found: dict, data: str, model: str, task: str) -> None:
-    rows = [
-        row
-        for row in found["fixed_epochs"]
-        if (row["data"], row["model"], row["task"]) == (data, model, task)
-    ]
+    wanted = data, model, task
+    rows = [r for r in found["fixed_epochs"] if (r["data"], r["model"], r["task"]) == wanted]
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     for position, loss in enumerate(losses):
         # Beside each other, or the bars of one epoch would hide each other.
         shift = 0.5 * ((position + 0.5) / len(losses) - 0.5)
-        points = [
-            [row["epoch"] + shift, *(_scaled(row[name]) for name in ("mean", "low", "high"))]
-            for row in rows
-            if row["loss"] == loss
-        ]
-        epoch, mean, low, high = np.array(points).T
+        epoch, *values = np.array(
+            [
+                [row[name] for name in ("epoch", "mean", "low", "high")]
+                for row in rows
+                if row["loss"] == loss
+            ],
+            np.float64,
+        ).T
+        epoch, (mean, low, high) = epoch + shift, (1e4 * value for value in values)
         style = _style(found, loss)
         axes.plot(epoch, mean, label=loss, markersize=4, linewidth=1, **style)
         axes.vlines(epoch, low, high, color=style["color"], linewidth=1, alpha=0.6)
@@ -357,24 +318,4 @@ def _draw_epochs(axes: Axes, found: dict, data: str, model: str, task: str) -> N
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("epoch", fontsize=8)
     axes.tick_params(labelsize=8)
-    _tidy(axes)
-
-
-def _scaled(value: float | None) -> float:
-    return math.nan if value is None else 1e4 * value
-
-
-def _tidy(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="#EEEEEE", linewidth=0.8)
-    axes.set_axisbelow(True)
-
-
-def _save(figure: Figure, path: pathlib.Path) -> None:
-    """Writes the PNG aside and moves it into place."""
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        figure.savefig(aside, format="png")
-        os.replace(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
+    plots.tidy(axes)

@@ -1,6 +1,8 @@
 """What finished runs say, as one dictionary: metrics, differences, intervals, tests, verdicts."""
 
+import collections
 import dataclasses
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -12,43 +14,20 @@ from pwiser_tf.study.paper_runs import Run, read_grade, read_predictions
 
 # MTReclib's README: test AUC of CTR and of CTCVR (which it calls CVR), the mean of 5 runs, each
 # stopped early on the test split itself.
+_PUBLISHED = """
+                NL              ES              FR              US
+single_task     0.7222 0.8590   0.7266 0.8855   0.7259 0.8737   0.7061 0.8637
+shared_bottom   0.7228 0.8511   0.7287 0.8866   0.7245 0.8700   0.7029 0.8698
+omoe            0.7254 0.8611   0.7253 0.8859   0.7257 0.8781   0.7049 0.8701
+mmoe            0.7234 0.8606   0.7285 0.8898   0.7216 0.8811   0.7043 0.8758
+ple             0.7292 0.8591   0.7273 0.8913   0.7276 0.8805   0.7138 0.8675
+aitm            0.7240 0.8577   0.7290 0.8885   0.7236 0.8763   0.7048 0.8730
+metaheac        0.7263 0.8615   0.7299 0.8883   0.7249 0.8813   0.7089 0.8743
+"""
+_COUNTRIES, *_ROWS = (line.split() for line in _PUBLISHED.strip().split("\n"))
 PUBLISHED = {
-    "NL": {
-        "single_task": (0.7222, 0.8590),
-        "shared_bottom": (0.7228, 0.8511),
-        "omoe": (0.7254, 0.8611),
-        "mmoe": (0.7234, 0.8606),
-        "ple": (0.7292, 0.8591),
-        "aitm": (0.7240, 0.8577),
-        "metaheac": (0.7263, 0.8615),
-    },
-    "ES": {
-        "single_task": (0.7266, 0.8855),
-        "shared_bottom": (0.7287, 0.8866),
-        "omoe": (0.7253, 0.8859),
-        "mmoe": (0.7285, 0.8898),
-        "ple": (0.7273, 0.8913),
-        "aitm": (0.7290, 0.8885),
-        "metaheac": (0.7299, 0.8883),
-    },
-    "FR": {
-        "single_task": (0.7259, 0.8737),
-        "shared_bottom": (0.7245, 0.8700),
-        "omoe": (0.7257, 0.8781),
-        "mmoe": (0.7216, 0.8811),
-        "ple": (0.7276, 0.8805),
-        "aitm": (0.7236, 0.8763),
-        "metaheac": (0.7249, 0.8813),
-    },
-    "US": {
-        "single_task": (0.7061, 0.8637),
-        "shared_bottom": (0.7029, 0.8698),
-        "omoe": (0.7049, 0.8701),
-        "mmoe": (0.7043, 0.8758),
-        "ple": (0.7138, 0.8675),
-        "aitm": (0.7048, 0.8730),
-        "metaheac": (0.7089, 0.8743),
-    },
+    country: {row[0]: tuple(map(float, row[1 + 2 * k : 3 + 2 * k])) for row in _ROWS}
+    for k, country in enumerate(_COUNTRIES)
 }
 
 
@@ -91,12 +70,15 @@ class Measure:
         return abs(math.log(value)) if value > 0 else None
 
 
-MEASURES = (
-    *(Measure("auc", task) for task in metrics.TASKS),
-    *(Measure("gauc", task) for task in ("ctr", "ctcvr")),
-    *(Measure("log_loss", task, 1e5, 1, -1) for task in ("ctr", "ctcvr")),
-    *(Measure("pcoc", task, 1, 3, -1) for task in ("ctr", "ctcvr")),
-)
+MEASURES = {
+    (measure.kind, measure.task): measure
+    for measure in (
+        *(Measure("auc", task) for task in metrics.TASKS),
+        *(Measure("gauc", task) for task in ("ctr", "ctcvr")),
+        *(Measure("log_loss", task, 1e5, 1, -1) for task in ("ctr", "ctcvr")),
+        *(Measure("pcoc", task, 1, 3, -1) for task in ("ctr", "ctcvr")),
+    )
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,44 +107,30 @@ def results(
       metrics; "absolute": means over seeds; "comparisons": differences to the baseline with their
       tests; "fixed_epochs": AUC differences by epoch; "counts": wins, ties and losses by loss.
     """
-    models, losses = (
-        list(dict.fromkeys(getattr(entry.run, name) for entry in finished))
-        for name in ("model", "loss")
-    )
-    table = {
-        (data, model, loss): [
-            entry
-            for entry in finished
-            if (entry.run.data, entry.run.model, entry.run.loss) == (data, model, loss)
-        ]
-        for data in schemas
-        for model in models
-        for loss in losses
-    }
+    table: dict[tuple, list[Finished]] = {}
+    for entry in finished:
+        table.setdefault(tuple(_names(entry.run).values()), []).append(entry)
+    baseline = finished[0].run.loss
+    pairs = [
+        (entries, table[data, model, baseline])
+        for (data, model, loss), entries in table.items()
+        if loss != baseline
+    ]
     comparisons = []
-    for data in schemas:
-        for model in models:
-            comparisons += _comparisons(
-                {loss: table[data, model, loss] for loss in losses}, schemas[data]
-            )
+    for entries, others in pairs:
+        comparisons += _comparisons(entries, others, schemas[entries[0].run.data])
     _correct(comparisons)
     return {
         "command": command,
-        "baseline": losses[0],
+        "baseline": baseline,
         "seeds": len(table[next(iter(table))]),
         "data": {name: _description(schema, published) for name, schema in schemas.items()},
         "absolute": [_absolute(entries) for entries in table.values()],
         "comparisons": comparisons,
         "counts": _counts(comparisons),
-        "fixed_epochs": [
-            row
-            for data in schemas
-            for model in models
-            for loss in losses[1:]
-            for row in _fixed_epochs(table[data, model, loss], table[data, model, losses[0]])
-        ],
+        "fixed_epochs": [row for pair in pairs for row in _fixed_epochs(*pair)],
         "runs": [
-            {**_names(entry.run), "seed": entry.run.settings.seed, **entry.result}
+            {**_names(entry.run), "seed": entry.run.settings.training.seed, **entry.result}
             for entry in finished
         ],
     }
@@ -188,13 +156,13 @@ def _description(schema: Schema, published: str | None) -> dict:
 def _absolute(entries: list[Finished]) -> dict:
     """The mean over seeds of each measure, and the standard deviation, where they are defined."""
     measures = {}
-    for measure in MEASURES:
+    for measure in MEASURES.values():
         values = [measure.value(entry.result["test"]) for entry in entries]
-        if None in values:
-            measures[measure.title] = {"mean": None, "deviation": None}
-        else:
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            measures[measure.title] = {"mean": statistics.fmean(values), "deviation": deviation}
+        defined = None not in values
+        measures[measure.title] = {
+            "mean": statistics.fmean(values) if defined else None,
+            "deviation": statistics.stdev(values) if defined and len(values) > 1 else None,
+        }
     return {
         **_names(entries[0].run),
         "measures": measures,
@@ -205,31 +173,22 @@ def _absolute(entries: list[Finished]) -> dict:
     }
 
 
-def _comparisons(by_loss: dict[str, list[Finished]], schema: Schema) -> list[dict]:
-    """Each loss but the first, the baseline, against it: a row a loss and measure."""
-    baseline, *others = by_loss.values()
-    compared = []
-    for entries in others:
-        for measure in MEASURES:
-            if measure.kind == "gauc" and not schema.group:
-                continue
-            pairs = [
-                (measure.compared(a.result["test"]), measure.compared(b.result["test"]))
-                for a, b in zip(entries, baseline, strict=True)
-            ]
-            row = {**_names(entries[0].run), "kind": measure.kind, "task": measure.task}
-            compared.append(row | _over_seeds(pairs))
-    rows = {(row["loss"], row["task"]): row for row in compared if row["kind"] == "auc"}
-    if not rows:
-        return compared
-    grade = read_grade(baseline[0].run)
-    for task in metrics.TASKS:
-        of_baseline = _placements(baseline, grade, task)
-        for entries in others:
-            row = rows[entries[0].run.loss, task]
-            row |= _over_rows(_placements(entries, grade, task), of_baseline)
+def _comparisons(entries: list[Finished], baseline: list[Finished], schema: Schema) -> list[dict]:
+    """A loss against the baseline: a row a measure."""
+    rows = []
+    for (kind, task), measure in MEASURES.items():
+        if kind == "gauc" and not schema.group:
+            continue
+        pairs = [
+            (measure.compared(a.result["test"]), measure.compared(b.result["test"]))
+            for a, b in zip(entries, baseline, strict=True)
+        ]
+        row = {**_names(entries[0].run), "kind": kind, "task": task, **_over_seeds(pairs)}
+        if kind == "auc":
+            row |= _over_rows(_placements(entries, task), _placements(baseline, task))
             row["p_value"] = paired.both(row["p_seeds"], row["p_rows"])
-    return compared
+        rows.append(row)
+    return rows
 
 
 def _over_seeds(pairs: list[tuple[float | None, float | None]]) -> dict:
@@ -250,19 +209,18 @@ def _over_seeds(pairs: list[tuple[float | None, float | None]]) -> dict:
     }
 
 
-def _placements(entries: list[Finished], grade, task: str) -> list[paired.Placements | None]:
-    measured, labels = metrics.task_labels(grade, task)
+def _placements(entries: list[Finished], task: str) -> list[tuple | None]:
+    measured, labels = metrics.task_labels(read_grade(entries[0].run), task)
     labels = labels[measured]
     return [
-        paired.placements(labels, read_predictions(entry.run)[task][measured]) for entry in entries
+        metrics.placements(labels, read_predictions(entry.run)[task][measured]) for entry in entries
     ]
 
 
 def _over_rows(a: list, b: list) -> dict:
     """DeLong's test of the mean difference, and of each seed's own."""
     if None in a or None in b:
-        return {"rows_low": None, "rows_high": None, "p_rows": None, "seeds_for": None,
-                "seeds_against": None}  # fmt: skip
+        return dict.fromkeys(("rows_low", "rows_high", "p_rows", "seeds_for", "seeds_against"))
     mean = paired.over_rows(a, b)
     single = [paired.over_rows([x], [y]) for x, y in zip(a, b, strict=True)]
     clear = [one for one in single if one.p_value is not None and one.p_value <= 1 - paired.LEVEL]
@@ -277,12 +235,11 @@ def _over_rows(a: list, b: list) -> dict:
 
 def _correct(comparisons: list[dict]) -> None:
     """Adds Holm's p-values and the verdicts; each kind of measure is a family of its own."""
-    signs = {(measure.kind, measure.task): measure.sign for measure in MEASURES}
-    for kind in dict.fromkeys(measure.kind for measure in MEASURES):
+    for kind in dict.fromkeys(kind for kind, _ in MEASURES):
         family = [row for row in comparisons if row["kind"] == kind]
         adjusted = paired.holm([row["p_value"] for row in family])
         for row, p_value in zip(family, adjusted, strict=True):
-            gain = 0.0 if row["mean"] is None else signs[kind, row["task"]] * row["mean"]
+            gain = MEASURES[kind, row["task"]].sign * (row["mean"] or 0.0)
             row["p_holm"] = p_value
             row["verdict"] = paired.verdict(gain, p_value)
             row["uncorrected"] = paired.verdict(gain, row["p_value"])
@@ -290,27 +247,17 @@ def _correct(comparisons: list[dict]) -> None:
 
 def _counts(comparisons: list[dict]) -> list[dict]:
     """Verdicts on AUC by loss and task, over all data sets and models."""
+    losses = dict.fromkeys(row["loss"] for row in comparisons)
     counts = []
-    for loss in dict.fromkeys(row["loss"] for row in comparisons):
-        for task in metrics.TASKS:
-            rows = [
-                row
-                for row in comparisons
-                if (row["loss"], row["kind"], row["task"]) == (loss, "auc", task)
-            ]
-            for key in ("verdict", "uncorrected"):
-                verdicts = [row[key] for row in rows]
-                counts.append(
-                    {
-                        "loss": loss,
-                        "task": task,
-                        "corrected": key == "verdict",
-                        "wins": verdicts.count("win"),
-                        "ties": verdicts.count("tie"),
-                        "losses": verdicts.count("loss"),
-                        "undefined": verdicts.count(None),
-                    }
-                )
+    for loss, task, key in itertools.product(losses, metrics.TASKS, ("verdict", "uncorrected")):
+        found = collections.Counter(
+            row[key]
+            for row in comparisons
+            if (row["loss"], row["kind"], row["task"]) == (loss, "auc", task)
+        )
+        names = {"wins": "win", "ties": "tie", "losses": "loss", "undefined": None}
+        numbers = {name: found[value] for name, value in names.items()}
+        counts.append({"loss": loss, "task": task, "corrected": key == "verdict", **numbers})
     return counts
 
 
@@ -321,14 +268,12 @@ def _fixed_epochs(entries: list[Finished], baseline: list[Finished]) -> list[dic
     """
     shared = min(len(entry.result["epochs"]) for entry in (*entries, *baseline))
     found = []
-    for task in metrics.TASKS:
-        measure = Measure("auc", task)
-        for epoch in range(shared):
-            pairs = [
-                tuple(measure.compared(x.result["epochs"][epoch]["test"]) for x in (a, b))
-                for a, b in zip(entries, baseline, strict=True)
-            ]
-            row = {**_names(entries[0].run), "task": task, "epoch": epoch + 1}
-            estimate = _over_seeds(pairs)
-            found.append(row | {name: estimate[name] for name in ("mean", "low", "high")})
+    for task, epoch in itertools.product(metrics.TASKS, range(shared)):
+        pairs = [
+            tuple(x.result["epochs"][epoch]["test"][task]["auc"] for x in pair)
+            for pair in zip(entries, baseline, strict=True)
+        ]
+        estimate = _over_seeds(pairs)
+        row = {**_names(entries[0].run), "task": task, "epoch": epoch + 1}
+        found.append(row | {name: estimate[name] for name in ("mean", "low", "high")})
     return found

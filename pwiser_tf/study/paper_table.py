@@ -9,9 +9,9 @@ pwiser:margin_click=0.1:learning_rate=0.003. The elements of a list are joined b
 bottom_units=64+32. The first loss is the baseline that the others are compared with. Where two
 entries set the same flag, the loss's holds.
 
-Each run lies in runs/DATA/MODEL/LOSS/seed-N and is trained once: the same command, or one with more
-models, losses or seeds, goes on with what is there. Written besides: table.md, results.json,
-differences.png, calibration.png, epochs.png.
+Each run has the folder runs/DATA/MODEL/LOSS/seed-N and is trained once: the same command, or one
+with more models, losses or seeds, keeps finished runs and resumes others. It also writes table.md,
+results.json, differences.png, calibration.png and epochs.png.
 """
 
 import pwiser_tf.quiet  # noqa: F401
@@ -26,9 +26,9 @@ import sys
 
 from absl import flags
 
-from pwiser_tf import config, data, runs
+from pwiser_tf import data, runs
 from pwiser_tf.command_line import run
-from pwiser_tf.config import OPTIONS, Config
+from pwiser_tf.config import OPTIONS, Config, config_from_arguments
 from pwiser_tf.errors import DataError
 from pwiser_tf.options import kind_of
 from pwiser_tf.schema import SPLITS, Schema
@@ -82,19 +82,13 @@ def settings_of(base: str | None, data_dir: str, model: str, loss: str, more: li
     if base:
         file, overrides = split_entry(base, "settings")
         arguments += [f"--flagfile={file}", *overrides]
-    for flag, entry in (("model", model), ("loss", loss)):
-        name, overrides = split_entry(entry, {"model": "models", "loss": "losses"}[flag])
+    for flag, of_table, entry in (("model", "models", model), ("loss", "losses", loss)):
+        name, overrides = split_entry(entry, of_table)
         arguments += [f"--{flag}={name}", *overrides]
-    # The run's own folder is not a setting.
-    arguments += [f"--data_dir={data_dir}", "--workdir=-", *more]
-    values = flags.FlagValues()
-    config.define_flags(values)
-    config.define_run_flags(values)
     try:
-        values(["train", *arguments])
-    except flags.Error as error:
+        return config_from_arguments([*arguments, f"--data_dir={data_dir}", *more])
+    except DataError as error:
         raise DataError(f"model {model} with loss {loss}: {error}") from None
-    return config.config_from_flags(values)
 
 
 def _data_folders(entries: list[str]) -> dict[str, pathlib.Path]:
@@ -158,7 +152,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Trains what is not yet trained, and writes the tables."""
+    """Trains the runs that are not finished, and writes the tables."""
     signal.signal(signal.SIGTERM, _interrupted)
     args = flags.FLAGS
     folders = _data_folders(args.data)
@@ -186,11 +180,10 @@ def main() -> None:
 
 
 def _plan(args, folders, models, losses, runs_folder: pathlib.Path) -> list[Run]:
-    """All runs, in the order in which they are trained: what a first seed says is seen first."""
-    more = []
-    if any(LOSSES[split_entry(loss, "losses")[0]].needs_groups for loss in losses):
-        # A pair of runs has the same batches only if both have the batches that one of them needs.
-        more.append("--shuffle=groups")
+    """All runs, in the order in which they are trained: seed by seed."""
+    # The runs of a pair need the same batches: those that one of the losses needs.
+    names = {split_entry(loss, "losses")[0] for loss in losses} & set(LOSSES)
+    more = ["--shuffle=groups"] if any(LOSSES[name].needs_groups for name in names) else []
     planned = {
         (name, model, loss): settings_of(args.settings, str(folder), model, loss, more)
         for name, folder in folders.items()

@@ -1,38 +1,39 @@
-"""Searches a loss's settings on the validation split, and those of BCE with as many trials.
+"""Searches the options of a loss on the validation split, and those of BCE with as many trials.
 
     pwiser tune --flagfile=configs/us.flags --trials=30
 
-Each trial trains a model with train's flags and other values of what is searched (`DEFAULTS`; or
---tune), and is worth its best epoch's monitored value: the mean of the CTR and CTCVR AUC on the
-validation split. Optuna draws the values (TPE; the first trial has those of the flags) and stops
-what falls behind the median of the trials before it. Plain BCE, the baseline, gets the same number
-of trials, sampler, seed and pruner. The test split is never opened: it may be absent.
+Each trial trains a model with the flags of `pwiser train` and other values of the searched options
+(by default those of the loss and the learning rate; or --tune). Its value is the best over its
+epochs of the mean of the CTR and CTCVR AUC on the validation split. Optuna draws the options (TPE;
+the first trial has those of the flags) and prunes trials that fall behind the median of earlier
+ones. Plain BCE, the baseline, gets the same number of trials, sampler, seed and pruner. The test
+split is never opened: it may be absent.
 
-The study lives in --study_dir. Interrupted at any moment, it goes on when the same command is given
-again, in the middle of a trial too, and finds what it would have found; --trials can be raised
-later. The sampler's seed follows from --seed and the trial's number. (Only a kill in the
-milliseconds in which a trial's values are drawn can change those values.)
+The study is stored in --study_dir. The same command resumes it, also in the middle of a trial, and
+finds what an uninterrupted study would have found; --trials can be raised later. The sampler's seed
+follows from --seed and the trial's number. (Only a kill in the milliseconds in which the options of
+a trial are drawn can change them.) Trials run in a worker process that is replaced after some of
+them, so that the memory in use stays the same.
 
     study.db         Optuna's storage (SQLite)
-    trials/          the run under way, and each loss's best so far
-    train.log        what training prints
-    best.flags       for pwiser_tf.train: all flags, with the best values of --loss
+    trials/          the run of the current trial, and the best run of each loss
+    train.log        the output of training
+    best.flags       for pwiser train: all flags, with the best values of --loss
     best-bce.flags   the same for the baseline
     trials.csv       a row a trial
-    tune.png         the course of the search, and what mattered
+    tune.png         the course of the search, and which options mattered
 """
 
-import contextlib
 import json
 import math
 import pathlib
 import shutil
 import sys
 import textwrap
+from collections.abc import Callable
 
 import optuna
 import sqlalchemy.exc
-import tf_keras as keras
 from absl import flags
 from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
@@ -41,67 +42,51 @@ from pwiser_tf import config, report, runs
 from pwiser_tf.config import OPTIONS, Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import evaluate
+from pwiser_tf.files import write_text
 from pwiser_tf.schema import Schema
-from pwiser_tf.study.tune_report import plot_studies, write_csv
-from pwiser_tf.tasks import SCORE_SPACES, TASKS
+from pwiser_tf.study import tune_report, workers
+from pwiser_tf.study.workers import Job, Pool
+from pwiser_tf.tasks import LOSSES, SCORE_SPACES, TASKS
 from pwiser_tf.training import Diverged, fit, share_cores
 
 BASELINE = "bce"
 
-# What is searched for each loss, unless --tune says otherwise.
-_RANKING = ("learning_rate", "ranking_weight")
-DEFAULTS = {
-    "bce": ("learning_rate",),
-    "pwiser": (
-        "learning_rate",
-        "pwiser_weight",
-        "loss_tasks",
-        "score_space",
-        "margin_click",
-        "margin_nonclick",
-    ),
-    "ranknet": _RANKING,
-    "combined_pair": _RANKING,
-    "jrc": _RANKING,
-    "listce": _RANKING,
-    "focal": ("learning_rate", "focal_gamma"),
-}
 # Lowest and highest value, and whether they are searched as logarithms.
 _RANGES = {
-    **{
-        name: field.metadata["search"]
-        for name, (_, field) in OPTIONS.items()
-        if field.metadata["search"]
-    },
-    # The margins where they are measured in logits: another quantity, so another parameter.
-    "margin_click_logit": (0.1, 5.0, True),
-    "margin_nonclick_logit": (0.1, 5.0, True),
+    name: field.metadata["search"]
+    for name, (_, field) in OPTIONS.items()
+    if field.metadata["search"]
 }
 _MARGINS = ("margin_click", "margin_nonclick")
+# The margins where they are measured in logits: another quantity, so another parameter.
+_LOGIT_RANGE = (0.1, 5.0, True)
 _CHOICES = {
-    "score_space": {space: space for space in SCORE_SPACES},
     "loss_tasks": {"both": TASKS, **{task: (task,) for task in TASKS}},
+    "score_space": {space: space for space in SCORE_SPACES},
 }
-SEARCHABLE = tuple(dict.fromkeys([*sum(DEFAULTS.values(), ()), "conversion_weight"]))
+# In the order in which a trial draws them: the range of a margin depends on the score space.
+SEARCHABLE = tuple(dict.fromkeys(["learning_rate", "pwiser_weight", *_CHOICES, *_RANGES]))
 
+_COMPLETE, _PRUNED, _DIVERGED = "complete", "pruned", "diverged"
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
-# No trial is stopped before so many trials are done, nor by its first epoch: a low learning rate
-# begins slowly.
+# No trial is pruned before this many trials, nor by its first epoch: a low learning rate begins
+# slowly.
 _TRIALS_BEFORE_PRUNING = 5
 _EPOCHS_BEFORE_PRUNING = 1
 
 
 def searched(loss: str, wanted: list[str] | None) -> tuple[str, ...]:
-    """The settings to search for a loss: its own ones, or those of `wanted` that it has.
+    """The options to search for a loss: those of `wanted` that it reads, by default its own.
 
     Raises:
-      DataError: `wanted` holds nothing that the loss has, or the score space without the margins.
+      DataError: the loss reads none of `wanted`, or `wanted` has the score space without margins.
     """
+    read = ("learning_rate", "conversion_weight", *LOSSES[loss].options)
+    has = tuple(name for name in SEARCHABLE if name in read)
     if wanted is None:
-        return DEFAULTS[loss]
-    # The conversion weight is a control, plain BCE's way to what PWiseR does: of --tune alone.
-    tasks = () if loss == BASELINE else ("loss_tasks",)
-    has = tuple(dict.fromkeys((*DEFAULTS[loss], *tasks, "conversion_weight")))
+        # The conversion weight is a control: BCE's way to do what PWiseR does.
+        left_out = ["conversion_weight", *(() if "score_space" in has else _CHOICES)]
+        return tuple(name for name in has if name not in left_out)
     names = tuple(name for name in has if name in wanted)
     if not names:
         raise DataError(
@@ -111,31 +96,33 @@ def searched(loss: str, wanted: list[str] | None) -> tuple[str, ...]:
     if "score_space" in names and not set(_MARGINS) <= set(names):
         raise DataError(
             f"--tune={','.join(wanted)}: score_space needs margin_click and margin_nonclick beside "
-            "it, for one number is not the same margin in probabilities and in logits"
+            "it, because the same number is another margin in logits than in probabilities"
         )
     return names
 
 
 def draw(trial: optuna.Trial, base: Config, names: tuple[str, ...]) -> Config:
-    """The trial's settings: `base` with other values of those `names`, drawn by the trial."""
+    """`base` with values of the options `names` that the trial draws."""
     values = {}
     for name in names:
         if name in _CHOICES:
             values[name] = _CHOICES[name][trial.suggest_categorical(name, list(_CHOICES[name]))]
         else:
-            parameter = _parameter(name, values.get("score_space", base.loss.score_space))
-            low, high, logarithmic = _RANGES[parameter]
+            space = values.get("score_space", base.loss.score_space)
+            parameter, (low, high, logarithmic) = _parameter(name, space)
             values[name] = trial.suggest_float(parameter, low, high, log=logarithmic)
     return base.replace(**values)
 
 
-def _parameter(name: str, score_space: str) -> str:
-    """The name under which the sampler knows a setting."""
-    return f"{name}_logit" if name in _MARGINS and score_space == "logit" else name
+def _parameter(name: str, score_space: str) -> tuple[str, tuple[float, float, bool]]:
+    """The name of an option in the study, and its range."""
+    if name in _MARGINS and score_space == "logit":
+        return f"{name}_logit", _LOGIT_RANGE
+    return name, _RANGES[name]
 
 
 def first_values(base: Config, names: tuple[str, ...]) -> dict:
-    """The first trial's parameters: those of `base`, moved into the ranges that are searched."""
+    """The parameters of the first trial: those of `base`, moved into their ranges."""
     parameters = {}
     for name in names:
         value = base.values()[name]
@@ -144,17 +131,33 @@ def first_values(base: Config, names: tuple[str, ...]) -> dict:
             found = [key for key, choice in _CHOICES[name].items() if choice == value]
             parameters[name] = found[0] if found else next(iter(_CHOICES[name]))
         else:
-            parameter = _parameter(name, base.loss.score_space)
-            low, high, _ = _RANGES[parameter]
+            parameter, (low, high, _) = _parameter(name, base.loss.score_space)
             parameters[parameter] = min(max(value, low), high)
     return parameters
 
 
+def _train_trial(config: Config, folder: pathlib.Path, checkpoint_seconds: float) -> str:
+    """In a worker: trains or resumes a trial; the parent process decides after each epoch."""
+
+    def on_epoch(_, entry: dict) -> None:
+        aucs = {task: entry["validation"][task]["auc"] for task in TASKS}
+        if not workers.ask((entry["epoch"] - 1, entry["monitored"], aucs)):
+            raise optuna.TrialPruned
+
+    try:
+        fit(config, folder, checkpoint_seconds, on_epoch)
+    except optuna.TrialPruned:
+        return _PRUNED
+    except Diverged:
+        return _DIVERGED
+    return _COMPLETE
+
+
 class Search:
-    """The trials of one loss, of which any number may be done already.
+    """The trials of one loss, some of which may be finished.
 
     Attributes:
-      loss: its name. names: what is searched. study: Optuna's.
+      loss: its name. names: the searched options. study: Optuna's.
 
     Raises:
       DataError: the study in the folder is of other flags or data, or it is no study.
@@ -184,26 +187,27 @@ class Search:
 
     def _check(self, path: pathlib.Path, schema: Schema) -> None:
         """DataError where the study is of other flags or data than those asked for."""
-        asked = {**self._base.read(), "tune": self.names}
-        # As the database gives it back; and a data set may be moved.
-        asked = json.loads(json.dumps({**asked, "data_dir": schema.fingerprint}))
+        asked = {**self._base.read(), "data_dir": schema.data_fingerprint, "tune": self.names}
+        asked = json.loads(json.dumps(asked))  # as the database returns it
         held = self.study.user_attrs.get("asked")
         if held is None:
             self.study.set_user_attr("asked", asked)
-        elif held != asked:
-            name = next(name for name in asked if held.get(name) != asked[name])
+            return
+        # A study of before an option existed has its default.
+        held = {name: field.default for name, (_, field) in OPTIONS.items()} | held
+        for name in (name for name in asked if held[name] != asked[name]):
             raise DataError(
-                f"the study of {self.loss} in this folder has --{name}={held.get(name)}, not "
-                f"{asked[name]}: give its own flags to go on with it, or another --study_dir",
+                f"the study of {self.loss} in this folder has --{name}={held[name]}, not "
+                f"{asked[name]}: give its own flags to resume it, or another --study_dir",
                 file=path,
             )
 
     def finished(self) -> list[FrozenTrial]:
-        """The trials that were trained to their end or pruned."""
+        """The trials that are complete or pruned."""
         return self.study.get_trials(states=_FINISHED)
 
     def best(self) -> FrozenTrial:
-        """The best trial; DataError where none came to its end."""
+        """The best trial, of equal ones the first; DataError where none is complete."""
         complete = self.study.get_trials(states=(TrialState.COMPLETE,))
         if not complete:
             raise DataError(f"every trial of {self.loss} diverged: lower --learning_rate")
@@ -217,63 +221,55 @@ class Search:
         """The workdir of a trial's run."""
         return self._trials / f"{self.loss}-{trial.number + 1:03d}"
 
-    def run_trial(self, checkpoint_seconds: float, show) -> FrozenTrial:
-        """Runs one more trial, or the one that was interrupted; `show` is told of each epoch."""
+    def run_trial(self, pool: Pool, checkpoint_seconds: float, show: Callable) -> FrozenTrial:
+        """Runs one more trial, or the one that was interrupted.
+
+        Args:
+          pool: of one worker. show: called with a line of text after each epoch.
+        """
         number = len(self.finished())
         self.study.sampler = optuna.samplers.TPESampler(seed=self._base.training.seed + number)
         interrupted = self.study.get_trials(states=(TrialState.RUNNING,))
         if interrupted:
-            # Optuna has no public way to take up a trial that another process began.
+            # Optuna has no public way to resume a trial that another process began.
             trial = optuna.Trial(self.study, interrupted[0]._trial_id)
         else:
             trial = self.study.ask()
-        settings = draw(trial, self._base, self.names)
+        config = draw(trial, self._base, self.names)
+        name = f"{self.loss} {trial.number + 1}"
         # Epoch, from 0, to its monitored value.
         values = dict(self.study.trials[trial.number].intermediate_values)
 
         def falls_behind() -> bool:
             # After the last epoch there is nothing left to save.
-            return len(values) < settings.training.epochs and trial.should_prune()
+            return len(values) < config.training.epochs and trial.should_prune()
 
-        def on_epoch(_, entry: dict) -> None:
-            epoch, value = entry["epoch"] - 1, entry["monitored"]
+        def record(epoch: int, value: float, aucs: dict) -> bool:
+            """Records a finished epoch; whether training is to go on."""
             if all(value > earlier for step, earlier in values.items() if step < epoch):
                 trial.set_user_attr("best_epoch", epoch + 1)
-                for task in TASKS:
-                    trial.set_user_attr(f"{task}_auc", entry["validation"][task]["auc"])
+                for task, auc in aucs.items():
+                    trial.set_user_attr(f"{task}_auc", auc)
             if epoch not in values:
                 trial.report(value, epoch)
                 values[epoch] = value
-            show(trial.number + 1, epoch + 1, value)
-            if falls_behind():
-                raise optuna.TrialPruned
+            show(f"{name}, epoch {epoch + 1}: {value:.4f}")
+            return not falls_behind()
 
-        # Else graph on graph would gather in memory.
-        keras.backend.clear_session()
-        try:
-            # Killed between this verdict and its entry in the database, the run ends here.
-            if values and falls_behind():
-                raise optuna.TrialPruned
-            with self._training_in_log():
-                _, _, progress = fit(settings, self.folder(trial), checkpoint_seconds, on_epoch)
-        except optuna.TrialPruned:
-            return self.study.tell(trial, state=TrialState.PRUNED)
-        except Diverged:
+        outcome = _PRUNED
+        # It may have been interrupted between the decision to prune it and `tell`.
+        if not (values and falls_behind()):
+            arguments = config, self.folder(trial), checkpoint_seconds
+            job = Job(name, self._log, _train_trial, arguments)
+            [(_, outcome)] = pool.run([job], answer=lambda question: record(*question))
+        if outcome == _COMPLETE:
+            return self.study.tell(trial, max(values.values()))
+        if outcome == _DIVERGED:
             trial.set_user_attr("diverged", True)
-            return self.study.tell(trial, state=TrialState.PRUNED)
-        return self.study.tell(trial, progress.best_value)
+        return self.study.tell(trial, state=TrialState.PRUNED)
 
-    @contextlib.contextmanager
-    def _training_in_log(self):
-        with (
-            self._log.open("a", encoding="utf-8") as log,
-            contextlib.redirect_stdout(log),
-            contextlib.redirect_stderr(log),
-        ):
-            yield
-
-    def tidy(self) -> None:
-        """Deletes the runs of finished trials but the best: a run's weights take much room."""
+    def delete_runs(self) -> None:
+        """Deletes the runs of finished trials except the best: their weights fill the disk."""
         complete = self.study.get_trials(states=(TrialState.COMPLETE,))
         kept = self.folder(self.best()) if complete else None
         for folder in map(self.folder, self.finished()):
@@ -288,20 +284,20 @@ def tune(
     wanted: list[str] | None = None,
     checkpoint_seconds: float = 60,
 ) -> dict[str, Search]:
-    """Runs or resumes the study in `folder` until its loss and BCE have as many trials each.
+    """Runs or resumes the study in `folder` until the loss of `base` and BCE have `trials` each.
 
     Args:
-      base: the settings of every trial, but for what is searched.
-      folder: the study's; made if it is not there, and locked while this runs.
-      trials: finished trials of each loss, those of earlier calls counted.
-      wanted: what to search (of `SEARCHABLE`); None: `DEFAULTS`.
-      checkpoint_seconds: how often a run's state is saved, besides after each epoch.
+      base: the config of every trial, except for the searched options.
+      folder: of the study; it is created if absent, and locked while this runs.
+      trials: finished trials of each loss, those of earlier calls included.
+      wanted: the options to search, see `searched`.
+      checkpoint_seconds: the interval at which a run's state is saved, besides after each epoch.
 
     Returns:
-      Loss to its Search: that of BCE first, then that of the loss of `base`.
+      Loss to its Search: that of BCE first.
 
     Raises:
-      DataError: as `train.fit`; a study of other flags or data; more trials than asked for.
+      DataError: as `training.fit`; a study of other flags or data, or with more trials.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     losses = dict.fromkeys((BASELINE, base.loss.name))
@@ -322,85 +318,54 @@ def tune(
         bar = tqdm(
             total=len(losses) * trials, initial=sum(done.values()), unit="trial", disable=None
         )
-        with bar:
-            # In turn, so that a study broken off has compared equal numbers, or nearly.
+        with bar, Pool(1) as pool:
+            # In turn, so that an interrupted study has compared equal numbers, or nearly.
             for number in range(trials):
                 for search in searches.values():
-                    search.tidy()
-                    if len(search.finished()) > number:
-                        continue
-
-                    def show(trial: int, epoch: int, value: float, loss=search.loss) -> None:
-                        bar.set_postfix_str(f"{loss} {trial}, epoch {epoch}: {value:.4f}")
-
-                    trial = search.run_trial(checkpoint_seconds, show)
-                    bar.update()
-                    with tqdm.external_write_mode():
-                        print(_line(search, trial), flush=True)
-            for search in searches.values():
-                search.tidy()
+                    if len(search.finished()) <= number:
+                        trial = search.run_trial(pool, checkpoint_seconds, bar.set_postfix_str)
+                        bar.update()
+                        with tqdm.external_write_mode():
+                            print(_describe(search, trial), flush=True)
+                    search.delete_runs()
     return searches
 
 
-def _line(search: Search, trial: FrozenTrial) -> str:
+def _describe(search: Search, trial: FrozenTrial) -> str:
     values = ", ".join(
         f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
         for name, value in trial.params.items()
     )
-    if trial.user_attrs.get("diverged"):
-        outcome = "diverged"
-    else:
-        epochs = trial.intermediate_values
-        outcome = f"{max(epochs.values()):.4f}, epoch {trial.user_attrs['best_epoch']}"
-        outcome += f" of {len(epochs)}"
-        if trial.state == TrialState.PRUNED:
-            outcome += ", pruned"
-        elif search.best().number == trial.number:
-            outcome += ", best so far"
+    outcome = tune_report.outcome(trial)
+    if outcome != "diverged":
+        best = ", best so far" if search.best().number == trial.number else ""
+        outcome = (
+            f"{tune_report.best_value(trial):.4f}, epoch {trial.user_attrs['best_epoch']} of "
+            f"{len(trial.intermediate_values)}{', pruned' if outcome == 'pruned' else best}"
+        )
     return f"{search.loss} {trial.number + 1}: {outcome}; {values}"
 
 
-def write_flagfile(path: pathlib.Path, header: list[str], values: dict) -> None:
-    """Writes a flagfile whole or not at all.
-
-    Args:
-      path: of the file. header: lines of comment, without their "#".
-      values: flag to its value; tuples are joined by commas, None is left out.
-    """
-    lines = [f"# {line}".rstrip() for line in header]
-    for name, value in values.items():
-        if value is not None:
-            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
-            lines.append(f"--{name}={text}")
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        aside.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _write_best(search: Search, args: flags.FlagValues, folder: pathlib.Path) -> pathlib.Path:
-    """Writes a search's flagfile; returns its path."""
+    """Writes the flagfile of a search's best trial; returns its path."""
     trial = search.best()
-    name = "best.flags" if search.loss == args.loss else f"best-{search.loss}.flags"
+    path = folder / ("best.flags" if search.loss == args.loss else f"best-{search.loss}.flags")
     tuned = f" --tune={','.join(args.tune)}" if args.tune else ""
     aucs = " and ".join(
         f"{trial.user_attrs[f'{task}_auc']:.4f} ({task.upper()})"
         for task in TASKS
         if trial.user_attrs[f"{task}_auc"] is not None
     )
-    command = f"  pwiser tune --loss={args.loss} --trials={args.trials}{tuned}"
-    header = [
+    comment = [
         f"Number {trial.number + 1} of {len(search.finished())} trials of {search.loss}, the best, "
         "found with",
         "",
-        command,
+        f"  pwiser tune --loss={args.loss} --trials={args.trials}{tuned}",
         "",
         *textwrap.wrap(
-            f"and the flags below, but for those searched: {', '.join(search.names)}. Validation "
-            f"AUC {aucs or 'undefined'} at epoch {trial.user_attrs['best_epoch']}; the test split "
-            "was not opened.",
+            f"and the flags below, except for the searched ones: {', '.join(search.names)}. "
+            f"Validation AUC {aucs or 'undefined'} at epoch {trial.user_attrs['best_epoch']}; the "
+            "test split was not opened.",
             98,
         ),
     ]
@@ -411,12 +376,17 @@ def _write_best(search: Search, args: flags.FlagValues, folder: pathlib.Path) ->
         "export_dir": args.export_dir,
         "model_name": args.model_name,
     }
-    write_flagfile(folder / name, header, values)
-    return folder / name
+    lines = [f"# {line}".rstrip() for line in comment]
+    for name, value in values.items():
+        if value is not None:
+            text = ",".join(map(str, value)) if isinstance(value, tuple) else value
+            lines.append(f"--{name}={text}")
+    write_text(path, "\n".join(lines) + "\n")
+    return path
 
 
-def judge(searches: dict[str, Search], data_dir: str) -> str:
-    """The best trial of each loss on the validation split, and what may be concluded: text."""
+def compare_best(searches: dict[str, Search], data_dir: str) -> str:
+    """The best trials of the losses on the validation split, and what follows from it, as text."""
     evaluations = {}
     for loss, search in searches.items():
         model, _, schema = runs.load_run(search.folder(search.best()))
@@ -433,11 +403,11 @@ def judge(searches: dict[str, Search], data_dir: str) -> str:
     )
     conversions = summaries[BASELINE]["ctcvr"]["positives"]
     lines += textwrap.wrap(
-        f"Searched: {counts}. The best of many trials is judged here on the rows that chose it: "
-        "its figures are too good, the more so the more was searched. The intervals know nothing "
-        f"of that choice, and those of CTCVR rest on {conversions} conversions; a difference whose "
-        "interval holds 0 tells nothing apart. What counts is the comparison on the test split "
-        "over several seeds (pwiser study).",
+        f"Searched: {counts}. The best of many trials is evaluated here on the rows that chose "
+        "it: its figures are too good, the more so the more trials there are. The intervals do not "
+        f"include that choice, and those of CTCVR rest on {conversions} conversions; where the "
+        "interval of a difference contains 0, no difference was shown. What counts is the "
+        "comparison on the test split over several seeds (pwiser study).",
         report.TABLE_WIDTH,
     )
     lines += [warning for search in searches.values() for warning in warnings_about(search)]
@@ -445,23 +415,22 @@ def judge(searches: dict[str, Search], data_dir: str) -> str:
 
 
 def warnings_about(search: Search) -> list[str]:
-    """What about a search's best trial says that it may not be the best that there is."""
+    """Signs that a better trial than the best one exists: it stopped early, or is at an edge."""
     trial, found = search.best(), []
     if trial.user_attrs["best_epoch"] == search.settings(trial).training.epochs:
         found.append(
             f"warning: {search.loss}: the best trial's last epoch was its best; it may be "
             "undertrained: raise --epochs"
         )
-    for name, distribution in trial.distributions.items():
-        if name in _RANGES:
-            place, low, high = (
-                math.log(value) if distribution.log else value
-                for value in (trial.params[name], distribution.low, distribution.high)
-            )
-            if not 0.02 < (place - low) / (high - low) < 0.98:
+    for name, value in trial.params.items():
+        if isinstance(value, float):
+            searched = trial.distributions[name]
+            scale = math.log if searched.log else float
+            low, high = scale(searched.low), scale(searched.high)
+            if not 0.02 < (scale(value) - low) / (high - low) < 0.98:
                 found.append(
-                    f"warning: {search.loss}: {name} {trial.params[name]:.3g} lies at the edge of "
-                    f"what was searched, {distribution.low:g} to {distribution.high:g}"
+                    f"warning: {search.loss}: {name} {value:.3g} lies at the edge of the searched "
+                    f"range, {searched.low:g} to {searched.high:g}"
                 )
     return found
 
@@ -475,8 +444,8 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "tune",
         None,
-        f"What to search, out of {','.join(SEARCHABLE)}; default: what --loss has of its own, and "
-        "learning_rate. The baseline searches what of it plain BCE has.",
+        f"The options to search, out of {','.join(SEARCHABLE)}; default: learning_rate and those "
+        "of --loss. The baseline searches those of them that BCE reads.",
     )
     flags.register_validator(
         "tune",
@@ -494,8 +463,8 @@ def main() -> None:
     with runs.file_errors():
         searches = tune(settings, folder, args.trials, args.tune, args.checkpoint_seconds)
         studies = {loss: search.study for loss, search in searches.items()}
-        write_csv(folder / "trials.csv", studies)
-        plot_studies(folder / "tune.png", studies)
-        print(judge(searches, settings.data_dir))
+        tune_report.write_csv(folder / "trials.csv", studies)
+        tune_report.plot_studies(folder / "tune.png", studies)
+        print(compare_best(searches, settings.data_dir))
         written = [str(_write_best(search, args, folder)) for search in searches.values()]
         print(f"for pwiser_tf.train: {', '.join(written)}; plot in {folder / 'tune.png'}")

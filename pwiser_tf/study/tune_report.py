@@ -1,13 +1,12 @@
-"""What a search for settings found: a CSV of its trials, and a plot of what mattered.
+"""The result of a search: a CSV of its trials, and a plot.
 
-The plot has the course of each loss's search, the importance of each setting (PED-ANOVA, as
-Optuna computes it: how much a setting's distribution among the best trials differs from that
-among all), and a panel a setting: the trials' values against what they were worth.
+The plot has the course of the search of each loss, the importance of each option (PED-ANOVA, as
+Optuna computes it: how much an option's distribution among the best trials differs from that among
+all), and a panel an option: its values against the values of the trials.
 """
 
 import math
 import os
-import pathlib
 
 import optuna
 import pandas as pd
@@ -16,15 +15,16 @@ from matplotlib.figure import Figure
 from optuna.trial import FrozenTrial, TrialState
 
 from pwiser_tf import plots
+from pwiser_tf.files import whole_file
 from pwiser_tf.tasks import TASKS
 
 _STYLES = ({"color": "#7F7F7F", "marker": "s"}, {"color": "#0072B2", "marker": "o"})
 _VALUE = "validation: mean of the AUCs"
 _COLUMNS = 3
-# Below so many trials that came to their end, importances are chance.
+# With fewer complete trials importances are chance.
 _FEWEST_FOR_IMPORTANCE = 10
-# Panels are cut this many times the distance from best to median below the best: else one useless
-# trial hides the differences among the good ones.
+# The panels end this many times the distance from best to median below the best: otherwise one
+# useless trial hides the differences among the good ones.
 _DEPTH = 4
 
 
@@ -35,57 +35,40 @@ def outcome(trial: FrozenTrial) -> str:
     return "complete" if trial.state == TrialState.COMPLETE else "pruned"
 
 
-def worth(trial: FrozenTrial) -> float | None:
-    """The monitored value of a finished trial's best epoch; None where it finished no epoch."""
+def best_value(trial: FrozenTrial) -> float | None:
+    """The monitored value of a trial's best epoch; None where it finished none."""
     return max(trial.intermediate_values.values(), default=None)
 
 
 def write_csv(path: str | os.PathLike, studies: dict[str, optuna.Study]) -> None:
-    """Writes one row a finished trial: what it had, how it ended, what it was worth.
-
-    Args:
-      path: of the file; it is written aside and moved into place.
-      studies: loss to its study.
-    """
-    rows = []
-    for loss, study in studies.items():
-        for trial in _finished(study):
-            rows.append(
-                {
-                    "loss": loss,
-                    "trial": trial.number + 1,
-                    "outcome": outcome(trial),
-                    "monitored": worth(trial),
-                    **{f"{task}_auc": trial.user_attrs.get(f"{task}_auc") for task in TASKS},
-                    "best_epoch": trial.user_attrs.get("best_epoch"),
-                    "epochs": len(trial.intermediate_values),
-                    **trial.params,
-                }
-            )
-    path = pathlib.Path(path)
-    aside = path.with_name(f".{path.name}.partial")
-    try:
-        # Object columns: else an epoch becomes 3.0 where another row has none.
+    """Writes a row for each finished trial of each loss's study."""
+    rows = [
+        {
+            "loss": loss,
+            "trial": trial.number + 1,
+            "outcome": outcome(trial),
+            "monitored": best_value(trial),
+            **{f"{task}_auc": trial.user_attrs.get(f"{task}_auc") for task in TASKS},
+            "best_epoch": trial.user_attrs.get("best_epoch"),
+            "epochs": len(trial.intermediate_values),
+            **trial.params,
+        }
+        for loss, study in studies.items()
+        for trial in _finished(study)
+    ]
+    with whole_file(path) as aside:
+        # Object columns: otherwise an epoch becomes 3.0 where another row has none.
         pd.DataFrame(rows, dtype=object).to_csv(aside, index=False)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def plot_studies(path: str | os.PathLike, studies: dict[str, optuna.Study]) -> None:
-    """Draws the search: its course, what mattered, and a panel a setting.
+    """Draws the course of the search, the importances, and a panel an option, as a PNG.
 
     Args:
-      path: of the PNG; it is written aside and moved into place.
       studies: loss to its study, of two losses at most; each has a finished trial.
-
-    Raises:
-      OSError: the file cannot be written.
     """
-    settings = list(
-        dict.fromkeys(name for study in studies.values() for name in _distributions(study))
-    )
-    rows = math.ceil((2 + len(settings)) / _COLUMNS)
+    options = list(dict.fromkeys(name for s in studies.values() for name in _distributions(s)))
+    rows = math.ceil((2 + len(options)) / _COLUMNS)
     figure = Figure(figsize=(5 * _COLUMNS, 4.2 * rows), dpi=110, layout="constrained")
     counts = ", ".join(f"{loss} {len(_finished(study))}" for loss, study in studies.items())
     figure.suptitle(
@@ -97,12 +80,12 @@ def plot_studies(path: str | os.PathLike, studies: dict[str, optuna.Study]) -> N
     lowest = _lowest(studies)
     _draw_course(course, studies, lowest)
     _draw_importance(importance, studies)
-    for axes, name in zip(panels, settings, strict=False):
-        _draw_setting(axes, name, studies, lowest)
+    for axes, name in zip(panels, options, strict=False):
+        _draw_option(axes, name, studies, lowest)
         axes.set_ylim(course.get_ylim())
-    for axes in panels[len(settings) :]:
+    for axes in panels[len(options) :]:
         axes.set_axis_off()
-    for axes in (course, *panels[1 : len(settings) : _COLUMNS]):
+    for axes in (course, *panels[1 : len(options) : _COLUMNS]):
         axes.set_ylabel(_VALUE)
     plots.save(figure, path)
 
@@ -111,21 +94,17 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(states=(TrialState.COMPLETE, TrialState.PRUNED))
 
 
+def _complete(study: optuna.Study) -> list[FrozenTrial]:
+    return study.get_trials(states=(TrialState.COMPLETE,))
+
+
 def _distributions(study: optuna.Study) -> dict[str, optuna.distributions.BaseDistribution]:
-    found = {}
-    for trial in _finished(study):
-        found |= trial.distributions
-    return found
+    return {key: value for t in _finished(study) for key, value in t.distributions.items()}
 
 
 def _lowest(studies: dict[str, optuna.Study]) -> float | None:
-    """Where the panels are cut off below; None where they need not be."""
-    values = sorted(
-        trial.value
-        for study in studies.values()
-        for trial in _finished(study)
-        if trial.state == TrialState.COMPLETE
-    )
+    """The lower limit of the panels; None where they need none."""
+    values = sorted(trial.value for study in studies.values() for trial in _complete(study))
     if not values or values[-1] == values[len(values) // 2]:
         return None
     return values[-1] - _DEPTH * (values[-1] - values[len(values) // 2])
@@ -133,7 +112,7 @@ def _lowest(studies: dict[str, optuna.Study]) -> float | None:
 
 def _draw_course(axes: Axes, studies: dict[str, optuna.Study], lowest: float | None) -> None:
     for (loss, study), style in zip(studies.items(), _STYLES, strict=False):
-        trials = [trial for trial in _finished(study) if worth(trial) is not None]
+        trials = [trial for trial in _finished(study) if best_value(trial) is not None]
         numbers = [trial.number + 1 for trial in trials]
         _draw_points(axes, numbers, trials, lowest, style)
         best, steps = math.nan, []
@@ -156,22 +135,15 @@ def _draw_course(axes: Axes, studies: dict[str, optuna.Study], lowest: float | N
 
 
 def _draw_importance(axes: Axes, studies: dict[str, optuna.Study]) -> None:
-    axes.set_title("What mattered, by PED-ANOVA; pruned trials left out")
+    axes.set_title("Importance, by PED-ANOVA; without pruned trials")
     bars = []
     for (loss, study), style in zip(studies.items(), _STYLES, strict=False):
-        complete = study.get_trials(states=(TrialState.COMPLETE,))
-        if len(complete) >= _FEWEST_FOR_IMPORTANCE and len(_distributions(study)) > 1:
+        if len(_complete(study)) >= _FEWEST_FOR_IMPORTANCE and len(_distributions(study)) > 1:
             found = optuna.importance.get_param_importances(study)
             bars += [(f"{name} ({loss})", share, style["color"]) for name, share in found.items()]
     if not bars:
-        axes.text(
-            0.5,
-            0.5,
-            f"needs two settings and {_FEWEST_FOR_IMPORTANCE}\ntrials that came to their end",
-            ha="center",
-            va="center",
-            transform=axes.transAxes,
-        )
+        text = f"needs two options and {_FEWEST_FOR_IMPORTANCE}\ncomplete trials"
+        axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes)
         axes.set_axis_off()
         return
     names, shares, colors = zip(*bars, strict=True)
@@ -183,14 +155,14 @@ def _draw_importance(axes: Axes, studies: dict[str, optuna.Study]) -> None:
     axes.grid(axis="y", visible=False)
 
 
-def _draw_setting(
+def _draw_option(
     axes: Axes, name: str, studies: dict[str, optuna.Study], lowest: float | None
 ) -> None:
     for study, style in zip(studies.values(), _STYLES, strict=False):
         distribution = _distributions(study).get(name)
         if distribution is None:
             continue
-        trials = [t for t in _finished(study) if name in t.params and worth(t) is not None]
+        trials = [t for t in _finished(study) if name in t.params and best_value(t) is not None]
         places = [trial.params[name] for trial in trials]
         if isinstance(distribution, optuna.distributions.CategoricalDistribution):
             places = [distribution.choices.index(place) for place in places]
@@ -203,14 +175,14 @@ def _draw_setting(
             margin = 0.05 * (distribution.high - distribution.low)
             axes.set_xlim(distribution.low - margin, distribution.high + margin)
         _draw_points(axes, places, trials, lowest, style)
-    axes.set(title=name, xlabel=f"{name}, over what was searched")
+    axes.set(title=name, xlabel=f"{name}, over the searched range")
     plots.tidy(axes)
 
 
 def _draw_points(axes: Axes, places: list, trials: list, lowest: float | None, style: dict) -> None:
     """Complete trials as marks, pruned ones as crosses; those below `lowest` at its height."""
     for place, trial in zip(places, trials, strict=True):
-        value = worth(trial)
+        value = best_value(trial)
         complete = trial.state == TrialState.COMPLETE
         axes.plot(
             place,
