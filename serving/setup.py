@@ -19,7 +19,7 @@ setuptools.setup(
     },
     install_requires=[
         "crc32c>=2.7",
-        # Older ones open a file at their import, and print a line for each failed TLS handshake.
+        # Older versions open a file at import, which takes the number of a closed stdin or stderr.
         "grpcio>=1.74",
         "numpy>=1.26",
         # The generated code is protoc 25's, the last that checks no version of the runtime, so
