@@ -48,6 +48,10 @@ def _batches(ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _tensorflow(ids: tuple[int, ...], pwiser_weight: float = 0.1, **config) -> list[float]:
     """The times at which steps end under `fit`."""
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
     import tensorflow as tf
     import tf_keras as keras
 
