@@ -33,7 +33,7 @@ def schema(ids: Sequence[int] = IDS, rows: int = 1000, shards: tuple[Shard, ...]
     )
 
 
-def trainable(of: Schema, pwiser_weight: float = 0.1, **config):
+def trainable(of: Schema, **config):
     """MTReclib's MMoE, a Keras model compiled with Adam."""
     import pwiser_tf.quiet  # noqa: F401
 
@@ -44,8 +44,7 @@ def trainable(of: Schema, pwiser_weight: float = 0.1, **config):
     from pwiser_tf.models import MODELS, ModelConfig
     from pwiser_tf.tasks import LossConfig
 
-    loss = LossConfig(pwiser_weight=pwiser_weight)
-    model = MODELS["mmoe"](of, ModelConfig(name="mmoe", **config), loss)
+    model = MODELS["mmoe"](of, ModelConfig(name="mmoe", **config), LossConfig())
     model.compile(optimizer=keras.optimizers.legacy.Adam(1e-3))
     return model
 
