@@ -3,18 +3,11 @@
 import pathlib
 from collections.abc import Sequence
 
-import pwiser_tf.quiet  # noqa: F401
-
-# isort: split
-
 import numpy as np
-import tensorflow as tf
-import tf_keras as keras
 
-from pwiser_tf.export import ServedModel
-from pwiser_tf.models import MODELS, ModelConfig
 from pwiser_tf.schema import Categorical, Numerical, Schema, Shard, Split
-from pwiser_tf.tasks import LossConfig
+
+# TensorFlow is imported in functions: PyTorch may fail in a process that has it.
 
 NUMBERS = 63
 # Of each category, id 0 included.
@@ -40,16 +33,33 @@ def schema(ids: Sequence[int] = IDS, rows: int = 1000, shards: tuple[Shard, ...]
     )
 
 
-def trainable(of: Schema, pwiser_weight: float = 0.1, **config) -> keras.Model:
-    """MTReclib's MMoE, compiled with Adam."""
-    loss = LossConfig(pwiser_weight=pwiser_weight)
-    model = MODELS["mmoe"](of, ModelConfig(name="mmoe", **config), loss)
+def trainable(of: Schema, **config):
+    """MTReclib's MMoE, a Keras model compiled with Adam."""
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
+    import tf_keras as keras
+
+    from pwiser_tf.models import MODELS, ModelConfig
+    from pwiser_tf.tasks import LossConfig
+
+    model = MODELS["mmoe"](of, ModelConfig(name="mmoe", **config), LossConfig())
     model.compile(optimizer=keras.optimizers.legacy.Adam(1e-3))
     return model
 
 
 def export(folder: pathlib.Path, size: str = "sample") -> None:
     """Saves an untrained model: "sample" as in configs/sample.flags, or "mmoe" as in MTReclib."""
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
+    import tensorflow as tf
+
+    from pwiser_tf.export import ServedModel
+    from pwiser_tf.models import MODELS, ModelConfig
+
     architecture, sizes = _SIZES[size]
     config = ModelConfig(name=architecture, embedding_dim=16, **sizes)
     model = MODELS[architecture](schema(), config)

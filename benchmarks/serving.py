@@ -347,10 +347,8 @@ def _throughput(title: str, targets: dict[str, tuple[Worker, str, bytes]]) -> No
                     rates[name].append(calls / seconds)
                     loads[name].append((worker.cpu_seconds() - before) / calls * 1e6)
     first = next(iter(targets))
-    print(
-        f"\n{title}, {FLAGS.callers} callers\n\n| | requests/s | CPU us | {first} / it, requests |"
-    )
-    print("|---|---|---|---|")
+    print(f"\n{title}, {FLAGS.callers} callers\n")
+    print(f"| | requests/s | CPU us | requests/s, {first} / this |\n|---|---|---|---|")
     for name in targets:
         ratio = statistics.median(np.divide(rates[first], rates[name]))
         rate, load = statistics.median(rates[name]), statistics.median(loads[name])

@@ -32,7 +32,7 @@ def define_flags() -> None:
     flags.DEFINE_list("embedding_dims", ["16", "128"], "Embedding sizes to compare at.")
     flags.DEFINE_list("vocabularies", ["1000", "1000000"], "Ids of a category to compare.")
     flags.DEFINE_integer("batch_size", 2048, "Rows a batch.")
-    flags.DEFINE_integer("steps", 10, "Timed steps a turn.")
+    flags.DEFINE_integer("steps", 6, "Timed steps a turn.")
     flags.DEFINE_integer("turns", 2, "Turns of each.")
     flags.DEFINE_string("worker", None, "Used by the benchmark itself: what this process runs.")
 
@@ -46,15 +46,19 @@ def _batches(ids: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return categories, numbers, random.choice(3, shape, p=[0.95, 0.045, 0.005])
 
 
-def _tensorflow(ids: tuple[int, ...], pwiser_weight: float = 0.1, **config) -> list[float]:
+def _tensorflow(ids: tuple[int, ...], **config) -> list[float]:
     """The times at which steps end under `fit`."""
+    import pwiser_tf.quiet  # noqa: F401
+
+    # isort: split
+
     import tensorflow as tf
     import tf_keras as keras
 
     from pwiser_tf.training import share_cores
 
     share_cores()
-    model = generated.trainable(generated.schema(ids), pwiser_weight, **config)
+    model = generated.trainable(generated.schema(ids), **config)
     categories, numbers, grades = _batches(ids)
     features = {"categorical": categories, "numerical": numbers}
     dataset = tf.data.Dataset.from_tensor_slices((features, grades)).cache().repeat().prefetch(2)
@@ -98,7 +102,6 @@ def _programs(dim: int) -> dict:
         "the same, under torch.autocast to bfloat16": lambda: _torch(dim, True),
     }
     return (rivals if importlib.util.find_spec("torch") else {}) | {
-        "pwiser-tf, BCE": lambda: ours(pwiser_weight=0.0),
         "pwiser-tf, BCE + PWiseR": ours,
         "pwiser-tf, BCE + PWiseR, --mixed_precision": lambda: ours(mixed_precision=True),
     }

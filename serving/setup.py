@@ -19,7 +19,8 @@ setuptools.setup(
     },
     install_requires=[
         "crc32c>=2.7",
-        "grpcio>=1.60",
+        # Older versions open a file at import, which takes the number of a closed stdin or stderr.
+        "grpcio>=1.74",
         "numpy>=1.26",
         # The generated code is protoc 25's, the last that checks no version of the runtime, so
         # that one wheel stands beside every TensorFlow from 2.18 to 2.21.
