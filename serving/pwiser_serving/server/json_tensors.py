@@ -682,19 +682,35 @@ def _nest(
 
 
 def _decimals(array: np.ndarray) -> list[str]:
-    """Floats, [n], as TF Serving writes them: with six digits if that is exact, else in full."""
-    values, digits = tuple(array.tolist()), 9 if array.dtype == np.float32 else 17
-    # One format for all values is faster than one for each.
-    full, short = ((f"%.{n}g " * len(values) % values).split() for n in (digits, 6))
-    exact = np.array(short, "S").astype(array.dtype) == array
-    texts = [a if same else b for a, b, same in zip(short, full, exact.tolist(), strict=True)]
-    # Only a whole number can have neither point nor exponent.
+    """Floats, [n], as TF Serving writes them: with six digits if that is exact, otherwise in full."""
+    digits = 9 if array.dtype == np.float32 else 17
+    values = array.tolist()
+    # One formatting of all values is faster than one of each.
+    texts = (f"%.{digits}g " * len(values) % tuple(values)).split()
+    for place in np.flatnonzero(_may_be_short(array)).tolist():
+        text = f"{values[place]:.6g}"
+        if array.dtype.type(text) == values[place]:
+            texts[place] = text
+    # Only a whole number may have neither point nor exponent.
     for place in np.flatnonzero(array == np.rint(array)).tolist():
         if "." not in texts[place] and "e" not in texts[place]:
             texts[place] += ".0"
     for place in np.flatnonzero(~np.isfinite(array)).tolist():
         texts[place] = _dump(values[place])
     return texts
+
+
+def _may_be_short(array: np.ndarray) -> np.ndarray:
+    """False for numbers that six digits do not give exactly; true for the others and a few more."""
+    limits = np.finfo(array.dtype)
+    with np.errstate(all="ignore"):
+        sizes = np.abs(array, dtype=np.float64)
+        # At least six digits before the point, a seventh where the logarithm is rounded up.
+        scaled = sizes * 10.0 ** (5 - np.floor(np.log10(sizes) - 1e-6))
+        distances = np.abs(scaled - np.rint(scaled))
+    # A number stands for all within half of its last bit, eps / 2 of it at most; 1e-14 for what is
+    # rounded here. NaN gives true: of zero, of what is not finite, of a scale that overflows.
+    return ~(distances > (limits.eps / 2 + 1e-14) * scaled) | (sizes < limits.tiny)
 
 
 def _encode(text: str) -> bytes:
