@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 
 import grpc
-from google.protobuf import message_factory
 from google.protobuf.message import DecodeError, Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tensorflow_serving.apis import (
@@ -21,9 +20,7 @@ from tensorflow_serving.apis import (
     inference_pb2,
     model_management_pb2,
     model_pb2,
-    model_service_pb2,
     predict_pb2,
-    prediction_service_pb2,
     regression_pb2,
 )
 
@@ -186,6 +183,23 @@ def _name_model(answered: model_pb2.ModelSpec, asked: model_pb2.ModelSpec, versi
     answered.signature_name = asked.signature_name or DEFAULT_SIGNATURE
 
 
+# The methods of each service, and their requests. Before tensorflow-serving-api 2.21 the modules
+# that describe the services cannot be imported.
+_SERVICES = {
+    "PredictionService": {
+        "Predict": predict_pb2.PredictRequest,
+        "Classify": classification_pb2.ClassificationRequest,
+        "Regress": regression_pb2.RegressionRequest,
+        "MultiInference": inference_pb2.MultiInferenceRequest,
+        "GetModelMetadata": get_model_metadata_pb2.GetModelMetadataRequest,
+    },
+    "ModelService": {
+        "GetModelStatus": get_model_status_pb2.GetModelStatusRequest,
+        "HandleReloadConfigRequest": model_management_pb2.ReloadConfigRequest,
+    },
+}
+
+
 def grpc_server(
     service: Service, *, max_message_bytes: int, arguments: Mapping[str, int | str] | None = None
 ) -> grpc.Server:
@@ -209,23 +223,15 @@ def grpc_server(
         maximum_concurrent_rpcs=_MAX_REQUESTS,
         options=list((options | dict(arguments or {})).items()),
     )
-    for file, name in (
-        (prediction_service_pb2, "PredictionService"),
-        (model_service_pb2, "ModelService"),
-    ):
-        described = file.DESCRIPTOR.services_by_name[name]
+    for name, methods in _SERVICES.items():
         handlers = {
-            method.name: grpc.unary_unary_rpc_method_handler(
-                _behaviour(
-                    method.name,
-                    message_factory.GetMessageClass(method.input_type),
-                    getattr(service, method.name),
-                ),
+            method: grpc.unary_unary_rpc_method_handler(
+                _behaviour(method, request, getattr(service, method)),
                 response_serializer=lambda response: response.SerializeToString(),
             )
-            for method in described.methods
+            for method, request in methods.items()
         }
-        handler = grpc.method_handlers_generic_handler(described.full_name, handlers)
+        handler = grpc.method_handlers_generic_handler(f"tensorflow.serving.{name}", handlers)
         server.add_generic_rpc_handlers([handler])
     return server
 
