@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pwiser_tf import metrics
 from pwiser_tf.schema import Schema
 from pwiser_tf.study import paired
-from pwiser_tf.study.paper_runs import Run, read_grade, read_predictions
+from pwiser_tf.study.paper_runs import Run, read_predictions
 
 # MTReclib's README: test AUC of CTR and of CTCVR (which it calls CVR), the mean of 5 runs, each
 # stopped early on the test split itself.
@@ -210,11 +210,12 @@ def _over_seeds(pairs: list[tuple[float | None, float | None]]) -> dict:
 
 
 def _placements(entries: list[Finished], task: str) -> list[tuple | None]:
-    measured, labels = metrics.task_labels(read_grade(entries[0].run), task)
-    labels = labels[measured]
-    return [
-        metrics.placements(labels, read_predictions(entry.run)[task][measured]) for entry in entries
-    ]
+    found = []
+    for entry in entries:
+        predictions = read_predictions(entry.run)
+        measured, labels = metrics.task_labels(predictions["grade"], task)
+        found.append(metrics.placements(labels[measured], predictions[task][measured]))
+    return found
 
 
 def _over_rows(a: list, b: list) -> dict:
