@@ -10,6 +10,8 @@ from pwiser_tf.errors import DataError
 from pwiser_tf.study import workers
 from pwiser_tf.study.workers import Job, Pool
 
+pytestmark = pytest.mark.slow
+
 
 def _process(text):
     print(text)

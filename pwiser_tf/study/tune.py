@@ -451,7 +451,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Tunes as the flags say."""
+    """Runs the study and writes its results."""
     args = flags.FLAGS
     settings = config.config_from_flags(args, given=sys.argv[1:])
     folder = pathlib.Path(args.study_dir or f"{args.workdir.rstrip('/')}-tune")
