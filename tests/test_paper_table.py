@@ -9,7 +9,6 @@ import pathlib
 import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -19,7 +18,7 @@ from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Schema, Split
 from pwiser_tf.study import paired, paper_report, paper_results, paper_runs, paper_table
 from pwiser_tf.training import train
-from tests.conftest import SCHEMA, write_dataset
+from tests.conftest import SCHEMA, group_of, wait_for, write_dataset
 
 # --- statistics --------------------------------------------------------------------------------
 
@@ -459,27 +458,14 @@ def test_a_killed_call_goes_on(table, dataset, tmp_path):
     ]
     for end, more_epochs in ways:
         before = epochs()
-        process = subprocess.Popen(
-            arguments,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            # A job in the background inherits that SIGINT is ignored.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-        try:
+        with group_of(arguments) as process:
             assert process.stdout.readline() == "2 runs, 0 of them finished\n"
-            _wait_for(lambda before=before, more=more_epochs: epochs() >= before + more)
+            wait_for(lambda before=before, more=more_epochs: epochs() >= before + more, 600)
             end(process)
             _, error = process.communicate()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
         if process.returncode != -signal.SIGKILL:
             assert process.returncode == 130, error
             assert error == "interrupted\n"
-        _wait_for(lambda group=process.pid: not _alive(group))
         assert not (tmp_path / "table" / "table.md").exists()
     assert epochs() >= 2
     done = _call(arguments)
@@ -488,21 +474,6 @@ def test_a_killed_call_goes_on(table, dataset, tmp_path):
         place = pathlib.Path("table", "runs", "data", "shared_bottom", loss, "seed-0")
         for file in ("result.json", "predictions.npz"):
             assert (tmp_path / place / file).read_bytes() == (table[0] / place / file).read_bytes()
-
-
-def _wait_for(condition, seconds=600):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
-def _alive(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_other_settings_in_the_same_folder_are_refused(table, dataset):
