@@ -11,6 +11,7 @@ it is not part of a run, and it is refused on the command line.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Sequence
@@ -142,6 +143,16 @@ def unread_options(model: str, loss: str) -> dict[str, str]:
             users = [key for key, entry in registry.items() if name in entry.options]
             unread[name] = f"--{flag}={'|'.join(users)}"
     return unread
+
+
+def changed_options(old: dict, new: dict) -> dict[str, tuple]:
+    """What differs between two `Config.read`, the older one from JSON: {name: (old, new)}.
+
+    An option that is missing in the older one had its default: it did not exist then.
+    """
+    defaults = {name: field.default for name, (_, field) in OPTIONS.items()}
+    old, new = (json.loads(json.dumps(values)) for values in (defaults | old, new))
+    return {name: (old.get(name), new[name]) for name in new if old.get(name) != new[name]}
 
 
 def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:

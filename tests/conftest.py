@@ -1,8 +1,11 @@
 """What several test files use: a data set, a trained run, a command run here, a wait."""
 
+import contextlib
 import dataclasses
 import logging
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +76,35 @@ def wait_for(condition, seconds: float = 60):
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.005)
     return found
+
+
+@contextlib.contextmanager
+def group_of(arguments):
+    """A command as a terminal starts it, in a process group of its own, which must end with it."""
+    process = subprocess.Popen(
+        arguments,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A job in the background inherits that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+    def ended():
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    try:
+        yield process
+        wait_for(ended)
+    finally:
+        if not ended():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture

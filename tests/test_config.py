@@ -115,3 +115,9 @@ def test_the_tree_and_the_flags_are_two_views_of_one_config():
         found.replace(dropout=1.5)
     with pytest.raises(DataError, match="only --shuffle=groups"):
         found.replace(shuffle="rows")
+
+
+def test_changed_options_of_a_run_from_json():
+    old = {"epochs": 3, "loss_tasks": ["ctr"], "learning_rate": 0.1}
+    new = {"epochs": 3, "loss_tasks": ("ctr",), "learning_rate": 0.2, "tower_units": (128, 64)}
+    assert config.changed_options(old, new) == {"learning_rate": (0.1, 0.2)}

@@ -122,7 +122,7 @@ def test_more_accidental_clicks_make_clicks_harder_to_predict(tmp_path):
 
 
 @pytest.mark.slow
-def test_it_can_be_learnt_and_not_by_a_linear_model_alone(sample):
+def test_a_linear_model_learns_only_a_part_of_the_truth(sample):
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import OneHotEncoder
 

@@ -1,1 +1,1 @@
-"""The study: what a loss is worth, by paired runs over seeds, and our models beside MTReclib's."""
+"""Losses compared by paired runs over seeds, tuning, and our MMoE beside that of MTReclib."""

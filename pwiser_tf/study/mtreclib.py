@@ -1,4 +1,4 @@
-"""MTReclib's MMoE, its loss and its training in PyTorch, written anew, to compare ours with.
+"""MTReclib's MMoE, its loss and its training in PyTorch, written for this comparison.
 
 The facts are those of github.com/easezyc/Multitask-Recommendation-Library (models/mmoe.py,
 models/layers.py and main.py), its choices of initializer included. Only the extra `bench` installs

@@ -1,10 +1,10 @@
 """Statistics of two ways of training, A less B, that share their seeds and their test rows.
 
-Two things make such a difference uncertain. Each seed trains other weights: the t-test over seeds
-asks whether the difference outlives that. And all seeds are judged on the same test rows, which
-are a sample too: DeLong's test asks whether it outlives other rows. Neither sees the other's
-noise, so a comparison's p-value is the larger of the two (an intersection-union test: it rejects
-only where both do), and Holm's method then pays for the number of comparisons.
+Such a difference is uncertain for two reasons. Each seed trains other weights: the t-test over
+seeds covers that. And all seeds are evaluated on the same test rows, which are a sample too:
+DeLong's test covers that. Neither covers the other, so the p-value of a comparison is the larger of
+the two (an intersection-union test: it rejects only where both do), and Holm's method then corrects
+for the number of comparisons.
 """
 
 import dataclasses
@@ -35,9 +35,8 @@ class Estimate:
 def over_seeds(differences: Sequence[float]) -> Estimate:
     """The paired t-test: the mean of one difference a seed, [seeds] of at least 1.
 
-    The interval covers the mean over all seeds that could be drawn, on this one test split.
-    Differences that are all equal have no spread: their interval is a point, and p is 1 where
-    they are 0, else 0.
+    The interval is of the mean over all possible seeds, on this one test split. The interval of
+    equal differences is a point, and their p is 1 where they are 0, otherwise 0.
     """
     differences = np.asarray(differences, np.float64)
     mean = float(differences.mean())
@@ -53,7 +52,7 @@ def over_seeds(differences: Sequence[float]) -> Estimate:
 def wilcoxon(differences: Sequence[float]) -> float | None:
     """The two-sided p-value of Wilcoxon's signed-rank test; None below 2 seeds.
 
-    It assumes less than the t-test and can say less: with 5 seeds it is never below 0.0625.
+    It assumes less than the t-test and has less power: with 5 seeds it is never below 0.0625.
     """
     differences = np.asarray(differences, np.float64)
     if len(differences) < 2:

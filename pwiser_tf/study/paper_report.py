@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from pwiser_tf import metrics, plots, runs
 from pwiser_tf.files import write_text
 from pwiser_tf.report import number, plural
-from pwiser_tf.study.paper_results import MEASURES, Measure
+from pwiser_tf.study.paper_results import MEASURES, Measure, select
 
 _EXPLANATION = """\
 Every loss was trained with the same seeds as {baseline}: one seed is one initialisation and one \
@@ -51,7 +51,7 @@ def write(found: dict, folder: pathlib.Path) -> None:
 def markdown(found: dict) -> str:
     """The report as Markdown, from `paper_results.results`."""
     parts = ["# Losses compared", textwrap.indent(found["command"], "    ")]
-    compared = [row for row in found["comparisons"] if row["kind"] == "auc"]
+    compared = select(found["comparisons"], kind="auc")
     parts.append(
         f"{plural(found['seeds'], 'seed')}. "
         + _EXPLANATION.format(baseline=found["baseline"], comparisons=len(compared))
@@ -64,9 +64,8 @@ def markdown(found: dict) -> str:
         )
     for name, data in found["data"].items():
         parts += [f"## {name}", _splits_table(data), "### Test metrics at the best epoch"]
-        rows = [row for row in found["absolute"] if row["data"] == name]
-        parts.append(_absolute_table(rows, data, found))
-        rows = [row for row in found["comparisons"] if row["data"] == name]
+        parts.append(_absolute_table(select(found["absolute"], data=name), data, found))
+        rows = select(found["comparisons"], data=name)
         if rows:
             parts += [
                 f"### AUC less that of {found['baseline']}, in 1e-4",
@@ -96,15 +95,12 @@ def _counts_table(found: dict) -> str:
     for loss in dict.fromkeys(row["loss"] for row in found["counts"]):
         cells = []
         for tasks in (*((task,) for task in metrics.TASKS), metrics.TASKS):
-            shown = {}
+            shown = []
             for corrected in (True, False):
-                rows = [
-                    row
-                    for row in found["counts"]
-                    if (row["loss"], row["corrected"]) == (loss, corrected) and row["task"] in tasks
-                ]
-                shown[corrected] = "/".join(str(sum(row[name] for row in rows)) for name in names)
-            cells.append(f"{shown[True]} ({shown[False]})")
+                rows = select(found["counts"], loss=loss, corrected=corrected)
+                sums = (sum(r[name] for r in rows if r["task"] in tasks) for name in names)
+                shown.append("/".join(map(str, sums)))
+            cells.append("{} ({})".format(*shown))
         lines.append([loss, *cells])
     return _markdown_table(["loss", *(task.upper() for task in metrics.TASKS), "all"], lines)
 
@@ -112,9 +108,7 @@ def _counts_table(found: dict) -> str:
 def _splits_table(data: dict) -> str:
     lines = []
     for name, split in data["splits"].items():
-        counts = rows, clicks, conversions = [
-            split[key] for key in ("rows", "clicks", "conversions")
-        ]
+        counts = rows, clicks, conversions = split["rows"], split["clicks"], split["conversions"]
         shares = (clicks, rows), (conversions, clicks), (conversions, rows)
         percents = [f"{100 * part / whole:.3g}%" if whole else "-" for part, whole in shares]
         lines.append([name, *(f"{count:,}" for count in counts), *percents])
@@ -200,19 +194,16 @@ def _p(value: float | None) -> str:
 
 # --- plots -------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, which colour-blind readers tell apart; markers say the same again.
+# The colors of Okabe and Ito, which color-blind readers can distinguish; markers differ too.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "os^DvPX"
 _ZERO = {"color": "#888888", "linewidth": 1, "zorder": 1.5}
 
 
 def _style(found: dict, loss: str) -> dict:
-    losses = list(dict.fromkeys(row["loss"] for row in found["comparisons"]))
-    position = losses.index(loss)
-    return {
-        "color": _COLORS[position % len(_COLORS)],
-        "marker": _MARKERS[position % len(_MARKERS)],
-    }
+    position = list(dict.fromkeys(row["loss"] for row in found["comparisons"])).index(loss)
+    color, marker = (values[position % len(values)] for values in (_COLORS, _MARKERS))
+    return {"color": color, "marker": marker}
 
 
 def plot_differences(found: dict, kinds: Sequence[str], path: pathlib.Path) -> None:
@@ -226,12 +217,8 @@ def plot_differences(found: dict, kinds: Sequence[str], path: pathlib.Path) -> N
     """
     measures = [measure for measure in MEASURES.values() if measure.kind in kinds]
     entries = list(dict.fromkeys((row["model"], row["loss"]) for row in found["comparisons"]))
-    height = 1.3 + 0.28 * len(entries)
-    figure = Figure(
-        figsize=(3 + 4 * len(measures), 1.2 + height * len(found["data"])),
-        dpi=100,
-        layout="constrained",
-    )
+    height = 1.2 + (1.3 + 0.28 * len(entries)) * len(found["data"])
+    figure = Figure(figsize=(3 + 4 * len(measures), height), dpi=100, layout="constrained")
     figure.suptitle(
         f"Test split, best epoch by validation: loss less {found['baseline']}, "
         f"mean and 95% interval over {plural(found['seeds'], 'seed')}; "
@@ -241,10 +228,10 @@ def plot_differences(found: dict, kinds: Sequence[str], path: pathlib.Path) -> N
     panels = figure.subplots(len(found["data"]), len(measures), squeeze=False, sharey=True)
     for line, data in zip(panels, found["data"], strict=True):
         for axes, measure in zip(line, measures, strict=True):
-            for row in found["comparisons"]:
-                if (row["data"], row["kind"], row["task"]) == (data, measure.kind, measure.task):
-                    position = entries.index((row["model"], row["loss"]))
-                    _draw_difference(axes, position, row, measure, _style(found, row["loss"]))
+            kind, task = measure.kind, measure.task
+            for row in select(found["comparisons"], data=data, kind=kind, task=task):
+                position = entries.index((row["model"], row["loss"]))
+                _draw_difference(axes, position, row, measure, _style(found, row["loss"]))
             axes.axvline(0, **_ZERO)
             better = "more is better" if measure.sign > 0 else "less is better"
             axes.set_title(f"{data}: {measure.difference_title} ({better})", fontsize=9)
@@ -267,8 +254,7 @@ def _draw_difference(axes: Axes, position: int, row: dict, measure: Measure, sty
     if row["low"] is not None:
         low, high = row["low"] * measure.scale, row["high"] * measure.scale
         axes.hlines(position, low, high, color=style["color"], linewidth=2)
-    clear = row["verdict"] in ("win", "loss")
-    fill = style["color"] if clear else "white"
+    fill = style["color"] if row["verdict"] in ("win", "loss") else "white"
     axes.plot(row["mean"] * measure.scale, position, markersize=7, markerfacecolor=fill, **style)
 
 
@@ -276,10 +262,8 @@ def plot_epochs(found: dict, path: pathlib.Path) -> None:
     """Draws AUC differences to the baseline by epoch: a row of panels a data set and model, a
     column a task, a line a loss with its 95 percent interval over seeds."""
     lines = list(dict.fromkeys((row["data"], row["model"]) for row in found["fixed_epochs"]))
-    figure = Figure(
-        figsize=(14, 1.6 + 2.6 * len(lines)), dpi=100 if len(lines) < 12 else 70,
-        layout="constrained",
-    )  # fmt: skip
+    size, dpi = (14, 1.6 + 2.6 * len(lines)), 100 if len(lines) < 12 else 70
+    figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     figure.suptitle(
         f"Test AUC less that of {found['baseline']} at each fixed epoch, in 1e-4, with 95% "
         "interval over seeds; no choice was made by these",
@@ -296,21 +280,17 @@ def plot_epochs(found: dict, path: pathlib.Path) -> None:
 
 
 def _draw_epochs(axes: Axes, found: dict, data: str, model: str, task: str) -> None:
-    wanted = data, model, task
-    rows = [r for r in found["fixed_epochs"] if (r["data"], r["model"], r["task"]) == wanted]
+    rows = select(found["fixed_epochs"], data=data, model=model, task=task)
     losses = list(dict.fromkeys(row["loss"] for row in rows))
     for position, loss in enumerate(losses):
         # Beside each other, or the bars of one epoch would hide each other.
         shift = 0.5 * ((position + 0.5) / len(losses) - 0.5)
-        epoch, *values = np.array(
-            [
-                [row[name] for name in ("epoch", "mean", "low", "high")]
-                for row in rows
-                if row["loss"] == loss
-            ],
-            np.float64,
-        ).T
-        epoch, (mean, low, high) = epoch + shift, (1e4 * value for value in values)
+        points = select(rows, loss=loss)
+        epoch = [point["epoch"] + shift for point in points]
+        mean, low, high = (
+            1e4 * np.array([point[name] for point in points], np.float64)
+            for name in ("mean", "low", "high")
+        )
         style = _style(found, loss)
         axes.plot(epoch, mean, label=loss, markersize=4, linewidth=1, **style)
         axes.vlines(epoch, low, high, color=style["color"], linewidth=1, alpha=0.6)

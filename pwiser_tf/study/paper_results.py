@@ -1,4 +1,4 @@
-"""What finished runs say, as one dictionary: metrics, differences, intervals, tests, verdicts."""
+"""The results of finished runs as one dictionary: metrics, differences, intervals, tests."""
 
 import collections
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pwiser_tf import metrics
 from pwiser_tf.schema import Schema
 from pwiser_tf.study import paired
-from pwiser_tf.study.paper_runs import Run, read_grade, read_predictions
+from pwiser_tf.study.paper_runs import Run, read_predictions
 
 # MTReclib's README: test AUC of CTR and of CTCVR (which it calls CVR), the mean of 5 runs, each
 # stopped early on the test split itself.
@@ -83,7 +83,7 @@ MEASURES = {
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-    """A run and what it left (see paper_runs)."""
+    """A run and its result (see paper_runs)."""
 
     run: Run
     result: dict
@@ -95,7 +95,7 @@ def results(
     command: str,
     published: str | None,
 ) -> dict:
-    """Everything the table says, as JSON-able values.
+    """The content of the table, as values that JSON can hold.
 
     Args:
       finished: all runs of all data sets, models, losses and seeds; the first loss is the baseline.
@@ -134,6 +134,11 @@ def results(
             for entry in finished
         ],
     }
+
+
+def select(rows: Sequence[dict], **wanted) -> list[dict]:
+    """The rows that have the wanted values."""
+    return [row for row in rows if all(row[name] == value for name, value in wanted.items())]
 
 
 def _names(run: Run) -> dict:
@@ -210,11 +215,12 @@ def _over_seeds(pairs: list[tuple[float | None, float | None]]) -> dict:
 
 
 def _placements(entries: list[Finished], task: str) -> list[tuple | None]:
-    measured, labels = metrics.task_labels(read_grade(entries[0].run), task)
-    labels = labels[measured]
-    return [
-        metrics.placements(labels, read_predictions(entry.run)[task][measured]) for entry in entries
-    ]
+    found = []
+    for entry in entries:
+        predictions = read_predictions(entry.run)
+        measured, labels = metrics.task_labels(predictions["grade"], task)
+        found.append(metrics.placements(labels[measured], predictions[task][measured]))
+    return found
 
 
 def _over_rows(a: list, b: list) -> dict:
@@ -236,7 +242,7 @@ def _over_rows(a: list, b: list) -> dict:
 def _correct(comparisons: list[dict]) -> None:
     """Adds Holm's p-values and the verdicts; each kind of measure is a family of its own."""
     for kind in dict.fromkeys(kind for kind, _ in MEASURES):
-        family = [row for row in comparisons if row["kind"] == kind]
+        family = select(comparisons, kind=kind)
         adjusted = paired.holm([row["p_value"] for row in family])
         for row, p_value in zip(family, adjusted, strict=True):
             gain = MEASURES[kind, row["task"]].sign * (row["mean"] or 0.0)
@@ -251,9 +257,7 @@ def _counts(comparisons: list[dict]) -> list[dict]:
     counts = []
     for loss, task, key in itertools.product(losses, metrics.TASKS, ("verdict", "uncorrected")):
         found = collections.Counter(
-            row[key]
-            for row in comparisons
-            if (row["loss"], row["kind"], row["task"]) == (loss, "auc", task)
+            row[key] for row in select(comparisons, loss=loss, kind="auc", task=task)
         )
         names = {"wins": "win", "ties": "tie", "losses": "loss", "undefined": None}
         numbers = {name: found[value] for name, value in names.items()}

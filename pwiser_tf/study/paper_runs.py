@@ -1,15 +1,14 @@
-"""The runs behind a table: trained once each, several in a process, several processes at a time.
+"""The runs of a table; each is trained once, in a worker process.
 
-A run's folder is a workdir of pwiser_tf.train with three files more, which are here alone:
+A run's folder is a workdir of pwiser_tf.train with these files more:
 
 test_epochs.json   the test metrics of each epoch; nothing is chosen by them
-predictions.npz    "ctr", "cvr" and "ctcvr" of the test split at the best epoch, float32 [rows]
-result.json        what the table reads; once it is there, the run is over
-log.txt            what the run printed
+predictions.npz    "ctr", "cvr" and "ctcvr" of the test split at the best epoch, and its "grade"
+result.json        what the table reads; the run is finished when it exists
+log.txt            the output of the run
 """
 
 import dataclasses
-import json
 import pathlib
 import shutil
 import time
@@ -17,7 +16,7 @@ import time
 import numpy as np
 
 from pwiser_tf import runs
-from pwiser_tf.config import Config
+from pwiser_tf.config import Config, changed_options
 from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import predict
 from pwiser_tf.files import whole_file
@@ -28,14 +27,13 @@ from pwiser_tf.study.workers import Job, Pool
 from pwiser_tf.training import fit
 
 _RESULT, _EPOCHS, _PREDICTIONS = "result.json", "test_epochs.json", "predictions.npz"
-_GRADE = "test_grade.npy"
-# What is left of a finished run's states would fill disks: an optimiser is twice the weights.
+# Deleted when a run is finished: the states of the optimizer would fill the disk.
 _STATES = "checkpoints"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One run: its data set, model and loss by their names in the table, and where it lies."""
+    """One run: its data set, model and loss by their names in the table, and its folder."""
 
     data: str
     model: str
@@ -49,7 +47,7 @@ class Run:
 
 
 def read_result(run: Run, schema: Schema) -> dict | None:
-    """What a finished run left: {"best_epoch", "test", "epochs"}; None where it is not over.
+    """The result of a finished run: {"best_epoch", "test", "epochs"}; otherwise None.
 
     Raises:
       DataError: the folder holds the result of other flags or data.
@@ -58,41 +56,25 @@ def read_result(run: Run, schema: Schema) -> dict | None:
     if not path.exists():
         return None
     content = runs.read_json(path)
-    found, wanted = content.get("identity", {}), _identity(run.settings, schema)
-    for name in (name for name in wanted if found.get(name) != wanted[name]):
+    changed = changed_options(content.get("identity", {}), _identity(run.settings, schema))
+    for name, (old, new) in changed.items():
         raise DataError(
-            f"the finished run in this folder has {name} {found.get(name)}, not {wanted[name]}; "
-            "give another --output_dir",
+            f"the finished run in this folder has --{name} {old}, not {new}; give another "
+            "--output_dir",
             file=path,
         )
     return content
 
 
 def read_predictions(run: Run) -> dict[str, np.ndarray]:
-    """A finished run's test predictions at its best epoch: "ctr", "cvr", "ctcvr", each [rows]."""
+    """The test split at the best epoch of a finished run: "ctr", "cvr", "ctcvr" and "grade"."""
     with np.load(run.folder / _PREDICTIONS) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-def read_grade(run: Run) -> np.ndarray:
-    """The grades of the test rows, int64 [rows], in the order of the predictions."""
-    return np.load(_data_folder(run) / _GRADE)
-
-
-def _data_folder(run: Run) -> pathlib.Path:
-    return run.folder.parents[2]
+        return dict(arrays)
 
 
 def _identity(settings: Config, schema: Schema) -> dict:
-    """What a result belongs to: its flags and data; the data may have been moved since."""
-    counts = {
-        name: [split.rows, split.clicks, split.conversions] for name, split in schema.splits.items()
-    }
-    values = {f"--{name}": value for name, value in settings.values().items()}
-    del values["--data_dir"]
-    content = {**values, "fingerprint": schema.fingerprint, "rows, clicks, conversions": counts}
-    # As JSON gives it back: lists in place of tuples.
-    return json.loads(json.dumps(content))
+    """The flags and data of a result; the data may be moved."""
+    return {**settings.read(), "data_dir": schema.data_fingerprint}
 
 
 def train_run(run: Run) -> str:
@@ -114,20 +96,15 @@ def train_run(run: Run) -> str:
     model, _, progress = fit(settings, run.folder, on_epoch=on_epoch)
     predictions, grade, group = predict(model, settings.data_dir, schema, "test")
     with whole_file(run.folder / _PREDICTIONS) as aside:
-        np.savez(aside, **predictions)
-    _keep_grade(run, grade)
+        np.savez(aside, **predictions, grade=grade.astype(np.int8))
     by_epoch = runs.read_json(path)
     result = {
         "identity": _identity(settings, schema),
         "best_epoch": progress.best_epoch + 1,
         "test": summary(grade, predictions, group),
         "epochs": [
-            {
-                "epoch": entry["epoch"],
-                "monitored": entry["monitored"],
-                "train": entry["train"],
-                "test": by_epoch[str(entry["epoch"])],
-            }
+            {key: entry[key] for key in ("epoch", "monitored", "train")}
+            | {"test": by_epoch[str(entry["epoch"])]}
             for entry in progress.history
         ],
     }
@@ -136,28 +113,13 @@ def train_run(run: Run) -> str:
     return f"{_time(time.monotonic() - began)}, {_in_words(result)}"
 
 
-def _keep_grade(run: Run, grade: np.ndarray) -> None:
-    """Writes the data set's test grades, which are the same for all of its runs."""
-    path = _data_folder(run) / _GRADE
-    if not path.exists():
-        with whole_file(path) as aside:
-            np.save(aside, grade)
-    elif not np.array_equal(np.load(path), grade):
-        raise DataError(
-            "the test rows are not those that earlier runs were judged on: the data set was "
-            "made anew; give another --output_dir",
-            file=path,
-        )
-
-
 def train_all(unfinished: list[Run], parallel: int) -> None:
-    """Trains the runs, each in the order of the list, in worker processes; prints a line a run.
+    """Trains the runs in the order of the list, in worker processes; prints a line a run.
 
-    Whatever ends this function ends the processes; a run that was interrupted goes on from its
-    last checkpoint when it is asked for again.
+    The processes end with this function; interrupted runs are resumed by the next call.
 
     Raises:
-      DataError: what was wrong with a run, by its name. Others are not begun then.
+      DataError: of a run, with its name. No further run is started then.
     """
     jobs = [Job(run.name, run.folder / "log.txt", train_run, (run,)) for run in unfinished]
     began = time.monotonic()

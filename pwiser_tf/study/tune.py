@@ -24,7 +24,6 @@ them, so that the memory in use stays the same.
     tune.png         the course of the search, and which options mattered
 """
 
-import json
 import math
 import pathlib
 import shutil
@@ -39,7 +38,7 @@ from optuna.trial import FrozenTrial, TrialState
 from tqdm import tqdm
 
 from pwiser_tf import config, report, runs
-from pwiser_tf.config import OPTIONS, Config
+from pwiser_tf.config import OPTIONS, Config, changed_options
 from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import evaluate
 from pwiser_tf.files import write_text
@@ -188,17 +187,14 @@ class Search:
     def _check(self, path: pathlib.Path, schema: Schema) -> None:
         """DataError where the study is of other flags or data than those asked for."""
         asked = {**self._base.read(), "data_dir": schema.data_fingerprint, "tune": self.names}
-        asked = json.loads(json.dumps(asked))  # as the database returns it
         held = self.study.user_attrs.get("asked")
         if held is None:
             self.study.set_user_attr("asked", asked)
             return
-        # A study of before an option existed has its default.
-        held = {name: field.default for name, (_, field) in OPTIONS.items()} | held
-        for name in (name for name in asked if held[name] != asked[name]):
+        for name, (old, new) in changed_options(held, asked).items():
             raise DataError(
-                f"the study of {self.loss} in this folder has --{name}={held[name]}, not "
-                f"{asked[name]}: give its own flags to resume it, or another --study_dir",
+                f"the study of {self.loss} in this folder has --{name}={old}, not {new}: give its "
+                "own flags to resume it, or another --study_dir",
                 file=path,
             )
 
@@ -455,7 +451,7 @@ def define_flags() -> None:
 
 
 def main() -> None:
-    """Tunes as the flags say."""
+    """Runs the study and writes its results."""
     args = flags.FLAGS
     settings = config.config_from_flags(args, given=sys.argv[1:])
     folder = pathlib.Path(args.study_dir or f"{args.workdir.rstrip('/')}-tune")

@@ -682,7 +682,7 @@ def _nest(
 
 
 def _decimals(array: np.ndarray) -> list[str]:
-    """Floats, [n], as TF Serving writes them: with six digits if that is exact, otherwise in full."""
+    """Floats, [n], as TF Serving writes them: with six digits if exact, otherwise in full."""
     digits = 9 if array.dtype == np.float32 else 17
     values = array.tolist()
     # One formatting of all values is faster than one of each.
