@@ -22,7 +22,7 @@ import tf_keras as keras
 from pwiser_tf import data, machine, report, runs
 from pwiser_tf.config import Config
 from pwiser_tf.errors import DataError
-from pwiser_tf.evaluation import evaluate, predict
+from pwiser_tf.evaluation import evaluate, plots_module, predict
 from pwiser_tf.losses import strength
 from pwiser_tf.metrics import summary
 from pwiser_tf.models import ClickConversionModel
@@ -272,7 +272,7 @@ def _evaluate_best(model, config, schema, folder, progress) -> dict:
         evaluation.write(folder)
     print(f"{splits[-1]} split, epoch {progress.best_epoch + 1} of {progress.epoch}")
     print(report.table({evaluation.name: evaluation.summary}))
-    print(f"metrics and plots in {folder}", flush=True)
+    print(f"{'metrics and plots' if plots_module() else 'metrics'} in {folder}", flush=True)
     return runs.read_json(folder / runs.METRICS_FILE)
 
 

@@ -68,7 +68,7 @@ def markdown(found: dict) -> str:
         rows = select(found["comparisons"], data=name)
         if rows:
             parts += [
-                f"### AUC less that of {found['baseline']}, in 1e-4",
+                f"### AUC minus that of {found['baseline']}, in 1e-4",
                 _comparison_table(rows, of_auc=True),
                 f"### Other metrics less those of {found['baseline']}",
                 _comparison_table(rows, of_auc=False),
@@ -265,7 +265,7 @@ def plot_epochs(found: dict, path: pathlib.Path) -> None:
     size, dpi = (14, 1.6 + 2.6 * len(lines)), 100 if len(lines) < 12 else 70
     figure = Figure(figsize=size, dpi=dpi, layout="constrained")
     figure.suptitle(
-        f"Test AUC less that of {found['baseline']} at each fixed epoch, in 1e-4, with 95% "
+        f"Test AUC minus that of {found['baseline']} at each fixed epoch, in 1e-4, with 95% "
         "interval over seeds; no choice was made by these",
         fontsize=11,
     )
