@@ -15,6 +15,7 @@ import pwiser_tf
 # Subcommand: (module, arguments that are put before the user's, description).
 COMMANDS = {
     "convert": ("pwiser_tf.convert", [], "convert raw logs to TFRecord files and schema.json"),
+    "inspect": ("pwiser_tf.convert.inspect", [], "propose a feature file for a log"),
     "sample": ("pwiser_tf.synthetic", [], "generate logs with a planted truth"),
     "train": ("pwiser_tf.train", [], "train a model, evaluate and export it"),
     "evaluate": ("pwiser_tf.evaluate", [], "evaluate one or several runs: metrics and plots"),

@@ -10,8 +10,12 @@ from absl import app, flags
 from pwiser_tf.errors import DataError, one_line
 
 
-def run(main: Callable[[], None]) -> None:
+def run(main: Callable[..., None], argument: str | None = None) -> None:
     """Parses the flags, calls main() and exits.
+
+    Args:
+      main: does the work. argument: what the one positional argument is, which main is then called
+        with; None: there is none.
 
     A wrong flag, a DataError and an operating-system error (no such file, no permission, disk
     full) print one line on stderr and exit with code 2, without a traceback. Any other exception
@@ -23,8 +27,10 @@ def run(main: Callable[[], None]) -> None:
             positional = flags.FLAGS(argv)
         except flags.Error as error:
             _fail(error)
-        if len(positional) > 1:
-            _fail(f"unexpected argument {positional[1]!r}; flags start with --")
+        if argument and len(positional) == 1:
+            _fail(f"expected {argument}: a file or folder")
+        if len(positional) > (2 if argument else 1):
+            _fail(f"unexpected argument {positional[-1]!r}; flags start with --")
         return positional
 
     # --help shows only the flags of the main module; ours are defined in other modules.
@@ -33,12 +39,12 @@ def run(main: Callable[[], None]) -> None:
             for flag in defined:
                 flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
-    def guarded(_):
+    def guarded(positional):
         # Hide TensorFlow's log lines: the output of our commands would be lost among them.
         absl.logging.set_verbosity(absl.logging.ERROR)
         logging.getLogger("tensorflow").setLevel(logging.ERROR)
         try:
-            main()
+            main(*positional[1:])
         except (DataError, OSError) as error:
             _fail(error)
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""Batches from TFRecord files: each shard is read, parsed and shuffled as a whole.
+"""Batches from TFRecord files: shards are read and shuffled whole, batches are parsed whole.
 
 The converter distributes the rows evenly over the shards (whole groups by a hash, if there are
 groups), so each shard is a fair sample of the data set. Shuffling the order of the shards and the
@@ -43,7 +43,9 @@ def batches(
 
     Returns:
       A dataset of (features, grade): features {"categorical": int64 [B, C], "numerical":
-      float32 [B, N], "group": int64 [B]} (those that the schema has), grade int64 [B].
+      float32 [B, N], "ids/NAME": int64 [B, L] filled up with -1, L being the longest list in the
+      batch, "weights/NAME": float32 [B, L], "group": int64 [B], "weight": float32 [B],
+      "segments": int64 [B, S]} (those that the schema has), grade int64 [B].
     """
     shards = schema.split(split).shards
     order, seeds = np.arange(len(shards)), np.zeros([len(shards), 2], np.int64)
@@ -63,20 +65,26 @@ def batches(
     spec = records.parse_spec(schema)
 
     def load(file, rows, skip, seed):
-        serialized = tf.data.TFRecordDataset(file, buffer_size=8 << 20).batch(rows)
-        parsed = tf.io.parse_example(serialized.get_single_element(), spec)
+        dataset = tf.data.TFRecordDataset(file, buffer_size=8 << 20).batch(rows)
+        serialized = dataset.get_single_element()
         chosen = tf.range(rows)
-        if shuffle_seed is not None:
-            shuffle = tf.random.experimental.stateless_shuffle
-            chosen = _shuffled(parsed["group"], seed) if keep_groups else shuffle(chosen, seed)
-        features = {name: tf.gather(values, chosen[skip:]) for name, values in parsed.items()}
+        if keep_groups and shuffle_seed is not None:
+            group = tf.io.parse_example(serialized, {"group": spec["group"]})["group"]
+            chosen = _shuffled(group, seed)
+        elif shuffle_seed is not None:
+            chosen = tf.random.experimental.stateless_shuffle(chosen, seed)
+        return tf.gather(serialized, chosen[skip:])
+
+    def parse(serialized):
+        features = tf.io.parse_example(serialized, spec)
         return features, features.pop("grade")
 
     columns = [np.array(column)[first:] for column in (files, rows, skips, seeds)]
     dataset = tf.data.Dataset.from_tensor_slices(tuple(columns))
     # Load one shard ahead of the one in use; more would only use more memory.
     dataset = dataset.map(load).prefetch(1)
-    return dataset.rebatch(batch_size, drop_remainder=drop_remainder).prefetch(4)
+    dataset = dataset.rebatch(batch_size, drop_remainder=drop_remainder)
+    return dataset.map(parse, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True).prefetch(4)
 
 
 def _shuffled(group: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
@@ -90,8 +98,7 @@ def _shuffled(group: tf.Tensor, seed: tf.Tensor) -> tf.Tensor:
 def check(folder: str | os.PathLike, schema: Schema, split: str) -> Split:
     """Checks that a split's files are those that the schema lists, by name and size.
 
-    All records of a data set have the same length, so another size means a truncated file or the
-    schema of another data set. DataError names the file. Returns the split.
+    DataError names the file. Returns the split.
     """
     found = schema.split(split)
     for shard in found.shards:
@@ -100,7 +107,7 @@ def check(folder: str | os.PathLike, schema: Schema, split: str) -> Split:
             size = path.stat().st_size
         except FileNotFoundError:
             raise DataError("no such file, but schema.json lists it", file=path) from None
-        if size != shard.bytes or size != shard.rows * records.record_bytes(schema):
+        if size != shard.bytes:
             raise DataError(
                 f"found {size} bytes, expected {shard.bytes} ({shard.rows} records): the file was "
                 "truncated, or schema.json belongs to another data set",

@@ -51,10 +51,10 @@ from pwiser_tf import runs
 from pwiser_tf.command_line import run
 from pwiser_tf.layers import RawFeatures
 from pwiser_tf.models import ClickConversionModel
-from pwiser_tf.schema import MISSING_INTEGER, MISSING_STRING, Schema
+from pwiser_tf.records import PADDING, feature_shapes
+from pwiser_tf.schema import Categorical, Schema, missing_value
 
 OUTPUTS = ("ctr", "cvr", "ctcvr")
-_MISSING = {"int64": MISSING_INTEGER, "string": MISSING_STRING}
 # Prefix of a version that is being written. The next export removes one that a killed export left.
 _PARTIAL = "partial-"
 # Files next to the graph. TF Serving reads only the warm-up requests among them.
@@ -80,18 +80,23 @@ class ServedModel(tf.Module):
         super().__init__(name="served_model")
         self._schema = schema
         self._raw_features = RawFeatures(schema)
-        features = {}
-        if schema.categorical:
-            features["categorical"] = _spec("categorical", tf.int64, len(schema.categorical))
-        if schema.numerical:
-            features["numerical"] = _spec("numerical", tf.float32, len(schema.numerical))
+        shapes = feature_shapes(schema)
+        self.feature_aliases = _feature_aliases(shapes)
+        features = {
+            name: _spec(self.feature_aliases[name], dtype, width)
+            for name, (dtype, width) in shapes.items()
+        }
+        self._widths = {name: spec.shape[1] for name, spec in features.items()}
         self._call_model, self.read_variables = _with_constants(
             lambda inputs: model(inputs, training=False), features
         )
         example_spec = self._example_spec()
         self.python_names = _python_names(example_spec)
         self.aliases = _aliases(self.python_names)
-        raw = {name: _spec(self.aliases[name], spec.dtype) for name, spec in example_spec.items()}
+        raw = {
+            name: _spec(self.aliases[name], spec.dtype, *self._lengths().get(name, spec.shape))
+            for name, spec in example_spec.items()
+        }
         self.functions = {
             name: tf.function(function).get_concrete_function(inputs)
             for name, function, inputs in (
@@ -101,14 +106,30 @@ class ServedModel(tf.Module):
             )
         }
 
-    def _example_spec(self) -> dict[str, tf.io.FixedLenFeature]:
-        spec = {}
-        for feature in self._schema.categorical:
-            dtype, missing = tf.as_dtype(feature.dtype), _MISSING[feature.dtype]
-            spec[feature.name] = tf.io.FixedLenFeature([], dtype, missing)
-        for feature in self._schema.numerical:
+    def _example_spec(self) -> dict:
+        schema, spec = self._schema, {}
+        for feature in schema.categorical:
+            missing = missing_value(feature.dtype)
+            spec[feature.name] = tf.io.FixedLenFeature([], tf.as_dtype(feature.dtype), missing)
+        for feature in schema.numerical:
             spec[feature.name] = tf.io.FixedLenFeature([], tf.float32, np.nan)
+        for vector in schema.vectors:
+            missing = np.full(vector.length, np.nan)
+            spec[vector.name] = tf.io.FixedLenFeature([vector.length], tf.float32, missing)
+        for feature in schema.lists:
+            spec[feature.name] = tf.io.FixedLenSequenceFeature(
+                [], tf.as_dtype(feature.dtype), True, missing_value(feature.dtype)
+            )
+            if feature.weighted:
+                name = f"{feature.name}.weights"
+                spec[name] = tf.io.FixedLenSequenceFeature([], tf.float32, True, 0.0)
         return spec
+
+    def _lengths(self) -> dict[str, tuple[int]]:
+        """The columns of predict_raw's lists, by name."""
+        lengths = {feature.name: (feature.max_length,) for feature in self._schema.lists}
+        weighted = [feature for feature in self._schema.lists if feature.weighted]
+        return lengths | {f"{feature.name}.weights": (feature.max_length,) for feature in weighted}
 
     def _examples(self, inputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return self._raw(tf.io.parse_example(inputs["examples"], self._example_spec()))
@@ -118,14 +139,13 @@ class ServedModel(tf.Module):
 
     def _features(self, features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         # A server does not check shapes against the signature, and one column would be broadcast.
-        widths = {"categorical": self._schema.categorical, "numerical": self._schema.numerical}
         outputs = self._call_model(
             {
-                name: tf.ensure_shape(values, [None, len(widths[name])])
+                name: tf.ensure_shape(values, [None, self._widths[name]])
                 for name, values in features.items()
             }
         )
-        return {name: outputs[name] for name in OUTPUTS}
+        return {name: outputs[name] for name in OUTPUTS if name in outputs}
 
 
 def _with_constants(
@@ -164,7 +184,7 @@ def _with_constants(
 
     @tf.function
     def imported(features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        feeds = {f"{name}:0": tensor for name, tensor in features.items()}
+        feeds = {f"{inputs[name].name}:0": tensor for name, tensor in features.items()}
         here = tf.compat.v1.get_default_graph()
         feeds |= {name: here.capture(tensor) for name, tensor in captured.items()}
         found = tf.graph_util.import_graph_def(graph, feeds, list(outputs.values()), name="model")
@@ -227,7 +247,7 @@ def _write_version(base, model, served, schema, model_name, row) -> pathlib.Path
     return base / str(version)
 
 
-def _spec(name: str, dtype: tf.DType, *inner: int) -> tf.TensorSpec:
+def _spec(name: str, dtype: tf.DType | type, *inner: int | None) -> tf.TensorSpec:
     return tf.TensorSpec([None, *inner], dtype, name)
 
 
@@ -266,6 +286,15 @@ def _aliases(python_names: dict[str, str]) -> dict[str, str]:
     return {name: f"input_{position:06}" for position, name in enumerate(ordered)}
 
 
+def _feature_aliases(names: Iterable[str]) -> dict[str, str]:
+    """Names that TensorFlow takes, in the same order: "ids_000" for "ids/NAME"."""
+    aliases = {}
+    for position, name in enumerate(sorted(names)):
+        kind, slash, _ = name.partition("/")
+        aliases[name] = f"{kind}_{position:03d}" if slash else name
+    return aliases
+
+
 def _restore_names(folder: pathlib.Path, served: ServedModel) -> None:
     """Replaces the aliases of predict_raw's inputs by the features' names in the saved file.
 
@@ -278,6 +307,8 @@ def _restore_names(folder: pathlib.Path, served: ServedModel) -> None:
     own = {alias: name for name, alias in served.aliases.items()}
     python = {alias: served.python_names[name] for alias, name in own.items()}
     _rename(graph.signature_def["predict_raw"].inputs, own)
+    features = {alias: name for name, alias in served.feature_aliases.items()}
+    _rename(graph.signature_def["predict"].inputs, features)
 
     nodes, node = graph.object_graph_def.nodes, graph.object_graph_def.nodes[0]
     for step in ("signatures", "predict_raw"):
@@ -309,27 +340,50 @@ def _rename(messages: MutableMapping[str, Message], names: dict[str, str]) -> No
 
 def _one_row(schema: Schema) -> dict[str, dict[str, np.ndarray]]:
     """One row as the inputs of each signature: signature to name to array [1, ...]."""
-    raw, ids, values, example = {}, [], [], tf.train.Example()
+    raw, ids, values, features = {}, [], [], {}
     for feature in schema.categorical:
-        value = next(iter(feature.vocabulary), _MISSING[feature.dtype])
-        raw[feature.name] = np.array([value], "int64" if feature.dtype == "int64" else object)
+        raw[feature.name] = _some_value(feature)
         ids.append(feature.ids(raw[feature.name]))
-        kinds = example.features.feature[feature.name]
-        if feature.dtype == "int64":
-            kinds.int64_list.value.append(value)
-        else:
-            kinds.bytes_list.value.append(value.encode())
     for feature in schema.numerical:
         raw[feature.name] = np.array([feature.mean], np.float32)
-        values.append(feature.apply(raw[feature.name]))
-        example.features.feature[feature.name].float_list.value.append(feature.mean)
-    features = {}
+        if feature.transform == "quantiles":
+            ids.append(feature.buckets(raw[feature.name]))
+        else:
+            values.append(feature.apply(raw[feature.name])[:, None])
+    for vector in schema.vectors:
+        raw[vector.name] = np.full((1, vector.length), vector.fill_value, np.float32)
+        values.append(vector.apply(raw[vector.name]))
     if ids:
         features["categorical"] = np.stack(ids, axis=1)
     if values:
-        features["numerical"] = np.stack(values, axis=1)
+        features["numerical"] = np.concatenate(values, axis=1)
+    for feature in schema.lists:
+        value = _some_value(feature)
+        rest = np.full(feature.max_length - 1, missing_value(feature.dtype), value.dtype)
+        raw[feature.name] = np.concatenate([value, rest])[None]
+        place = np.arange(feature.max_length)[None]
+        known = (place == 0) & (value != missing_value(feature.dtype))
+        features[f"ids/{feature.name}"] = np.where(known, feature.ids(value)[:, None], PADDING)
+        if feature.weighted:
+            weights = np.float32(known)
+            raw[f"{feature.name}.weights"] = features[f"weights/{feature.name}"] = weights
+    example = tf.train.Example()
+    for name, value in raw.items():
+        kinds = example.features.feature[name]
+        if value.dtype == object:
+            kinds.bytes_list.value.extend(text.encode() for text in value.ravel())
+        elif value.dtype == np.int64:
+            kinds.int64_list.value.extend(value.ravel())
+        else:
+            kinds.float_list.value.extend(value.ravel())
     serialized = np.array([example.SerializeToString()], object)
     return {"serving_default": {"examples": serialized}, "predict_raw": raw, "predict": features}
+
+
+def _some_value(feature: Categorical) -> np.ndarray:
+    """A known raw value of the feature, where there is one: [1]."""
+    value = next(iter(feature.vocabulary), missing_value(feature.dtype))
+    return np.array([value], "int64" if feature.dtype == "int64" else object)
 
 
 def _write_warm_up(path: pathlib.Path, model_name: str, row: dict) -> None:

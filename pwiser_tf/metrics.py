@@ -432,7 +432,8 @@ def summary(
 
     Args:
       grade: integers [n] in {0, 1, 2}.
-      predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1].
+      predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1]; "ctr" alone for data without
+        conversions.
       group: [n], the group of each row, or None if the data have no groups.
 
     Returns:
@@ -443,7 +444,8 @@ def summary(
     Raises:
       ValueError: predictions of a task are missing, or wrong arrays as in `auc`; names the task.
     """
-    return {task: _task_summary(grade, predictions, group, task) for task in TASKS}
+    tasks = TASKS if set(predictions) != {"ctr"} else ("ctr",)
+    return {task: _task_summary(grade, predictions, group, task) for task in tasks}
 
 
 def _task_summary(grade, predictions, group, task: str) -> dict:

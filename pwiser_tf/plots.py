@@ -59,18 +59,18 @@ def plot_evaluation(
       OSError: the file cannot be written.
     """
     grade = np.asarray(grade)
-    figure = Figure(figsize=(15, 9.5), dpi=110, layout="constrained")
-    figure.suptitle(
-        f"{title}\n{plural(summary['ctr']['rows'], 'exposure')}, "
-        f"{plural(summary['ctr']['positives'], 'click')}, "
-        f"{plural(summary['ctcvr']['positives'], 'conversion')}",
-        fontsize=14,
-    )
-    panels = figure.subplots(2, 3)
-    _draw_roc(panels[0, 0], grade, predictions, summary)
-    for axes, task in zip(panels[0, 1:], ("ctr", "ctcvr"), strict=True):
-        _draw_scores(axes, grade, np.asarray(predictions[task]), task)
-    for axes, task in zip(panels[1], metrics.TASKS, strict=True):
+    counts = [plural(summary["ctr"]["rows"], "exposure")]
+    for task, noun in (("ctr", "click"), ("ctcvr", "conversion")):
+        if task in summary:
+            counts.append(plural(summary[task]["positives"], noun))
+    rows = 1 if len(summary) == 1 else 2
+    figure = Figure(figsize=(15, 5 * rows - 0.5), dpi=110, layout="constrained")
+    figure.suptitle(f"{title}\n{', '.join(counts)}", fontsize=14)
+    panels = iter(figure.subplots(rows, 3).ravel())
+    _draw_roc(next(panels), grade, predictions, summary)
+    for task in (task for task in ("ctr", "ctcvr") if task in summary):
+        _draw_scores(next(panels), grade, np.asarray(predictions[task]), task)
+    for axes, task in zip(panels, summary, strict=True):
         measured, labels = metrics.task_labels(grade, task)
         probabilities = np.asarray(predictions[task])[measured]
         bins = int(np.clip(summary[task]["positives"] // _POSITIVES_PER_BIN, 2, 20))
@@ -96,7 +96,9 @@ def plot_comparison(path: str | os.PathLike, summaries: dict[str, dict]) -> None
         "more certain than these intervals suggest.",
         fontsize=10,
     )
-    for axes, task in zip(figure.subplots(1, 3, sharey=True), metrics.TASKS, strict=True):
+    tasks = [task for task in metrics.TASKS if all(task in s for s in summaries.values())]
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, task in zip(panels, tasks, strict=True):
         reference = summaries[names[0]][task]["auc"] if names else None
         if reference is not None:
             axes.axvline(reference, color=_FAINT, linestyle="--", linewidth=1, zorder=0)
@@ -115,7 +117,7 @@ def plot_comparison(path: str | os.PathLike, summaries: dict[str, dict]) -> None
 
 def _draw_roc(axes: Axes, grade, predictions, summary) -> None:
     axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, zorder=0)
-    for task in metrics.TASKS:
+    for task in summary:
         measured, labels = metrics.task_labels(grade, task)
         scores = np.asarray(predictions[task])[measured]
         rates = metrics.roc_curve(labels[measured], scores)

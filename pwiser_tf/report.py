@@ -27,6 +27,7 @@ def table(summaries: dict[str, dict]) -> str:
     blocks = {
         task: [[name, *_cells(summary[task])] for name, summary in summaries.items()]
         for task in metrics.TASKS
+        if all(task in summary for summary in summaries.values())
     }
     # The same widths in all blocks, so that the columns of all tasks are aligned.
     rows = [row for block in blocks.values() for row in block]
@@ -61,7 +62,7 @@ def difference_table(grade: np.ndarray, predictions: dict[str, dict[str, np.ndar
     reference, *others = predictions
     width = max(map(len, others))
     lines = [f"AUC minus that of {reference} [95% interval], paired DeLong test"]
-    for task in metrics.TASKS:
+    for task in (task for task in metrics.TASKS if task in predictions[reference]):
         measured, labels = metrics.task_labels(grade, task)
         for name in others:
             found = metrics.auc_difference(

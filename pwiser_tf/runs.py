@@ -23,6 +23,7 @@ from pwiser_tf.config import VERSION, Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.files import write_text
 from pwiser_tf.models import MODELS, ClickConversionModel
+from pwiser_tf.records import empty_features
 from pwiser_tf.schema import Schema
 
 FLAGS_FILE = "flags.json"
@@ -35,12 +36,7 @@ def build_model(config: Config, schema: Schema) -> ClickConversionModel:
     """A model with all its variables, initialised from the seed."""
     keras.utils.set_random_seed(config.training.seed)
     model = MODELS[config.model.name](schema, config.model, config.loss)
-    features = {}
-    if schema.categorical:
-        features["categorical"] = tf.zeros([1, len(schema.categorical)], tf.int64)
-    if schema.numerical:
-        features["numerical"] = tf.zeros([1, len(schema.numerical)])
-    model(features)
+    model(empty_features(schema))
     return model
 
 

@@ -318,10 +318,11 @@ def _monitored_value(validation: dict) -> float:
     A task with only one class in validation has no AUC and is left out. If no task has an AUC, the
     value is the negative log loss.
     """
-    aucs = [validation[task]["auc"] for task in TASKS if validation[task]["auc"] is not None]
+    tasks = [task for task in TASKS if task in validation]
+    aucs = [validation[task]["auc"] for task in tasks if validation[task]["auc"] is not None]
     if aucs:
         return sum(aucs) / len(aucs)
-    return -sum(validation[task]["log_loss"] for task in TASKS)
+    return -sum(validation[task]["log_loss"] for task in tasks)
 
 
 def _patience_ended(progress: Progress, patience: int) -> bool:

@@ -49,13 +49,14 @@ def write_dataset(folder: pathlib.Path, rows: dict[str, int], shards: int = 3) -
         click = random.random(count) < 0.1 + 0.1 * categorical[:, 0]
         conversion = click & (numerical[:, 0] > 0.3)
         grade = click.astype(np.int64) + conversion
-        encoded = records.encode(categorical, numerical, grade, np.arange(count) // 4)
+        made = records.Rows(categorical, numerical, grade, np.arange(count) // 4)
         written = []
         for shard in range(shards):
             file = f"{name}-{shard:05d}-of-{shards:05d}.tfrecord"
-            part = encoded[np.arange(count) // 4 % shards == shard]
-            part.tofile(folder / file)
-            written.append(Shard(file, len(part), part.nbytes))
+            part = made.take(np.flatnonzero(np.arange(count) // 4 % shards == shard))
+            content, _ = records.encode(part)
+            content.tofile(folder / file)
+            written.append(Shard(file, len(part), content.nbytes))
         splits[name] = Split(count, int(click.sum()), int(conversion.sum()), 0, tuple(written))
     schema = dataclasses.replace(SCHEMA, splits=splits)
     schema.save(folder)

@@ -102,12 +102,32 @@ def test_raw_row_by_row(raw, tmp_path, capsys):
     assert len(set(train["group"])) == 4
     test = read(tmp_path / "out", schema, "test")
     np.testing.assert_array_equal(test["categorical"], [[2, 0, 1, 0, 1]])
-    np.testing.assert_allclose(test["numerical"], [[(4 - mean) / std]], rtol=1e-5)
+    # 4 lies above the range of training, which ends at 2.
+    np.testing.assert_allclose(test["numerical"], [[(2 - mean) / std]], rtol=1e-5)
     assert (schema.dataset, schema.group) == ("aliccp", "common_feature_id")
     assert schema.split("train").dropped == 1
     assert schema.notes["train_rows_without_common_features"] == "1"
     assert schema.notes["test_rows_without_common_features"] == "0"
     assert "train rows without common features: 1\n" in capsys.readouterr().out
+
+
+def test_histories_are_weighted_lists_that_share_vocabularies(raw, tmp_path):
+    (raw / "sample_skeleton_train.csv").write_text(
+        "".join([*SKELETON, line(6, 0, 0, "u1", ("206", 8, 1.0))])
+    )
+    schema = convert(
+        *(tmp_path / "out", *WHOLE, f"--input={raw}", "--min_count=1"),
+        "--fields=206,109_14,127_14",
+    )
+    history, brands = schema.lists
+    # 8 was seen twice in histories and once as an item's category, 7 twice in histories.
+    assert history.vocabulary == schema.categorical[0].vocabulary == (8, 7)
+    assert (history.shares, brands.shares, brands.vocabulary) == ("206", None, (1,))
+    train = read(tmp_path / "out", schema, "train")
+    assert train["ids/109_14"].tolist() == [[2, 1], [-1, -1], [-1, -1], [-1, -1], [2, 1]]
+    np.testing.assert_allclose(train["weights/109_14"][[0, 4]], [[1.5, 0.2]] * 2, rtol=1e-6)
+    assert train["ids/127_14"].tolist() == [[-1], [1], [-1], [-1], [-1]]
+    assert train["categorical"][:, 0].tolist() == [0, 0, 0, 0, 1]
 
 
 def test_what_is_chosen_by_default(raw, tmp_path):
@@ -212,7 +232,7 @@ def test_a_join_larger_than_memory_gives_the_same(tmp_path, monkeypatch):
     arguments = ["--format=aliccp", *ALL, f"--input={tmp_path / 'in'}"]
     convert(tmp_path / "large", *arguments)
     # 150,000 rows of 24 columns of 8 bytes are 29 MB, and are sorted.
-    monkeypatch.setattr(csv_reader, "MEMORY_LIMIT", "28MB")
+    monkeypatch.setattr(csv_reader, "MEMORY_MB", 28)
     # Each thread holds buffers.
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     convert(tmp_path / "small", *arguments)
@@ -311,7 +331,8 @@ def test_processed_row_by_row(processed, tmp_path):
         np.testing.assert_array_equal(rows["grade"], (r % 5 == 0) * 1 + (r % 10 == 0))
         # Statistics are of training alone: 0, .1, ..., 3.9.
         std = np.std(np.arange(40) / 10)
-        np.testing.assert_allclose(rows["numerical"][:, 0], (r / 10 - 1.95) / std, atol=1e-4)
+        value = np.minimum(r / 10, 3.9)
+        np.testing.assert_allclose(rows["numerical"][:, 0], (value - 1.95) / std, atol=1e-4)
     assert schema.group is None
     assert schema.conversion == "purchase"
     fewer = convert(
@@ -391,8 +412,7 @@ def test_files_of_different_splits_are_not_joined(raw, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--fields=101,109_14", "--fields: found 109_14, a history of many ids; .*not supported"),
-        ("--fields=D150_14", "--fields: found D150_14, a history"),
+        ("--fields=D150_14", "--fields: found 'D150_14', expected some of 101, .*, 150_14"),
         ("--fields=101,999", "--fields: found '999', expected some of 101, 121, .*, D853"),
         ("--fields=101,205,101", "--fields: found 101 twice"),
         ("--fields=", "--fields: found none"),
@@ -403,6 +423,11 @@ def test_fields_that_are_not_offered(raw, processed, tmp_path, arguments, messag
         with pytest.raises(DataError, match=message):
             convert(tmp_path / "out", *WHOLE, *files, arguments)
     assert not (tmp_path / "out").exists()
+
+
+def test_processed_files_have_no_histories(processed, tmp_path):
+    with pytest.raises(DataError, match="processed files have no histories"):
+        convert(tmp_path / "out", *WHOLE, *processed, "--fields=101,109_14")
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated tar", "no csv", "wrong archive"])

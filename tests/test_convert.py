@@ -1,5 +1,6 @@
 import csv
 import glob
+import gzip
 import hashlib
 import os
 import pathlib
@@ -121,7 +122,8 @@ def test_columns_row_by_row(files):
     test = read(files / "out", schema, "test")
     # "abc" is no integer and eve was never seen; 7.0 is the integer 7.
     np.testing.assert_array_equal(test["categorical"], [[2, 3], [0, 0], [0, 1]])
-    np.testing.assert_allclose(test["numerical"][:, 0], [4 / std, 0, -4 / std], atol=1e-5)
+    # 7 and -1 lie outside of the range of training, 1 to 5.
+    np.testing.assert_allclose(test["numerical"][:, 0], [2 / std, 0, -2 / std], atol=1e-5)
     np.testing.assert_array_equal(test["grade"], [1, 0, 0])
     # The same search has the same number in both files.
     assert train["group"][0] == train["group"][1] == test["group"][2]
@@ -145,7 +147,7 @@ def test_a_fraction_is_no_integer_category(tmp_path):
     )
     assert schema.categorical[0].vocabulary == (1, 2, 3)
     ids = read(tmp_path / "out", schema, "test")["categorical"][:, 0]
-    np.testing.assert_array_equal(ids, [0, 2, 1, 0, 0])
+    np.testing.assert_array_equal(ids, [0, 2, 0, 0, 0])
 
 
 def test_records_agree_with_the_schema_rules(files):
@@ -275,9 +277,8 @@ def test_shards_are_samples_of_the_whole(files):
         *(f"train-0000{i}-of-00002.tfrecord" for i in range(2)),
     ]
     assert [shard.rows for shard in schema.split("train").shards] == [3, 2]
-    assert [shard.bytes for shard in schema.split("train").shards] == [
-        rows * records.record_bytes(schema) for rows in (3, 2)
-    ]
+    (three, two) = (shard.bytes for shard in schema.split("train").shards)
+    assert three * 2 == two * 3
     # Fewer files than asked for where there are fewer rows.
     assert len(convert(files / "many", *columns(files, "--shards=16")).split("train").shards) == 5
 
@@ -323,22 +324,26 @@ def big_rows(count=3000):
 def held_out(tmp_path, name, *arguments):
     """Row numbers and groups of each split."""
     path = write_csv(tmp_path / "big.csv", big_rows())
+    columns = {"--group": "group", "--time": "time"}
+    given = {a.partition("=")[0]: a.partition("=")[2] for a in arguments}
+    stated = [f'{columns[flag]} = "{given[flag]}"' for flag in columns if flag in given]
+    (tmp_path / "log.toml").write_text(
+        # A weight is stored as it is: here it says which row it is.
+        '[labels]\nclick = "click"\nconversion = "buy"\nweight = "price"\n[columns]\n'
+        + "\n".join(stated)
+        + '\n[features.user]\n[features.price]\ntype = "numerical"\n'
+    )
     schema = convert(
         tmp_path / name,
         f"--train={path}",
         "--format=columns",
-        "--categorical=user",
-        "--numerical=price",
-        "--click=click",
-        "--conversion=buy",
-        *arguments,
+        f"--features={tmp_path / 'log.toml'}",
+        *(argument for argument in arguments if argument.partition("=")[0] not in columns),
     )
-    price = schema.numerical[0]
     found = {}
     for split in schema.splits:
         rows = read(tmp_path / name, schema, split)
-        number = np.rint(rows["numerical"][:, 0].astype(float) * price.std + price.mean)
-        found[split] = number.astype(int), rows.get("group")
+        found[split] = rows["weight"].astype(int), rows.get("group")
     everything = np.concatenate([rows for rows, _ in found.values()])
     np.testing.assert_array_equal(np.sort(everything), np.arange(3000))
     return found, schema
@@ -404,13 +409,10 @@ def test_a_fault_below_a_very_long_cell_is_placed(files):
 
 
 @pytest.mark.parametrize("rows", [20, 200_000])
-@pytest.mark.parametrize("foreign", [True, False])
-def test_a_damaged_gzip_file_is_named(files, rows, foreign):
-    import gzip
-
+def test_a_damaged_gzip_file_is_named(files, rows):
     text = write_csv(files / "plain.csv", TRAIN[:1] * rows).read_bytes()
     damaged = files / "damaged.csv.gz"
-    damaged.write_bytes(text if foreign else gzip.compress(text)[:-20])
+    damaged.write_bytes(gzip.compress(text)[:-20])
     with pytest.raises(DataError, match=r"(?i)gzip .*damaged\.csv|damaged\.csv.* gzip"):
         convert(files / "out", *COLUMNS, f"--train={damaged}")
     assert not (files / "out").exists()
@@ -682,8 +684,6 @@ def damage(lines, kind):
         text[0] = text[0].replace("junk", "price")
     elif kind == "header only":
         text = text[:1]
-    elif kind == "mixed line endings":
-        return ("\r\n".join(text[:3]) + "\r\n" + "\n".join(text[3:]) + "\n").encode()
     elif kind == "latin-1":
         text[3] = row.replace("bob", "böb")
         return ("\n".join(text) + "\n").encode("latin-1")
@@ -712,7 +712,6 @@ def damage(lines, kind):
         ("missing column", "row 1, column price: found no such column, .*user,junk,cost,click"),
         ("double column", "row 1, column price: found 2 columns of that name"),
         ("header only", "found no rows"),
-        ("mixed line endings", "row 4: found a line ending in LF, expected CRLF"),
         ("latin-1", r"row 4.*: found b'b\\xf6b.*', expected UTF-8"),
         ("utf-16", "found UTF-16 or binary data, expected UTF-8"),
         ("empty", "found an empty file"),
@@ -759,7 +758,7 @@ def test_times_are_refused_when_unreadable_or_all_alike(files):
     with pytest.raises(DataError, match="row 8, column day: found 'soon', expected an ISO date"):
         convert(files / "out", *arguments)
     write_csv(files / "train.csv", [[*row[:6], "2024-01-01", "s9"] for row in TRAIN])
-    with pytest.raises(DataError, match="column day cannot tell early rows from late ones"):
+    with pytest.raises(DataError, match=r"column day has 1 different times; .* needs 2"):
         convert(files / "out", *arguments)
 
 
@@ -806,10 +805,10 @@ def test_flags_that_make_no_sense(tmp_path, monkeypatch, arguments, message):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--numerical=price,click"], "column click is named by both --numerical and --click"),
-        (["--categorical=user,price"], "column price is named by both"),
-        (["--categorical=user,user"], "column user is named by both"),
-        (["--conversion=click"], "column click is named by both --click and --conversion"),
+        (["--numerical=price,click"], "click is the label of a click"),
+        (["--categorical=user,price"], "feature price is named twice"),
+        (["--categorical=user,user"], "feature user is named twice"),
+        (["--conversion=click"], "click and conversion are both column click"),
         (["--validation_split=time", "--validation_fraction=.1"], "needs a time column"),
         (["--validation_split=group", "--validation_fraction=.1"], "needs a group column"),
     ],
@@ -995,10 +994,11 @@ def test_command_ends_with_0_or_with_one_line_and_2(files):
 @pytest.mark.slow
 def test_tensorflow_is_not_imported(files):
     code = (
-        "import sys; from pwiser_tf.convert import command as c, columns;"
-        f"c.convert(lambda d, s: columns.open_files(d, [{str(files / 'train.csv')!r}], [], [], "
-        "categorical=['user'], numerical=['price'], click='click', conversion='buy'), "
-        f"{str(files / 'out')!r}, validation_fraction=0, test_fraction=0);"
+        "import sys; from pwiser_tf.convert import command as c, columns, features;"
+        "log = features.from_flags(categorical=['user'], numerical=['price'], click='click', "
+        "conversion='buy');"
+        f"c.convert(lambda d, s: columns.open_files(d, log, [{str(files / 'train.csv')!r}], "
+        f"[], []), {str(files / 'out')!r}, validation_fraction=0, test_fraction=0);"
         "assert not [m for m in sys.modules if 'tensorflow' in m or 'keras' in m]; print('fine')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

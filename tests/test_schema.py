@@ -118,7 +118,7 @@ def test_load_says_where_the_schema_is_missing(tmp_path):
         ("{", "not a schema"),
         ("[1]", "not a schema"),
         ("null", "not a schema"),
-        ('{"format_version": 99}', "found 99, expected format version 1"),
+        ('{"format_version": 99}', "found 99, expected format version 2 or 1"),
         ('{"format_version": 1}', "not a schema"),
         ("\x00\xff", "not a schema"),
     ],

@@ -8,7 +8,7 @@ common features, which many exposures share. A list of features is text: feature
 **How the raw files are joined, and what that takes.** Neither file is ever in memory. DuckDB reads
 each once, cuts the chosen fields out of the lists, and keeps those alone, as integers, in a
 database in the scratch folder beside the output; there the two are joined and brought back into
-the skeleton's order, spilling to the same folder. Memory is bounded by csv_reader.MEMORY_LIMIT
+the skeleton's order, spilling to the same folder. Memory is bounded by csv_reader.MEMORY_MB
 whatever the size: 8 million generated rows with 800,000 common ones took 410 MB of memory in all,
 and 60 bytes a row of the scratch folder, which is removed. For the real 85 million rows allow 10 GB
 beside the output, and 40 GB more where archives (.zip, .tar.gz) are to be unpacked there first.
@@ -22,9 +22,9 @@ with what they have, and counted: they are exposures like others, and serving me
 a row in train): what a search is for AliExpress. It is the group, in metrics and when validation
 is cut. Processed files do not have it, and are cut by row.
 
-**Histories** (109_14, 110_14, 127_14, 150_14) are left out: they hold up to hundreds of weighted
-ids a row, and a record holds one id a feature. They would need pooled embeddings, and ragged inputs
-in records, export and client.
+**Histories** (109_14, 110_14, 127_14, 150_14: the categories, shops, brands and intentions that a
+user met in 14 days) are lists with weights, of raw files alone, where --fields names them. They use
+the vocabularies of 206, 207, 216 and 210 where these are features too.
 """
 
 import dataclasses
@@ -34,15 +34,17 @@ from collections.abc import Sequence
 
 from pwiser_tf.convert import archives, learn
 from pwiser_tf.convert.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from pwiser_tf.convert.source import CsvPart, JoinedPart, Source, group_key, integer, paths, select
+from pwiser_tf.convert.features import Feature, Log
+from pwiser_tf.convert.source import FilePart, JoinedPart, Source, group_key, integer, paths, select
 from pwiser_tf.errors import DataError
-from pwiser_tf.schema import Numerical
 
 USER_FIELDS = ("101", "121", "122", "124", "125", "126", "127", "128", "129")
 ITEM_FIELDS = ("205", "206", "207", "210", "216")
 CROSS_FIELDS = ("508", "509", "702", "853")
 CONTEXT_FIELDS = ("301",)
-HISTORIES = ("109_14", "110_14", "127_14", "150_14")
+# A history, and the item field with the same ids.
+HISTORIES = {"109_14": "206", "110_14": "207", "127_14": "216", "150_14": "210"}
+_LONGEST_HISTORY = 50
 # The value of a cross field: how often this user met this item's category, shop, brand, intention.
 VALUES = {f"D{field}": field for field in CROSS_FIELDS}
 CATEGORIES = (*USER_FIELDS, *ITEM_FIELDS, *CROSS_FIELDS, *CONTEXT_FIELDS)
@@ -80,7 +82,12 @@ def open_files(
     Raises:
       DataError: a field that is not offered, or a file that cannot be used.
     """
-    categorical, numerical = _chosen(fields)
+    log = _log(fields, minimum_count)
+    if log.of_type("list"):
+        raise DataError("--fields: processed files have no histories, only the raw ones have")
+    # They have no group, and their own name of the second label.
+    log = dataclasses.replace(log, conversion="purchase", group=None)
+    categorical, numerical = _names(log, "categorical"), _names(log, "numerical")
     kinds: dict[str, Kind] = {"click": LABEL, "purchase": LABEL}
     kinds |= dict.fromkeys(categorical, INTEGER) | dict.fromkeys(numerical, NUMBER)
     parts = []
@@ -88,16 +95,14 @@ def open_files(
         files = [CsvFile(path, kinds) for path in paths(patterns)]
         database.files += files
         parts.append([_processed(file, categorical, numerical) for file in files])
-    source = _source(categorical, numerical, minimum_count, *parts, {"layout": "processed"})
+    source = _source(log, *parts, {"layout": "processed"})
 
-    def learn_without_zero(database, rows):
+    def learn_without_zero(database, rows, log):
         zeros = [f"nullif(categorical_{i}, 0) AS categorical_{i}" for i in range(len(categorical))]
         replaced = f"REPLACE ({', '.join(zeros)})" if zeros else ""
-        return source.learn(database, f"SELECT * {replaced} FROM ({rows})")
+        return source.learn(database, f"SELECT * {replaced} FROM ({rows})", log)
 
-    return dataclasses.replace(
-        source, conversion="purchase", group=None, missing=False, learn=learn_without_zero
-    )
+    return dataclasses.replace(source, missing=False, learn=learn_without_zero)
 
 
 def open_folder(
@@ -119,7 +124,7 @@ def open_folder(
     Raises:
       DataError: a field that is not offered; a file missing or broken.
     """
-    categorical, numerical = _chosen(fields)
+    log = _log(fields, minimum_count)
     path = pathlib.Path(folder)
     if not path.is_dir():
         raise DataError("no such folder", file=path)
@@ -134,56 +139,58 @@ def open_folder(
                 kinds |= {"click": LABEL, "conversion": LABEL}
             files.append(CsvFile(found, kinds, names=names, shown=shown))
         database.files += files
-        part, alone = _join(database, split, *files, categorical, numerical)
+        part, alone = _join(database, split, *files, log)
         notes[f"{split}_rows_without_common_features"] = str(alone)
         parts.append([part])
     train, test = parts
-    return _source(categorical, numerical, minimum_count, train, [], test, notes)
+    return _source(log, train, [], test, notes)
 
 
-def _chosen(fields: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The categorical and the numerical features among the fields, in their order."""
+def _names(log: Log, kind: str) -> tuple[str, ...]:
+    return tuple(feature.name for feature in log.of_type(kind))
+
+
+def _log(fields: Sequence[str], minimum_count: int) -> Log:
+    """The features among the fields, in their order."""
     for field in fields:
-        if field.removeprefix("D") in HISTORIES:
-            raise DataError(
-                f"--fields: found {field}, a history of many ids; expected fields of one id: "
-                "pooled histories are not supported"
-            )
-        if field not in CATEGORIES and field not in VALUES:
-            offered = ", ".join((*CATEGORIES, *VALUES))
+        if field not in CATEGORIES and field not in VALUES and field not in HISTORIES:
+            offered = ", ".join((*CATEGORIES, *VALUES, *HISTORIES))
             raise DataError(f"--fields: found {field!r}, expected some of {offered}")
         if list(fields).count(field) > 1:
             raise DataError(f"--fields: found {field} twice")
     if not fields:
         raise DataError("--fields: found none, expected at least one")
-    return (
-        tuple(field for field in fields if field in CATEGORIES),
-        tuple(field for field in fields if field in VALUES),
-    )
+    ids = {"dtype": "int64", "min_count": minimum_count}
+    features = [Feature(name=field, **ids) for field in fields if field in CATEGORIES]
+    for field in fields:
+        if field in VALUES:
+            features.append(Feature(name=field, type="numerical"))
+        elif field in HISTORIES:
+            owner = HISTORIES[field] if HISTORIES[field] in fields else None
+            features.append(
+                Feature(
+                    name=field,
+                    type="list",
+                    side="user",
+                    vocabulary=owner,
+                    weights=field,
+                    max_length=_LONGEST_HISTORY,
+                    **ids,
+                )
+            )
+    return Log(features=tuple(features), click="click", conversion="conversion", group=_GROUP)
 
 
-def _source(categorical, numerical, minimum_count, train, validation, test, notes) -> Source:
-    def learn_features(database, rows):
-        positions = dict(enumerate(categorical))
-        vocabularies = learn.vocabularies(database, rows, positions, minimum_count, integers=True)
-        moments = learn.moments(database, rows, len(numerical))
-        return (
-            tuple(vocabularies[position] for position in positions),
-            tuple(
-                # An absent feature has the value 0.
-                Numerical(name, "standardize", mean, std, fill_value=0.0)
-                for name, (mean, std) in zip(numerical, moments, strict=True)
-            ),
-        )
+def _source(log: Log, train, validation, test, notes) -> Source:
+    def learn_features(database, rows, log):
+        found = learn.of_log(database, rows, log)
+        # An absent feature has the value 0.
+        numerical = (dataclasses.replace(each, fill_value=0.0) for each in found.numerical)
+        return dataclasses.replace(found, numerical=tuple(numerical))
 
     return Source(
         dataset="aliccp",
-        categorical=categorical,
-        numerical=numerical,
-        click="click",
-        conversion="conversion",
-        group=_GROUP,
-        time=None,
+        log=log,
         train=tuple(train),
         validation=tuple(validation),
         test=tuple(test),
@@ -193,10 +200,10 @@ def _source(categorical, numerical, minimum_count, train, validation, test, note
     )
 
 
-def _processed(file: CsvFile, categorical, numerical) -> CsvPart:
+def _processed(file: CsvFile, categorical, numerical) -> FilePart:
     expressions = {f"categorical_{i}": integer(file.column(n)) for i, n in enumerate(categorical)}
     expressions |= {f"numerical_{i}": file.column(name) for i, name in enumerate(numerical)}
-    return CsvPart(
+    return FilePart(
         file,
         expressions | {"click": file.column("click"), "conversion": file.column("purchase")},
     )
@@ -241,12 +248,10 @@ def _find(folder: pathlib.Path, split: str, stem: str, scratch: pathlib.Path):
 
 
 def _join(
-    database: Database, split: str, skeleton: CsvFile, common: CsvFile, categorical, numerical
+    database: Database, split: str, skeleton: CsvFile, common: CsvFile, log: Log
 ) -> tuple[_JoinedPart, int]:
     """Joins the two files into a table; returns the part and how many rows had no common ones."""
-    features = [f"categorical_{i}" for i in range(len(categorical))]
-    features += [f"numerical_{i}" for i in range(len(numerical))]
-    _extract(database, "common", common, {}, categorical, numerical)
+    _extract(database, "common", common, {}, log)
     repeated = database.query(
         "SELECT min(rowid), max(rowid) FROM common GROUP BY id HAVING count(*) > 1 "
         "ORDER BY 1 LIMIT 1",
@@ -259,10 +264,21 @@ def _join(
     # So that the order of the rows is the order of rowid.
     labels = {name: skeleton.column(name) for name in ("click", "conversion")}
     group = {"row_group": group_key(skeleton.column(_GROUP))}
-    _extract(database, "skeleton", skeleton, labels | group, categorical, numerical)
-    expressions = {name: f"coalesce(common.{name}, skeleton.{name})" for name in features}
-    for name in features[len(categorical) :]:
+    _extract(database, "skeleton", skeleton, labels | group, log)
+    expressions = {}
+    for i in range(len(log.of_type("categorical"))):
+        name = f"categorical_{i}"
+        expressions[name] = f"coalesce(common.{name}, skeleton.{name})"
+    for i in range(len(log.of_type("numerical"))):
+        name = f"numerical_{i}"
         expressions[name] = f"coalesce(common.{name}, skeleton.{name}, 0)"
+    for i in range(len(log.of_type("list"))):
+        # An empty list is an absent field.
+        longer = f"CASE WHEN common.list_length_{i} > 0 THEN common ELSE skeleton END"
+        for name in (f"list_{i}", f"weights_{i}", f"list_length_{i}"):
+            expressions[name] = longer.replace("common E", f"common.{name} E").replace(
+                "skeleton E", f"skeleton.{name} E"
+            )
     expressions |= {name: f"skeleton.{name}" for name in (*labels, *group)}
     expressions |= {"row": "skeleton.rowid", "alone": "common.id IS NULL"}
     table = f"joined_{split}"
@@ -281,21 +297,26 @@ def _join(
     return _JoinedPart(table, (skeleton, common), "row, alone"), alone
 
 
-def _extract(
-    database: Database, table: str, file: CsvFile, more: dict[str, str], categorical, numerical
-) -> None:
+def _extract(database: Database, table: str, file: CsvFile, more: dict[str, str], log: Log) -> None:
     """Makes a table of a raw file's ids and chosen features, in the order of its rows.
 
     Raises:
       DataError: a feature list is broken, or has more or fewer features than the row says.
     """
     expressions = {"id": file.column(_GROUP)} | more
-    for position, field in enumerate(categorical):
+    for position, field in enumerate(_names(log, "categorical")):
         # Text before a field's name is the same for all: the search jumps to what can match.
         expressions[f"categorical_{position}"] = (
             rf"TRY_CAST(regexp_extract(list, '\x01{field}\x02([0-9]+)', 1) AS BIGINT)"
         )
-    for position, name in enumerate(numerical):
+    for position, field in enumerate(_names(log, "list")):
+        pattern = rf"\x01{field}\x02([0-9]+)\x03([^\x01]+)"
+        found = f"regexp_extract_all(list, '{pattern}', "
+        expressions[f"list_{position}"] = f"list_slice({found}1), 1, {_LONGEST_HISTORY})"
+        expressions[f"list_length_{position}"] = f"len({found}1))"
+        weights = f"list_slice({found}2), 1, {_LONGEST_HISTORY})"
+        expressions[f"weights_{position}"] = f"CAST({weights} AS FLOAT[])"
+    for position, name in enumerate(_names(log, "numerical")):
         pattern = rf"\x01{VALUES[name]}\x02[0-9]+\x03([^\x01]+)"
         expressions[f"numerical_{position}"] = (
             f"TRY_CAST(regexp_extract(list, '{pattern}', 1) AS FLOAT)"

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 
 from pwiser_tf.convert import archives, learn
 from pwiser_tf.convert.csv_reader import INTEGER, LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from pwiser_tf.convert.source import CsvPart, JoinedPart, Source, group_key, integer, paths, select
+from pwiser_tf.convert.features import Feature, Log
+from pwiser_tf.convert.source import (
+    Features,
+    FilePart,
+    JoinedPart,
+    Source,
+    group_key,
+    integer,
+    paths,
+    select,
+)
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import Categorical, Numerical
 
@@ -25,6 +35,15 @@ USER_CATEGORICAL = (*range(2, 9), 32, 33)
 ITEM_CATEGORICAL = (19, 34, 35, 36, 40, 41, 42)
 USER_NUMERICAL = tuple(range(9, 32))
 ITEM_NUMERICAL = tuple(c for c in range(2, 49) if c not in ITEM_CATEGORICAL)
+_LOG = Log(
+    features=(
+        *(Feature(name=name, dtype="int64", min_count=1) for name in CATEGORICAL),
+        *(Feature(name=name, type="numerical", transform="identity") for name in NUMERICAL),
+    ),
+    click="click",
+    conversion="conversion",
+    group=GROUP,
+)
 # The raw file and column number of each name in the processed layout.
 _RAW_COLUMN = {
     GROUP: ("item", 1),
@@ -132,12 +151,7 @@ def open_folder(
 def _source(train, validation, test, notes: dict[str, str]) -> Source:
     return Source(
         dataset="aliexpress",
-        categorical=CATEGORICAL,
-        numerical=NUMERICAL,
-        click="click",
-        conversion="conversion",
-        group=GROUP,
-        time=None,
+        log=_LOG,
         train=tuple(train),
         validation=tuple(validation),
         test=tuple(test),
@@ -147,25 +161,25 @@ def _source(train, validation, test, notes: dict[str, str]) -> Source:
     )
 
 
-def _learn(database: Database, rows: str) -> tuple[tuple[Categorical, ...], tuple[Numerical, ...]]:
+def _learn(database: Database, rows: str, log: Log) -> Features:
     """Categories are small integers from 0 and keep their order; numbers are scaled already."""
     bounds = learn.bounds(database, rows, len(CATEGORICAL))
-    listed = {
-        i: name
-        for i, name in enumerate(CATEGORICAL)
+    listed = [
+        (f"categorical_{i}", False, feature)
+        for i, feature in enumerate(log.of_type("categorical"))
         if bounds[i][0] is not None and (bounds[i][0] < 0 or bounds[i][1] >= RANGE_LIMIT)
-    }
-    vocabularies = learn.vocabularies(database, rows, listed, minimum_count=1)
+    ]
+    vocabularies = learn.vocabularies(database, rows, listed)
     categorical = tuple(
-        vocabularies.get(i) or Categorical(name, "int64", range((bounds[i][1] or 0) + 1))
+        vocabularies.get(name) or Categorical(name, "int64", range((bounds[i][1] or 0) + 1))
         for i, name in enumerate(CATEGORICAL)
     )
     # Written as they are: their statistics come from the writing pass.
     numerical = tuple(Numerical(name, "identity", 0.0, 0.0, 0.0) for name in NUMERICAL)
-    return categorical, numerical
+    return Features(categorical, numerical)
 
 
-def _processed(database: Database, path: pathlib.Path) -> CsvPart:
+def _processed(database: Database, path: pathlib.Path) -> FilePart:
     kinds: dict[str, Kind] = {GROUP: TEXT, "click": LABEL, "conversion": LABEL}
     kinds |= dict.fromkeys(CATEGORICAL, INTEGER) | dict.fromkeys(NUMERICAL, NUMBER)
     file = CsvFile(path, kinds)
@@ -173,7 +187,7 @@ def _processed(database: Database, path: pathlib.Path) -> CsvPart:
     expressions = {f"categorical_{i}": integer(file.column(n)) for i, n in enumerate(CATEGORICAL)}
     expressions |= {f"numerical_{i}": file.column(n) for i, n in enumerate(NUMERICAL)}
     expressions |= {name: file.column(name) for name in ("click", "conversion")}
-    return CsvPart(file, expressions | {"row_group": group_key(file.column(GROUP))})
+    return FilePart(file, expressions | {"row_group": group_key(file.column(GROUP))})
 
 
 @dataclasses.dataclass(frozen=True)

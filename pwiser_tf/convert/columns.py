@@ -1,99 +1,241 @@
-"""Anybody's CSV, its columns named by flags, as a Source."""
+"""Anybody's log, CSV or Parquet, its columns named by a feature file or by flags, as a Source."""
 
+import pathlib
+import re
+import urllib.parse
 from collections.abc import Sequence
 
 from pwiser_tf.convert import learn
-from pwiser_tf.convert.csv_reader import LABEL, NUMBER, TEXT, CsvFile, Database, Kind
-from pwiser_tf.convert.source import CsvPart, Source, group_key, paths
+from pwiser_tf.convert.csv_reader import (
+    NUMBER,
+    TEXT,
+    CsvFile,
+    Database,
+    Kind,
+    literal,
+    literals,
+)
+from pwiser_tf.convert.features import Feature, Log
+from pwiser_tf.convert.parquet_reader import ParquetFile, is_parquet
+from pwiser_tf.convert.source import FilePart, Source, group_key, paths
 from pwiser_tf.errors import DataError
-from pwiser_tf.schema import Numerical
 
-DEFAULT_MINIMUM_COUNT = 2
+_PARTITION = re.compile(r"([^=/]+)=([^/]*)")
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
+# The words of a label, in lower case.
+_TRUE, _FALSE = ("1", "true", "t", "yes", "y"), ("0", "false", "f", "no", "n")
 
 
 def open_files(
     database: Database,
+    log: Log,
     train: Sequence[str],
     validation: Sequence[str],
     test: Sequence[str],
     *,
-    categorical: Sequence[str],
-    numerical: Sequence[str],
-    click: str,
-    conversion: str,
-    group: str | None = None,
-    time: str | None = None,
     delimiter: str = ",",
-    minimum_count: int = DEFAULT_MINIMUM_COUNT,
+    header: Sequence[str] | None = None,
+    quote: str = '"',
 ) -> Source:
-    """CSV files with a header each, in any order of columns; other columns are ignored.
-
-    A missing category (an empty cell) has id 0, a missing number (empty, or nan) the training
-    mean. Vocabularies are as `learn.vocabularies` makes them; numbers are standardized.
+    """Files with the columns that `log` names, in any order; other columns are ignored.
 
     Args:
-      train, validation, test: paths or patterns; without the last two they are cut from `train`.
-      categorical, numerical, click, conversion, group, time: column names.
-      minimum_count: a category seen fewer times in training has id 0 too, which is how the
-        model learns what an unknown value is like.
+      train, validation, test: files, folders or patterns; without the last two, these splits are
+        cut from `train`. A folder part "name=value" is a column (Hive's partitions).
+      delimiter, header, quote: of CSV files; header: the columns' names where a file has none.
 
     Raises:
-      DataError: a column has two roles that exclude each other, or is not in a file.
+      DataError: a column is not in a file, or a file is there twice.
     """
-    kinds: dict[str, Kind] = {}
-    roles = [("--categorical", name, TEXT) for name in categorical]
-    roles += [("--numerical", name, NUMBER) for name in numerical]
-    roles += [("--click", click, LABEL), ("--conversion", conversion, LABEL)]
-    roles += [("--group", name, TEXT) for name in [group] if name]
-    roles += [("--time", name, TEXT) for name in [time] if name]
-    seen: dict[str, str] = {}
-    for flag, name, kind in roles:
-        # A group may well be a feature too; a label or a number may not be read as text.
-        if name in seen and (seen[name] == flag or not kinds[name] is kind is TEXT):
-            raise DataError(f"column {name} is named by both {seen[name]} and {flag}")
-        seen[name], kinds[name] = flag, kind
-    parts = []
-    for patterns in (train, validation, test):
-        files = [CsvFile(path, kinds, delimiter=delimiter) for path in paths(patterns)]
-        database.files += files
-        parts.append(
-            tuple(_part(f, categorical, numerical, click, conversion, group, time) for f in files)
-        )
-
-    def learn_features(database, rows):
-        positions = dict(enumerate(categorical))
-        vocabularies = learn.vocabularies(database, rows, positions, minimum_count)
-        moments = learn.moments(database, rows, len(numerical))
-        return (
-            tuple(vocabularies[position] for position in positions),
-            tuple(
-                Numerical(name, "standardize", mean, std, fill_value=mean)
-                for name, (mean, std) in zip(numerical, moments, strict=True)
-            ),
-        )
-
+    kinds = _kinds(log)
+    parts, seen = [], {}
+    for split, patterns in (("train", train), ("validation", validation), ("test", test)):
+        opened = []
+        for path in paths(patterns):
+            stat = pathlib.Path(path).stat()
+            identity = stat.st_dev, stat.st_ino
+            if identity in seen:
+                raise DataError(
+                    f"this file is in --{split}, but also in {seen[identity]}", file=path
+                )
+            seen[identity] = f"--{split} as {path}"
+            opened.append(_open(path, log, kinds, delimiter, header, quote))
+        database.files += [part.file for part in opened]
+        parts.append(tuple(opened))
     return Source(
         dataset="columns",
-        categorical=tuple(categorical),
-        numerical=tuple(numerical),
-        click=click,
-        conversion=conversion,
-        group=group or None,
-        time=time or None,
+        log=log,
         train=parts[0],
         validation=parts[1],
         test=parts[2],
-        learn=learn_features,
+        learn=learn.of_log,
         missing=True,
+        texts=True,
+        source=log.to_json(),
     )
 
 
-def _part(file: CsvFile, categorical, numerical, click, conversion, group, time) -> CsvPart:
-    expressions = {f"categorical_{i}": file.column(name) for i, name in enumerate(categorical)}
-    expressions |= {f"numerical_{i}": file.column(name) for i, name in enumerate(numerical)}
-    expressions |= {"click": file.column(click), "conversion": file.column(conversion)}
-    if group:
-        expressions["row_group"] = group_key(file.column(group))
-    if time:
-        expressions["moment"] = file.column(time)
-    return CsvPart(file, expressions)
+def character(flag: str, text: str) -> str:
+    r"""The one character that a flag names, written as it is, as \t or as \x01."""
+    found = re.fullmatch(r"\\x([0-9a-fA-F]{2})", text)
+    character = chr(int(found[1], 16)) if found else text.replace(r"\t", "\t")
+    if len(character) != 1 or character in "\r\n" or (flag == "delimiter" and character == '"'):
+        raise DataError(f"--{flag}: found {text!r}, expected one character")
+    return character
+
+
+def _kinds(log: Log) -> dict[str, Kind]:
+    """How each column is read: as a number where it is nothing else, otherwise as text."""
+    roles = [(f.column, NUMBER if f.type == "numerical" else TEXT) for f in log.features]
+    roles += [(f.weights, TEXT) for f in log.features if f.weights]
+    others = (log.click, log.conversion, log.weight, log.group, log.time, *log.segments)
+    roles += [(column, TEXT) for column in others if column]
+    kinds: dict[str, Kind] = {}
+    for column, kind in roles:
+        kinds[column] = kind if kinds.get(column, kind) is kind else TEXT
+    return kinds
+
+
+def _open(path, log, kinds, delimiter, header, quote) -> FilePart:
+    partitions = {
+        name: urllib.parse.unquote(value)
+        for name, value in _PARTITION.findall(str(pathlib.Path(path).parent))
+        if name in kinds
+    }
+    inside = {column: kind for column, kind in kinds.items() if column not in partitions}
+    if is_parquet(path):
+        file = ParquetFile(path, inside)
+    else:
+        file = CsvFile(
+            path, inside, delimiter=delimiter, names=header, quote=quote, missing=log.missing
+        )
+    return FilePart(file, _Expressions(file, log, partitions).all())
+
+
+class _Expressions:
+    """The SQL of a relation's columns (see source.Part), for one file."""
+
+    def __init__(self, file: CsvFile | ParquetFile, log: Log, partitions: dict[str, str]):
+        self._file = file
+        self._log = log
+        self._partitions = partitions
+
+    def all(self) -> dict[str, str]:
+        log = self._log
+        found = {}
+        for i, feature in enumerate(log.of_type("categorical")):
+            found[f"categorical_{i}"] = self._text(feature.column)
+        for i, feature in enumerate(log.of_type("list", "sequence")):
+            found |= self._list(i, feature)
+        for i, feature in enumerate(log.of_type("numerical")):
+            found[f"numerical_{i}"] = self._number(feature.column)
+        for i, feature in enumerate(log.of_type("vector")):
+            elements = self._elements(feature)
+            found[f"vector_{i}"] = f"list_transform({elements}, lambda x: {_parsed('x')})"
+        found["click"] = self._label(log.click)
+        # CTR only: no row has a conversion.
+        found["conversion"] = self._label(log.conversion) if log.conversion else "0"
+        if log.group:
+            found["row_group"] = group_key(self._text(log.group))
+        if log.time:
+            found["moment"] = self._text(log.time)
+        if log.weight:
+            found["row_weight"] = self._number(log.weight)
+        for i, column in enumerate(log.segments):
+            found[f"segment_{i}"] = self._text(column)
+        return found
+
+    def _text(self, column: str) -> str:
+        """A column as text, NULL where it is missing."""
+        if column in self._partitions:
+            value = self._partitions[column]
+            return "NULL" if value == _NO_PARTITION else literal(value)
+        text = self._file.column(column)
+        if isinstance(self._file, ParquetFile):
+            if self._file.is_list(column):
+                raise DataError(
+                    'this column holds lists: a feature of type "list", "sequence" or "vector"',
+                    file=self._file.shown,
+                    column=column,
+                )
+            text = f"CAST({text} AS VARCHAR)"
+            # CSV files are read so already.
+            return f"CASE WHEN {text} NOT IN {_tuple(self._log.missing)} THEN {text} END"
+        return text
+
+    def _number(self, column: str) -> str:
+        """A column as FLOAT; infinity, which is refused with its place, where it is no number."""
+        if isinstance(self._file, CsvFile) and self._file.kinds.get(column) is NUMBER:
+            return self._file.column(column)
+        return _parsed(self._text(column))
+
+    def _label(self, column: str) -> str:
+        text = self._text(column)
+        word = f"lower(trim({text}))"
+        number = f"TRY_CAST({text} AS FLOAT)"
+        return (
+            f"CASE WHEN {text} = '0' THEN 0 WHEN {text} = '1' THEN 1 "
+            f"WHEN {word} IN {_tuple(_TRUE)} OR {number} = 1 THEN 1 "
+            f"WHEN {word} IN {_tuple(_FALSE)} OR {number} = 0 THEN 0 END"
+        )
+
+    def _elements(self, feature: Feature) -> str:
+        """A list's values, VARCHAR[] without blanks around them; empty where it is missing."""
+        column, file = feature.column, self._file
+        if isinstance(file, ParquetFile) and column in file.kinds and file.is_list(column):
+            elements = f"CAST({file.column(column)} AS VARCHAR[])"
+        elif feature.separator:
+            elements = f"string_split({self._text(column)}, {literal(feature.separator)})"
+        else:
+            raise DataError(
+                f"feature {feature.name} is of type {feature.type}, and the column holds no lists: "
+                "state a separator",
+                file=file.shown,
+                column=column,
+            )
+        return f"list_transform(coalesce({elements}, []), lambda x: trim(x))"
+
+    def _list(self, i: int, feature: Feature) -> dict[str, str]:
+        """list_i, weights_i where it has weights, and list_length_i, the length before the cut."""
+        elements = self._elements(feature)
+        if feature.weight_separator:
+            mark = literal(feature.weight_separator)
+            # A value without a weight counts once.
+            weight = f"CASE WHEN contains(x, {mark}) THEN split_part(x, {mark}, 2) ELSE '1' END"
+            pair = f"{{'value': trim(split_part(x, {mark}, 1)), 'weight': {_parsed(weight)}}}"
+            pairs = f"list_transform({elements}, lambda x: {pair})"
+        elif feature.weights:
+            file = self._file
+            if not (isinstance(file, ParquetFile) and file.is_list(feature.weights)):
+                raise DataError(
+                    f"feature {feature.name}: expected a column of lists of weights",
+                    file=file.shown,
+                    column=feature.weights,
+                )
+            weights = f"coalesce(CAST({file.column(feature.weights)} AS FLOAT[]), [])"
+            pairs = (
+                f"list_transform(list_zip({elements}, {weights}), "
+                "lambda x: {'value': x[1], 'weight': x[2]})"
+            )
+        else:
+            pairs = f"list_transform({elements}, lambda x: {{'value': x, 'weight': 1}})"
+        # A missing value in a list is no value of it.
+        kept = f"list_filter({pairs}, lambda x: x.value NOT IN {_tuple(self._log.missing)})"
+        last = feature.type == "sequence" and feature.newest == "last"
+        cut = f"-{feature.max_length}, -1" if last else f"1, {feature.max_length}"
+        found = {
+            f"list_{i}": f"list_transform(list_slice({kept}, {cut}), lambda x: x.value)",
+            f"list_length_{i}": f"len({kept})",
+        }
+        if feature.weighted:
+            found[f"weights_{i}"] = f"list_transform(list_slice({kept}, {cut}), lambda x: x.weight)"
+        return found
+
+
+def _parsed(text: str) -> str:
+    """SQL: a text as FLOAT, NULL where it is NULL, infinity where it is no number."""
+    return f"CASE WHEN {text} IS NOT NULL THEN coalesce(TRY_CAST({text} AS FLOAT), 'inf') END"
+
+
+def _tuple(texts: Sequence[str]) -> str:
+    return "(" + literals(texts)[1:-1] + ")"

@@ -16,12 +16,14 @@ import signal
 import sys
 from collections.abc import Callable
 
+import numpy as np
 from absl import flags
 
-from pwiser_tf.convert import aliccp, aliexpress, columns, output, splits
-from pwiser_tf.convert.csv_reader import Database
+from pwiser_tf.convert import aliccp, aliexpress, columns, learn, output, splits
+from pwiser_tf.convert import features as log_features
+from pwiser_tf.convert.csv_reader import MEMORY_MB, Database
 from pwiser_tf.convert.encode import Encoder
-from pwiser_tf.convert.source import Source
+from pwiser_tf.convert.source import Features, Source
 from pwiser_tf.errors import DataError
 from pwiser_tf.schema import SPLITS, Schema, Split
 
@@ -30,8 +32,8 @@ _FLAGS = {
     "aliccp": ("input", "fields", "min_count"),
     "aliexpress": ("input", "country"),
     "columns": (
-        "categorical", "numerical", "click", "conversion", "group", "time", "delimiter",
-        "min_count",
+        "features", "categorical", "numerical", "click", "conversion", "group", "time", "missing",
+        "delimiter", "header", "quote", "min_count",
     ),
 }  # fmt: skip
 
@@ -70,24 +72,44 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     names("train", [], "CSV files or patterns.")
     names("validation", [], "Likewise; without it, --validation_fraction is cut from --train.")
     names("test", [], "Likewise; without it, --test_fraction is cut from --train.")
+    string(
+        "features",
+        None,
+        "columns: a feature file (docs/reference/features.md), the full way to say what a log "
+        "holds; the short way are the six flags that follow.",
+    )
     names("categorical", [], "columns: the categorical features.")
     names("numerical", [], "columns: the numerical features.")
     string("click", None, "columns: the label of a click, 0 or 1.")
-    string("conversion", None, "columns: the label of a conversion, 0 or 1.")
+    string("conversion", None, "columns: the label of a conversion, 0 or 1; none: CTR only.")
     string("group", None, "columns: the search or session of a row, for group metrics.")
     string("time", None, "columns: a number or an ISO date or time, for --validation_split=time.")
-    string("delimiter", ",", r"columns: between cells, one character; \t is a tab.")
+    names(
+        "missing",
+        list(log_features.MISSING_MARKS),
+        "columns: the texts that stand for a missing value.",
+    )
+    string("delimiter", ",", r"columns: between cells, one character; \t is a tab, \x01 Hive's.")
+    names("header", [], "columns: the names of all columns, for CSV files without a header.")
+    string("quote", '"', "columns: the character around cells with delimiters; empty: none.")
     integer(
         "min_count",
         None,
         "columns, aliccp: a category seen fewer times in training is out-of-vocabulary. At 2, "
         "values seen once teach the model what an unknown value is like; at 1 nothing does. "
-        f"Default: {columns.DEFAULT_MINIMUM_COUNT}; aliccp {aliccp.DEFAULT_MINIMUM_COUNT}, about "
-        "AITM's.",
+        f"Default: {log_features.DEFAULT_MINIMUM_COUNT}; aliccp "
+        f"{aliccp.DEFAULT_MINIMUM_COUNT}, about that of AITM.",
         lower_bound=1,
     )
     string("output_dir", None, "The folder to make.")
     boolean("overwrite", False, "Replace an earlier data set in --output_dir.")
+    string(
+        "schema",
+        None,
+        "A converted data set whose schema encodes these data: the same ids and statistics, as for "
+        "a second day. With --test alone, all rows are test.",
+    )
+    boolean("grow", False, "With --schema: give new values ids behind the known ones.")
     number(
         "validation_fraction",
         0.1,
@@ -103,6 +125,13 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "its training. group: by a hash of the group, as rows of one search are alike and would "
         "leak. random: by a hash of the row's number. auto: the first of these that the data has "
         "columns for; so group for aliexpress and raw aliccp, whose files carry no time.",
+    )
+    integer(
+        "memory_mb",
+        None,
+        f"What the reader's buffers may hold; the rest of the process takes some 150 MB. Default: "
+        f"{MEMORY_MB}, and 0.75 more for each column beyond 300.",
+        lower_bound=50,
     )
     integer("seed", 0, "Which groups or rows are held out.")
     integer(
@@ -126,11 +155,16 @@ def convert(
     validation_split: str = "auto",
     seed: int = 0,
     shards: int | None = None,
-) -> Schema:
-    """Converts a source into a data set's folder; returns its schema.
+    known: Schema | None = None,
+    grow: bool = False,
+    memory_mb: int | None = None,
+) -> tuple[Schema, list[str]]:
+    """Converts a source into a data set's folder; returns its schema, and what was odd.
 
     Args:
       open_source: makes the Source from a database and a folder for temporary files.
+      known: the schema to encode by; None: it is learnt. grow: values that it does not have get
+        ids behind the known ones.
       output_dir and the rest: as the flags of those names.
 
     Raises:
@@ -147,8 +181,9 @@ def convert(
     with output.whole_folder(output_dir, overwrite) as folder:
         scratch = folder / "scratch"
         scratch.mkdir()
-        with Database(scratch) as database:
+        with Database(scratch, memory_mb) as database:
             source = open_source(database, scratch)
+            database.expect_columns(len(source.log.features))
             cut = splits.make_cut(
                 database,
                 source,
@@ -157,37 +192,72 @@ def convert(
                 0 if source.test else test_fraction,
                 seed,
             )
-            rows = " UNION ALL ".join(cut.rows(source, part) for part in source.train)
-            kept = (
-                f"SELECT * FROM ({rows}) WHERE split = {SPLITS.index('train')} "
-                "AND (conversion = 1 AND click = 0) IS NOT TRUE"
-            )
-            categorical, numerical = source.learn(database, kept)
-            encoder = Encoder(source, categorical, numerical)
+            features = None if known is None else _features(known, source)
+            if known is None or grow:
+                log = source.log if features is None else learn.typed(source.log, features)
+                learnt = source.learn(database, _training_rows(source, cut), log)
+                features = learn.grown(features, learnt) if features else learnt
+            encoder = Encoder(source, features)
             if shards is None:
-                wanted = sum(part.size for part in source.train) // _BYTES_A_SHARD
+                wanted = sum(part.size for part in source.parts) // _BYTES_A_SHARD
                 shards = min(max(wanted, _FEWEST_SHARDS), _MOST_SHARDS)
             written = _write(database, source, cut, encoder, folder, shards)
+            warnings = database.warnings
+            if cut.rule != "group" or source.validation or source.test:
+                warnings += splits.groups_in_several(database, source, cut)
         shutil.rmtree(scratch)
         train = written["train"]
-        if not train.rows:
+        if not train.rows and source.train:
             raise DataError(
                 f"found no training rows: {train.dropped} have a conversion without a click and "
                 "are dropped, the others are held out",
                 file=source.train[0].name,
             )
+        for name, fraction in (("validation", validation_fraction), ("test", test_fraction)):
+            if source.train and fraction and not written[name].rows:
+                raise DataError(
+                    f"no row is in the {name} split: raise --{name}_fraction, choose another "
+                    f"--validation_split, or give files by --{name} (0: no such split)"
+                )
+        coverage = encoder.coverage.shares()
+        warnings += encoder.coverage.warnings(coverage if known is None else known.coverage)
         schema = Schema(
             dataset=source.dataset,
-            categorical=categorical,
+            categorical=features.categorical,
             numerical=encoder.numerical(),
-            click=source.click,
-            conversion=source.conversion,
-            group=source.group,
+            click=source.log.click,
+            conversion=source.log.conversion,
+            group=source.log.group,
+            lists=features.lists,
+            vectors=features.vectors,
+            weight=source.log.weight,
+            segments=encoder.segments(),
+            source=source.source,
+            coverage=coverage,
             splits={name: split for name, split in written.items() if split.rows},
             notes={**source.notes, "held_out": cut.description},
         )
         schema.save(folder)
-    return schema
+    return schema, warnings + _warnings(schema)
+
+
+def _features(schema: Schema, source: Source) -> Features:
+    """The features of an existing schema; DataError where the source has others."""
+    found = Features(schema.categorical, schema.numerical, schema.lists, schema.vectors)
+    names = {f.name for f in (*found.categorical, *found.numerical, *found.lists, *found.vectors)}
+    other = names ^ {feature.name for feature in source.log.features}
+    if other:
+        raise DataError(f"--schema has other features than these data: {', '.join(sorted(other))}")
+    return found
+
+
+def _training_rows(source: Source, cut: splits.Cut) -> str:
+    """The SQL query of the rows to learn from."""
+    rows = " UNION ALL ".join(cut.rows(source, part) for part in source.train)
+    kept = f"SELECT * FROM ({rows}) WHERE split = {SPLITS.index('train')}"
+    if source.log.conversion_without_click == "drop":
+        kept += " AND (conversion = 1 AND click = 0) IS NOT TRUE"
+    return kept
 
 
 def _write(
@@ -204,14 +274,11 @@ def _write(
         row = 0
         query = encoder.project(cut.rows(source, part))
         for batch in database.batches(query, "writing", part.size):
-            rows = encoder.encode(batch, part, row)
+            rows, split = encoder.encode(batch, part, row)
             for position, writer in enumerate(writers):
-                chosen = rows.split == position
-                if chosen.any():
-                    columns = (rows.frames, rows.grade, rows.group)
-                    if not chosen.all():
-                        columns = (None if c is None else c[chosen] for c in columns)
-                    writer.write(*columns)
+                chosen = np.flatnonzero(split == position)
+                if len(chosen):
+                    writer.write(rows if len(chosen) == len(rows) else rows.take(chosen))
             row += batch.num_rows
         if not row:
             raise DataError("found no rows, expected some below the header", file=part.name)
@@ -239,32 +306,47 @@ def report(schema: Schema) -> str:
         )
     listed = ", ".join(f"{f.name} ({f.dtype}, {f.size} ids)" for f in schema.categorical)
     lines.append(f"{len(schema.categorical)} categorical: {listed or '-'}")
+    if schema.lists:
+        listed = ", ".join(
+            f"{f.name} ({f.dtype}, {f.size} ids, at most {f.max_length})" for f in schema.lists
+        )
+        lines.append(f"{len(schema.lists)} lists: {listed}")
     lines.append(f"{len(schema.numerical)} numerical")
+    if schema.vectors:
+        lines.append(f"{len(schema.vectors)} vectors")
     lines += [f"{name.replace('_', ' ')}: {value}" for name, value in schema.notes.items()]
     return "\n".join(lines)
 
 
-def _warnings(schema: Schema, validation_fraction: float) -> list[str]:
+def _warnings(schema: Schema) -> list[str]:
+    """What is odd in a data set's counts."""
     found = []
     for name, split in schema.splits.items():
         if split.dropped:
             found.append(f"{name}: dropped {split.dropped:,} rows with a conversion but no click")
-        for what, count in (("clicks", split.clicks), ("conversions", split.conversions)):
+        counts = {"clicks": split.clicks}
+        if schema.conversion:
+            counts["conversions"] = split.conversions
+        for what, count in counts.items():
             if not count:
                 found.append(f"{name} holds no {what}: nothing can be learnt or measured there")
-    if validation_fraction and "validation" not in schema.splits:
-        found.append("no row fell into the validation split; raise --validation_fraction")
+        if split.clicks == split.rows:
+            found.append(f"{name}: every row has a click: nothing can be learnt or measured there")
+    if "train" in schema.splits and "validation" not in schema.splits:
+        found.append("there is no validation split, without which training does not choose epochs")
     return found
 
 
-def _open_source(values: flags.FlagValues) -> Callable[[Database, pathlib.Path], Source]:
+def _open_source(
+    values: flags.FlagValues, known: Schema | None
+) -> Callable[[Database, pathlib.Path], Source]:
     """The chosen format's Source, from the flags; refuses flags that it does not read."""
     for name in sorted(set().union(*_FLAGS.values()) - set(_FLAGS[values.format])):
         if values[name].present:
             raise DataError(f"--{name} says nothing with --format={values.format}")
     files = values.train, values.validation, values.test
     if values.format == "columns":
-        return _open_columns(values, files)
+        return _open_columns(values, files, known)
     if bool(values.input) == bool(values.train):
         raise DataError(f"--format={values.format} needs either --input or --train")
     for name in ("validation", "test"):
@@ -285,39 +367,62 @@ def _open_source(values: flags.FlagValues) -> Callable[[Database, pathlib.Path],
 
 
 def _open_columns(
-    values: flags.FlagValues, files: tuple[list[str], ...]
+    values: flags.FlagValues, files: tuple[list[str], ...], known: Schema | None
 ) -> Callable[[Database, pathlib.Path], Source]:
-    for name in ("train", "click", "conversion"):
-        if not values[name].value:
-            raise DataError(f"--format=columns needs --{name}")
-    if not values.categorical and not values.numerical:
-        raise DataError("--format=columns needs --categorical or --numerical")
-    delimiter = values.delimiter.replace(r"\t", "\t")
-    if len(delimiter) != 1 or delimiter in '"\r\n':
-        raise DataError(f"--delimiter: found {values.delimiter!r}, expected one character")
+    if not values.train and not (known and values.test):
+        raise DataError("--format=columns needs --train, or --schema and --test")
+    delimiter = columns.character("delimiter", values.delimiter)
+    quote = columns.character("quote", values.quote) if values.quote else ""
+    log = _log(values, known)
     return lambda database, _: columns.open_files(
-        database,
-        *files,
-        categorical=values.categorical,
-        numerical=values.numerical,
-        click=values.click,
-        conversion=values.conversion,
-        group=values.group,
-        time=values.time,
-        delimiter=delimiter,
-        minimum_count=values.min_count or columns.DEFAULT_MINIMUM_COUNT,
+        database, log, *files, delimiter=delimiter, header=values.header or None, quote=quote
     )
+
+
+def _log(values: flags.FlagValues, known: Schema | None) -> log_features.Log:
+    """The log that --schema, --features or the short flags describe."""
+    short = ("categorical", "numerical", "click", "conversion", "group", "time", "min_count")
+    if known:
+        for name in (*short, "features", "missing"):
+            if values[name].present:
+                raise DataError(f"--{name} beside --schema, which says it")
+        return log_features.Log.from_json(known.source)
+    if values.features:
+        for name in (*short, "missing"):
+            if values[name].present:
+                raise DataError(f"--{name} beside --features: state it in the feature file")
+        return log_features.read(values.features)
+    if not values.click:
+        raise DataError("--format=columns needs --click, or --features")
+    if not values.categorical and not values.numerical:
+        raise DataError("--format=columns needs --categorical or --numerical, or --features")
+    return log_features.from_flags(**{name: values[name].value for name in (*short, "missing")})
 
 
 def main(values: flags.FlagValues = flags.FLAGS) -> None:
     """Converts as the flags say and prints the report."""
-    for name in ("format", "output_dir"):
-        if not values[name].value:
-            raise DataError(f"--{name} is needed; --help shows all flags")
+    if not values.output_dir:
+        raise DataError("--output_dir is needed; --help shows all flags")
     # So that the partial folder is removed then too.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    schema = convert(
-        _open_source(values),
+    known = None
+    if values.schema:
+        known = Schema.load(values.schema)
+        if not values.format:
+            values.format = known.dataset
+        if values.format != known.dataset:
+            raise DataError(
+                f"--format={values.format}, but this is a schema of {known.dataset}",
+                file=values.schema,
+            )
+    elif values.grow:
+        raise DataError("--grow goes with --schema")
+    if not values.format and values.features:
+        values.format = "columns"
+    if not values.format:
+        raise DataError("--format is needed; --help shows all flags")
+    schema, warnings = convert(
+        _open_source(values, known),
         values.output_dir,
         overwrite=values.overwrite,
         validation_fraction=values.validation_fraction,
@@ -325,8 +430,11 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
         validation_split=values.validation_split,
         seed=values.seed,
         shards=values.shards,
+        known=known,
+        grow=values.grow,
+        memory_mb=values.memory_mb,
     )
     print(report(schema))
-    for warning in _warnings(schema, values.validation_fraction):
+    for warning in warnings:
         print("warning:", warning, file=sys.stderr)
     print("wrote", values.output_dir)

@@ -12,12 +12,13 @@ import dataclasses
 import errno
 import gzip
 import io
+import math
 import os
 import pathlib
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import duckdb
 import pyarrow
@@ -25,9 +26,11 @@ import tqdm
 
 from pwiser_tf.errors import DataError
 
-# What DuckDB's buffers may hold. What it and Python hold besides brings the process to 300 MB for
-# processed files, and to 450 MB for a join of raw files that spills.
-MEMORY_LIMIT = "200MB"
+# What DuckDB's buffers may hold, in MB (--memory_mb). What it and Python hold besides brings the
+# process to 300 MB for processed files, and to 450 MB for a join of raw files that spills.
+MEMORY_MB = 200
+# A wider file needs more: each thread holds a block of rows of all columns.
+_NARROW, _MB_A_COLUMN = 300, 0.75
 # Larger buffers are not faster, and each thread holds a few.
 BUFFER_BYTES = 8_000_000
 # A batch's arrays should fit into the processor's cache.
@@ -37,6 +40,13 @@ STREAMING_BYTES = 20_000_000
 # Enough rejected rows to find the first one although several threads report them.
 REJECTED_ROWS = 1000
 
+# What a file that is no CSV begins with.
+_NOT_CSV = {
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a zip or Excel file",
+    b"\xd0\xcf\x11\xe0": "an old Excel file",
+    b"BZh": "a bzip2 file (gzip and zstd can be read)",
+}
 _LINE_ENDINGS = {b"\r\n": "CRLF", b"\r": "CR alone", b"\n": "LF"}
 
 # A cell that DuckDB reads must not be too long for the module that names its place.
@@ -59,13 +69,15 @@ LABEL = Kind("FLOAT", "0 or 1")
 
 
 class CsvFile:
-    """One CSV file (UTF-8, optionally .gz): its columns, its SQL, and the place of a fault.
+    """One CSV file (UTF-8, plain, gzip or zstd): its columns, its SQL, and the place of a fault.
 
     Args:
-      path: the file.
+      path: the file; its content, not its name, tells how it is compressed.
       kinds: the columns that will be read, by name. Others are ignored.
       delimiter: one character.
       names: the names of all columns, for a file without a header.
+      quote: the character around a cell that holds a delimiter; "": there is none.
+      missing: the texts that stand for a missing value.
       shown: what messages call the file, where its path tells a user nothing.
 
     Raises:
@@ -80,30 +92,26 @@ class CsvFile:
         *,
         delimiter: str = ",",
         names: Sequence[str] | None = None,
+        quote: str = '"',
+        missing: Sequence[str] = ("",),
         shown: str | os.PathLike | None = None,
     ):
         self.path = pathlib.Path(path)
         self.shown = shown or self.path
         self.kinds = dict(kinds)
         self.delimiter = delimiter
+        self.quote = quote
+        self.missing = tuple(missing)
         self.has_header = names is None
+        self._compression = _compression(self.path)
+        self._mixed_endings = False
         first = self._first_record()
         self.names = first if names is None else list(names)
         if names is not None and len(first) != len(names):
             raise DataError(
                 f"found {len(first)} columns, expected {len(names)}", file=self.shown, row=1
             )
-        for name in self.kinds:
-            if (count := self.names.count(name)) != 1:
-                shown = self.delimiter.join(self.names)
-                shown = shown if len(shown) <= 200 else shown[:197] + "..."
-                raise DataError(
-                    f"found {'no such column' if count == 0 else f'{count} columns of that name'}, "
-                    f"expected one in the header, which is: {shown}",
-                    file=self.shown,
-                    row=1,
-                    column=name,
-                )
+        check_columns(self.kinds, self.names, self.delimiter, self.shown)
         self._position = {name: self.names.index(name) for name in self.kinds}
 
     @property
@@ -125,9 +133,12 @@ class CsvFile:
         # DuckDB expands *, ? and [ in a path; a bracket expression of one character is itself.
         path = "".join(f"[{c}]" if c in "*?[" else c for c in str(self.path))
         return (
-            f"read_csv({_literal(path)}, columns={{{columns}}}, auto_detect=false, "
-            f"header={str(self.has_header).lower()}, delim={_literal(self.delimiter)}, "
-            f"quote='\"', escape='\"', buffer_size={BUFFER_BYTES}{extra})"
+            f"read_csv({literal(path)}, columns={{{columns}}}, auto_detect=false, "
+            f"header={str(self.has_header).lower()}, delim={literal(self.delimiter)}, "
+            f"quote={literal(self.quote)}, escape={literal(self.quote)}, "
+            f"nullstr={literals(self.missing)}, compression={literal(self._compression)}, "
+            f"strict_mode={str(not self._mixed_endings).lower()}, "
+            f"buffer_size={BUFFER_BYTES}{extra})"
         )
 
     def fault(self, row: int, column: str, expected: str) -> DataError:
@@ -171,7 +182,7 @@ class CsvFile:
         place = {"file": self.shown, "row": line}
         if undecodable or kind == "INVALID ENCODING":
             return DataError("UTF-8 text", found=undecodable or text, **place)
-        records = list(csv.reader(io.StringIO(text.lstrip("\r\n")), delimiter=self.delimiter))
+        records = list(self._reader(io.StringIO(text.lstrip("\r\n"))))
         record = records[0] if records else []
         if kind in ("MISSING COLUMNS", "TOO MANY COLUMNS"):
             found = len(record)
@@ -214,7 +225,7 @@ class CsvFile:
         """The line at which record `row` starts, and its cells."""
         with self._open() as file:
             text = io.TextIOWrapper(file, "utf-8-sig", "replace", newline="")
-            reader = csv.reader(text, delimiter=self.delimiter)
+            reader = self._reader(text)
             row += self.has_header
             start = 1
             for record in reader:
@@ -230,13 +241,32 @@ class CsvFile:
             start = file.read(1 << 16)
         if not start.strip():
             raise DataError("found an empty file, expected CSV", file=self.shown)
+        for magic, kind in _NOT_CSV.items():
+            if start.startswith(magic):
+                raise DataError(f"found {kind}, expected CSV", file=self.shown)
         if start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start:
             raise DataError("found UTF-16 or binary data, expected UTF-8 text", file=self.shown)
+        first_line = start.removeprefix(b"\xef\xbb\xbf").split(b"\n")[0].strip()
+        if self.has_header and not first_line:
+            raise DataError(
+                "found an empty line before the header: delete it", file=self.shown, row=1
+            )
+        if self.has_header and first_line.lower().startswith(b"sep="):
+            raise DataError(
+                f"found the line {first_line.decode(errors='replace')!r}, which a spreadsheet "
+                "wrote before the header: delete it",
+                file=self.shown,
+                row=1,
+            )
+        # What a quoted cell holds ends no line.
+        endings = set(re.findall(rb"\r\n|\n", re.sub(rb'"[^"]*"', b"", start)))
+        # DuckDB reads both in one file only where it is less strict about quotes.
+        self._mixed_endings = len(endings) > 1
         try:
             with self._open() as file:
                 # Decoding goes ahead of the first record: what follows is DuckDB's to check.
                 text = io.TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
-                record = next(r for r in csv.reader(text, delimiter=self.delimiter) if r)
+                record = next(r for r in self._reader(text) if r)
             "".join(record).encode()
         except UnicodeEncodeError:
             found = self.delimiter.join(record).encode("utf-8", "surrogateescape")
@@ -266,34 +296,82 @@ class CsvFile:
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[io.BufferedIOBase]:
-        opener = gzip.open if self.path.suffix == ".gz" else open
-        with opener(self.path, "rb") as file:
+        with contextlib.ExitStack() as stack:
+            if self._compression == "gzip":
+                file = stack.enter_context(gzip.open(self.path, "rb"))
+            elif self._compression == "zstd":
+                raw = stack.enter_context(pyarrow.input_stream(str(self.path), "zstd"))
+                file = stack.enter_context(io.BufferedReader(raw))
+            else:
+                file = stack.enter_context(open(self.path, "rb"))
             try:
                 yield file
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise DataError(f"a whole gzip file ({error})", file=self.shown) from None
 
+    def _reader(self, text: Iterable[str]):
+        """Python's reader of the same dialect."""
+        if not self.quote:
+            return csv.reader(text, delimiter=self.delimiter, quoting=csv.QUOTE_NONE)
+        return csv.reader(text, delimiter=self.delimiter, quotechar=self.quote)
+
+
+def check_columns(wanted: Iterable[str], names: Sequence[str], delimiter: str, file) -> None:
+    """DataError where a wanted column is absent, or twice among the names."""
+    for name in wanted:
+        if (count := names.count(name)) == 1:
+            continue
+        shown = delimiter.join(names)
+        shown = shown if len(shown) <= 200 else shown[:197] + "..."
+        found = "no such column" if count == 0 else f"{count} columns of that name"
+        similar = [repr(other) for other in names if other.strip() == name.strip()]
+        if count == 0 and similar:
+            found += f" (but {similar[0]}: blanks count)"
+        raise DataError(
+            f"found {found}, expected one in the header, which is: {shown}",
+            file=file,
+            row=1,
+            column=name,
+        )
+
+
+def _compression(path: pathlib.Path) -> str:
+    """DuckDB's name for how a file is compressed, from its first bytes."""
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:2] == b"\x1f\x8b":
+        return "gzip"
+    return "zstd" if start == b"\x28\xb5\x2f\xfd" else "none"
+
 
 class Database:
     """A DuckDB database in a folder of its own, where it also spills what memory cannot hold.
 
-    Use as a context manager. `files` are the CSV files its queries read: when a query fails they
-    are searched for the fault.
+    Use as a context manager. `files` are the files its queries read: when a query fails they are
+    searched for the fault. `warnings` are what was found odd.
     """
 
-    def __init__(self, folder: str | os.PathLike):
+    def __init__(self, folder: str | os.PathLike, memory_mb: int | None = None):
         folder = pathlib.Path(folder)
+        self._is_given, self._memory_mb = memory_mb is not None, memory_mb or MEMORY_MB
         if "?" in str(folder):
             raise DataError("an output path without '?', which DuckDB cannot open", file=folder)
         self.files: list[CsvFile] = []
+        self.warnings: list[str] = []
         self._connection = duckdb.connect(
             str(folder / "rows.duckdb"),
             config={
-                "memory_limit": MEMORY_LIMIT,
+                "memory_limit": f"{self._memory_mb}MB",
                 "temp_directory": str(folder / "spill"),
                 "threads": min(os.cpu_count() or 1, 4),
             },
         )
+
+    def expect_columns(self, columns: int) -> None:
+        """Raises the memory limit for wide files, unless a limit was given."""
+        if columns > _NARROW and not self._is_given:
+            self._memory_mb = MEMORY_MB + math.ceil((columns - _NARROW) * _MB_A_COLUMN)
+            self._connection.execute(f"SET memory_limit = '{self._memory_mb}MB'")
 
     def __enter__(self) -> "Database":
         return self
@@ -339,6 +417,11 @@ class Database:
             ) as error:
                 if os.strerror(errno.ENOSPC) in str(error):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+                if isinstance(error, duckdb.OutOfMemoryException):
+                    raise DataError(
+                        f"{self._memory_mb} MB do not suffice for so many columns or so long "
+                        "cells: raise --memory_mb"
+                    ) from None
                 raise _first_line(error) from None
             except duckdb.Error as error:
                 for file in self.files:
@@ -359,6 +442,11 @@ def _first_line(error: duckdb.Error, file=None) -> DataError:
     return DataError(str(error).strip().split("\n")[0], file=file)
 
 
-def _literal(text: str) -> str:
+def literal(text: str) -> str:
     """Text as an SQL string."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def literals(texts: Iterable[str]) -> str:
+    """Texts as an SQL list."""
+    return f"[{', '.join(map(literal, texts))}]"

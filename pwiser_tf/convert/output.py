@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import crc32c
 import numpy as np
 
-from pwiser_tf import schema
+from pwiser_tf import records, schema
 from pwiser_tf.errors import DataError
 
 
@@ -123,26 +123,28 @@ class SplitWriter:
         self._checksums = [0] * shards
         self.rows = self.clicks = self.conversions = self.dropped = 0
 
-    def write(self, frames: np.ndarray, grade: np.ndarray, group: np.ndarray | None) -> None:
-        """Appends framed records, uint8 [n, length], with grades and groups [n]; drops grade -1."""
-        kept = grade >= 0
+    def write(self, rows: records.Rows) -> None:
+        """Appends rows; drops those with grade -1."""
+        kept = rows.grade >= 0
         if not kept.all():
             self.dropped += int(np.sum(~kept))
-            frames, grade = frames[kept], grade[kept]
-            group = None if group is None else group[kept]
-        dealt = self.rows + np.arange(len(grade)) if group is None else scattered(group)
+            rows = rows.take(np.flatnonzero(kept))
+        grade, group = rows.grade, rows.group
+        dealt = self.rows + np.arange(len(rows)) if group is None else scattered(group)
         shard_of = (dealt % self._shards).astype(np.int64)
         order = np.argsort(shard_of, kind="stable")
-        ends = np.cumsum(np.bincount(shard_of, minlength=self._shards))
+        counts = np.bincount(shard_of, minlength=self._shards)
+        ends = np.cumsum(counts)
+        encoded, place = records.encode(rows.take(order))
         for shard in np.unique(shard_of).tolist():
-            rows = order[ends[shard - 1] if shard else 0 : ends[shard]]
+            begin, end = ends[shard] - counts[shard], ends[shard]
             if shard not in self._files:
                 self._files[shard] = open(self._path(shard), "wb")  # noqa: SIM115
-            content = frames[rows].tobytes()
+            content = encoded[place[begin] : place[end]].tobytes()
             self._files[shard].write(content)
             self._checksums[shard] = crc32c.crc32c(content, self._checksums[shard])
-            self._rows_in[shard] += len(rows)
-        self.rows += len(grade)
+            self._rows_in[shard] += int(counts[shard])
+        self.rows += len(rows)
         self.clicks += int(np.sum(grade >= 1))
         self.conversions += int(np.sum(grade == 2))
 

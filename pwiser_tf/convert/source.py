@@ -7,12 +7,15 @@ formats.
 import dataclasses
 import glob
 import os
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pwiser_tf.convert.csv_reader import CsvFile, Database
+from pwiser_tf.convert.features import Log
+from pwiser_tf.convert.parquet_reader import ParquetFile
 from pwiser_tf.errors import DataError
-from pwiser_tf.schema import Categorical, Numerical
+from pwiser_tf.schema import Categorical, IdList, Numerical, Vector
 
 # Up to here an integer read as DOUBLE is exact.
 _EXACT = 2**53
@@ -32,19 +35,35 @@ class Part(Protocol):
     def relation(self) -> str:
         """An SQL query with these columns, whose rows come in the order of the files:
 
-        categorical_0, ...  BIGINT or VARCHAR, NULL where missing
-        numerical_0, ...    FLOAT, NULL where missing
-        click, conversion   FLOAT; the pipeline checks that they are 0 or 1
-        row_group           BIGINT, where the source has a group
-        moment              VARCHAR, where the source has a time
+        categorical_0, ...   BIGINT or VARCHAR, NULL where missing
+        list_0, ...          VARCHAR[] without missing values, cut to its max_length
+        list_length_0, ...   BIGINT, its length before the cut
+        weights_0, ...       FLOAT[] beside list_0, where it has weights
+        numerical_0, ...     FLOAT, NULL where missing
+        vector_0, ...        FLOAT[], empty where missing
+        click, conversion    numbers; the pipeline checks that they are 0 or 1
+        row_group            BIGINT, where the log has a group
+        moment               VARCHAR, where the log has a time
+        row_weight           FLOAT, where the log has a weight
+        segment_0, ...       VARCHAR, NULL where missing
         """
 
     def fault(self, row: int, column: str, expected: str) -> DataError:
         """The error that a cell is not what was expected; `row` counts from 0."""
 
 
-# (database, SQL query of the kept training rows) to the features, as learnt from those rows.
-Learn = Callable[[Database, str], tuple[tuple[Categorical, ...], tuple[Numerical, ...]]]
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """The features of a schema, as learnt from training rows."""
+
+    categorical: tuple[Categorical, ...]
+    numerical: tuple[Numerical, ...]
+    lists: tuple[IdList, ...] = ()
+    vectors: tuple[Vector, ...] = ()
+
+
+# (database, SQL query of the kept training rows, log) to the features, as learnt from those rows.
+Learn = Callable[[Database, str, Log], Features]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,29 +72,27 @@ class Source:
 
     Attributes:
       dataset: the format's name.
-      categorical, numerical: the raw columns, in the order of the record's arrays.
-      click, conversion, group, time: the raw columns; None where there is none.
+      log: its features, labels and other columns.
       train, validation, test: the parts; the last two are empty where they are to be cut from
         `train`.
       learn: learns vocabularies and statistics from the training rows.
+      texts: whether categories are texts, of which integer features are parsed.
       missing: whether a feature may be missing; if not, an empty cell is an error.
       expected_label: what a message calls a right label.
+      source: for the schema's: what reads more such data.
       notes: for the schema's notes.
     """
 
     dataset: str
-    categorical: tuple[str, ...]
-    numerical: tuple[str, ...]
-    click: str
-    conversion: str
-    group: str | None
-    time: str | None
+    log: Log
     train: tuple[Part, ...]
     validation: tuple[Part, ...]
     test: tuple[Part, ...]
     learn: Learn
     missing: bool
+    texts: bool = False
     expected_label: str = "0 or 1"
+    source: dict = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
@@ -85,10 +102,10 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
-class CsvPart:
-    """A part that is one CSV file; `expressions` maps a relation's columns to SQL."""
+class FilePart:
+    """A part that is one file; `expressions` maps a relation's columns to SQL."""
 
-    file: CsvFile
+    file: CsvFile | ParquetFile
     expressions: dict[str, str]
 
     @property
@@ -137,14 +154,23 @@ def select(expressions: dict[str, str], table: str) -> str:
 
 
 def paths(patterns: Sequence[str]) -> list[str]:
-    """Each pattern's files in order; a path that exists is taken as it is, whatever its name."""
+    """Each pattern's files in order; a path that exists is taken as it is, whatever its name. Of a
+    folder: all files in it and below, but those with names that begin with "." or "_"."""
     found = []
     for pattern in patterns:
         files = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
+        files = [
+            file for path in files for file in (_below(path) if os.path.isdir(path) else [path])
+        ]
         if not files:
             raise DataError("no such file", file=pattern)
         found += files
     return found
+
+
+def _below(folder: str) -> list[str]:
+    files = (path for path in sorted(pathlib.Path(folder).rglob("*")) if path.is_file())
+    return [str(p) for p in files if not any(q[0] in "._" for q in p.relative_to(folder).parts)]
 
 
 def integer(column: str) -> str:

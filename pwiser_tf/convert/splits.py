@@ -1,6 +1,7 @@
 """Which rows of the training files are held out: by time, by group, or at random."""
 
 import dataclasses
+import datetime
 import random
 
 from pwiser_tf.convert.csv_reader import Database
@@ -65,30 +66,34 @@ def make_cut(
     Raises:
       DataError: the rule needs a column that the source lacks, or times cannot be read.
     """
+    if not source.train:
+        return Cut("none", str(_TRAIN), "none")
     if rule == "auto":
-        rule = "time" if source.time else "group" if source.group else "random"
+        rule = "time" if source.log.time else "group" if source.log.group else "random"
     held_out = validation_fraction + test_fraction
     if held_out == 0:
         return Cut(rule, str(_TRAIN), "none")
     if rule == "time":
-        if not source.time:
+        if not source.log.time:
             raise DataError("--validation_split=time needs a time column (--time)")
         moment, text = _moment(database, source)
-        starts = _quantiles(database, source, moment, [1 - held_out, 1 - test_fraction])
+        shares = (validation_fraction, test_fraction)
+        starts = _starts(database, source, moment, *shares)
         validation, test = (f"{moment} >= {_cast(text, start)}" for start in starts)
         if test_fraction == 0:
             test = "false"
-        description = f"the last by {source.time}: validation from {starts[0]}"
+        shown = [_shown(text, start) for start in starts]
+        description = f"the last by {source.log.time}: validation from {shown[0]}"
         if test_fraction:
-            description += f", test from {starts[1]}"
+            description += f", test from {shown[1]}"
     else:
-        if rule == "group" and not source.group:
+        if rule == "group" and not source.log.group:
             raise DataError("--validation_split=group needs a group column (--group)")
         key = "row_group" if rule == "group" else f"part_number * {2**40} + row_number"
         place = _place(key, seed)
         test = f"{place} < {round(test_fraction * _PRIME)}"
         validation = f"{place} < {round(held_out * _PRIME)}"
-        what = f"groups by {source.group}" if rule == "group" else "rows"
+        what = f"groups by {source.log.group}" if rule == "group" else "rows"
         description = (
             f"{what} by hash, seed {seed}: validation {validation_fraction}, test {test_fraction}"
         )
@@ -99,6 +104,26 @@ def make_cut(
         f"CASE WHEN {test} THEN {_TEST} WHEN {validation} THEN {_VALIDATION} ELSE {_TRAIN} END",
         description,
     )
+
+
+def groups_in_several(database: Database, source: Source, cut: Cut) -> list[str]:
+    """A warning where groups have rows in several splits."""
+    if not source.log.group:
+        return []
+    rows = " UNION ALL ".join(
+        f"SELECT row_group, split FROM ({cut.rows(source, part)})" for part in source.parts
+    )
+    ((groups, several),) = database.query(
+        "SELECT count(*), count(*) FILTER (WHERE kinds > 1) FROM (SELECT row_group, "
+        f"count(DISTINCT split) AS kinds FROM ({rows}) GROUP BY row_group)",
+        "checking groups",
+    )
+    if not several:
+        return []
+    return [
+        f"{several:,} of {groups:,} groups ({source.log.group}) have rows in several splits: alike "
+        "rows are then learnt from and measured"
+    ]
 
 
 def _place(key: str, seed: int) -> str:
@@ -117,7 +142,8 @@ def _place(key: str, seed: int) -> str:
 def _moment(database: Database, source: Source) -> tuple[str, str]:
     """SQL of the time as a number or a timestamp, and its type: whichever reads every row."""
     number = "nullif(TRY_CAST(moment AS DOUBLE), CAST('nan' AS DOUBLE))"
-    timestamp = "TRY_CAST(moment AS TIMESTAMP)"
+    # With its UTC offset; a time without one is taken as UTC.
+    timestamp = "epoch_us(TRY_CAST(moment AS TIMESTAMPTZ))"
     union = " UNION ALL ".join(part.relation() for part in source.train)
     ((rows, numbers, timestamps),) = database.query(
         f"SELECT count(*), count({number}), count({timestamp}) FROM ({union})", "reading times"
@@ -127,7 +153,7 @@ def _moment(database: Database, source: Source) -> tuple[str, str]:
     if rows == numbers:
         return number, "DOUBLE"
     if rows == timestamps:
-        return timestamp, "TIMESTAMP"
+        return timestamp, "BIGINT"
     moment = number if numbers > timestamps else timestamp
     for part in source.train:
         bad = database.query(
@@ -137,29 +163,64 @@ def _moment(database: Database, source: Source) -> tuple[str, str]:
         )
         if bad:
             expected = "a number" if numbers > timestamps else "an ISO date or time, or a number"
-            raise part.fault(bad[0][0] - 1, source.time, f"{expected} as in the other rows")
+            raise part.fault(bad[0][0] - 1, source.log.time, f"{expected} as in the other rows")
     raise AssertionError("a row without a time, but not found again")
 
 
-def _quantiles(database: Database, source: Source, moment: str, shares: list[float]) -> list:
-    """The times from which on the last 1 - share of the rows lies. Exact; sorts on disk."""
+def _starts(
+    database: Database, source: Source, moment: str, validation: float, test: float
+) -> tuple:
+    """The times at which validation and test begin: each split has whole times, and some rows.
+
+    A split that would be empty, since too many rows share a time, gets the last time before the
+    next split instead. Exact; sorts on disk.
+    """
     union = " UNION ALL ".join(part.relation() for part in source.train)
     times = f"SELECT {moment} AS moment FROM ({union})"
-    ((rows, first),) = database.query(f"SELECT count(*), min(moment) FROM ({times})", "times")
-    starts = []
-    for share in shares:
-        offset = min(int(share * rows), rows - 1)
-        found = database.query(
-            f"SELECT moment FROM ({times}) ORDER BY moment LIMIT 1 OFFSET {offset}", "sorting times"
-        )
-        starts.append(found[0][0])
-    if starts[0] == first:
+    ((rows, first, distinct),) = database.query(
+        f"SELECT count(*), min(moment), count(DISTINCT moment) FROM ({times})", "times"
+    )
+    needed = 1 + (validation > 0) + (test > 0)
+    if distinct < needed:
         raise DataError(
-            f"column {source.time} cannot tell early rows from late ones: {first} is the "
-            "time of too many of them; use --validation_split=group or random"
+            f"column {source.log.time} has {distinct} different times; a split by time needs "
+            f"{needed}, one for each split: use --validation_split=group or random"
         )
-    return starts
+
+    def before(limit) -> object:
+        """The last time before the limit."""
+        query = f"SELECT max(moment) FROM ({times}) WHERE moment < {limit!r}"
+        return database.query(query, "times")[0][0]
+
+    def at(share: float) -> object:
+        """The time at which the last `share` of the rows begins, or the second of all times."""
+        offset = min(int((1 - share) * rows), rows - 1)
+        query = f"SELECT moment FROM ({times}) ORDER BY moment LIMIT 1 OFFSET {offset}"
+        found = database.query(query, "sorting times")[0][0]
+        if found == first:
+            query = f"SELECT min(moment) FROM ({times}) WHERE moment > {first!r}"
+            found = database.query(query, "times")[0][0]
+        return found
+
+    test_start = at(test) if test else None
+    start = at(validation + test)
+    if validation and test and start >= test_start:
+        start = before(test_start)
+        if start == first:
+            # Then test begins one time later.
+            start = test_start
+            query = f"SELECT min(moment) FROM ({times}) WHERE moment > {start!r}"
+            test_start = database.query(query, "times")[0][0]
+    return start, (test_start if test else start)
 
 
 def _cast(kind: str, value) -> str:
     return f"CAST('{value}' AS {kind})"
+
+
+def _shown(kind: str, value) -> str:
+    """A time for people."""
+    if kind != "BIGINT":
+        return f"{value:g}" if value != int(value) else str(value)
+    moment = datetime.datetime.fromtimestamp(0, datetime.UTC)
+    return str(moment + datetime.timedelta(microseconds=value)).removesuffix("+00:00")

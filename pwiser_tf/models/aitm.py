@@ -33,6 +33,7 @@ class AITM(ClickConversionModel):
     conversion_heads = ("direct",)
     auxiliary_weight = 0.6
     options = ("auxiliary_weight",)
+    needs_conversions = True
 
     def __init__(self, schema, config, loss=None):
         super().__init__(schema, config, loss)

@@ -103,6 +103,7 @@ class ClickConversionModel(tfrs.Model):
     auxiliary_weight: float | None = None
     towers: tuple[str, ...] = TOWERS
     options: tuple[str, ...] = ()
+    needs_conversions: bool = False
 
     def __init__(
         self,
@@ -111,10 +112,19 @@ class ClickConversionModel(tfrs.Model):
         loss: LossConfig | None = None,
     ):
         super().__init__()
+        if schema.conversion is None:
+            # CTR only: one tower, one task, one output.
+            if self.needs_conversions:
+                able = [name for name, model in MODELS.items() if not model.needs_conversions]
+                raise DataError(
+                    f"--model={config.name} learns from conversions, which the data set does not "
+                    f"have: choose one of {', '.join(able)}"
+                )
+            self.towers = (CLICK,)
         self._schema = schema
         self._config = config
         self._loss = loss
-        tasks = TASKS if loss else ()
+        tasks = [task for task in TASKS if TOWER_OF_TASK[task] in self.towers] if loss else []
         self._rates = _base_rates(schema, config.conversion_head)
         self._energies = {
             TOWER_OF_TASK[task] for task in tasks if LOSSES[loss.loss_of(task)].needs_energy
@@ -162,8 +172,11 @@ class ClickConversionModel(tfrs.Model):
         raise NotImplementedError
 
     def call(self, features: dict[str, tf.Tensor], training: bool = False) -> dict[str, tf.Tensor]:
-        """Features to probabilities {"ctr", "cvr", "ctcvr"}, float32 [B], ctcvr = ctr * cvr."""
+        """Features to probabilities {"ctr", "cvr", "ctcvr"}, float32 [B], ctcvr = ctr * cvr; to
+        {"ctr"} if the data set has no conversions."""
         logits = self.tower_logits(features, training)
+        if CONVERSION not in logits:
+            return {"ctr": tf.sigmoid(logits[CLICK][:, 0])}
         click, conversion = (logits[tower][:, 0] for tower in TOWERS)
         ctr = tf.sigmoid(click)
         if self._config.conversion_head == "product":
@@ -209,13 +222,15 @@ class ClickConversionModel(tfrs.Model):
 
     def _task_predictions(self, logits: dict[str, tf.Tensor]) -> dict[str, dict[str, tf.Tensor]]:
         """The inputs of each task's loss: {task: {"logits": [B], "energy": [B]}}."""
-        click, conversion = (logits[tower][:, 0] for tower in TOWERS)
-        if self._config.conversion_head == "product":
-            conversion = _logit_of_product(click, conversion)
-        predictions = {"ctr": {"logits": click}, "ctcvr": {"logits": conversion}}
-        for task, tower in TOWER_OF_TASK.items():
+        predictions = {}
+        for task in self._tasks:
+            tower = TOWER_OF_TASK[task]
+            predictions[task] = {"logits": logits[tower][:, 0]}
             if tower in self._energies:
                 predictions[task]["energy"] = logits[tower][:, 1]
+        if "ctcvr" in predictions and self._config.conversion_head == "product":
+            click, conversion = (logits[tower][:, 0] for tower in TOWERS)
+            predictions["ctcvr"]["logits"] = _logit_of_product(click, conversion)
         return predictions
 
     def _encoder(self) -> Encoder:

@@ -17,6 +17,7 @@ class ESMM(ClickConversionModel):
     """
 
     conversion_heads = ("product",)
+    needs_conversions = True
 
     def __init__(self, schema, config, loss=None):
         super().__init__(schema, config, loss)

@@ -29,6 +29,7 @@ class MetaHeac(ClickConversionModel):
 
     towers = ()
     options = ("experts", "critics")
+    needs_conversions = True
 
     def __init__(self, schema, config, loss=None):
         super().__init__(schema, config, loss)

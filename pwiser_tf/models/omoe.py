@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 from pwiser_tf.layers import Gate
-from pwiser_tf.models.base import TOWERS, ClickConversionModel
+from pwiser_tf.models.base import ClickConversionModel
 
 
 class OMoE(ClickConversionModel):
@@ -20,4 +20,4 @@ class OMoE(ClickConversionModel):
     def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
         x = self._shared_encoder(features)  # [B, fields * D]
         experts = [expert(x, training) for expert in self._experts]  # E times [B, units]
-        return dict.fromkeys(TOWERS, self._gate(x, experts, training))  # [B, units]
+        return dict.fromkeys(self.towers, self._gate(x, experts, training))  # [B, units]

@@ -27,6 +27,7 @@ class PLE(ClickConversionModel):
     """
 
     options = ("experts",)
+    needs_conversions = True
 
     @classmethod
     def check_config(cls, config) -> None:

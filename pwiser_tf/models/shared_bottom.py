@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from pwiser_tf.models.base import TOWERS, ClickConversionModel
+from pwiser_tf.models.base import ClickConversionModel
 
 
 class SharedBottom(ClickConversionModel):
@@ -15,4 +15,4 @@ class SharedBottom(ClickConversionModel):
 
     def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
         shared = self._bottom(self._shared_encoder(features), training)  # [B, units]
-        return dict.fromkeys(TOWERS, shared)
+        return dict.fromkeys(self.towers, shared)

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from pwiser_tf.models.base import TOWERS, ClickConversionModel
+from pwiser_tf.models.base import ClickConversionModel
 
 
 class SingleTask(ClickConversionModel):
@@ -10,11 +10,11 @@ class SingleTask(ClickConversionModel):
 
     def __init__(self, schema, config, loss=None):
         super().__init__(schema, config, loss)
-        self._encoders = {tower: self._encoder() for tower in TOWERS}
-        self._bottoms = {tower: self._mlp(config.bottom_units) for tower in TOWERS}
+        self._encoders = {tower: self._encoder() for tower in self.towers}
+        self._bottoms = {tower: self._mlp(config.bottom_units) for tower in self.towers}
 
     def tower_inputs(self, features, training) -> dict[str, tf.Tensor]:
         return {
             tower: self._bottoms[tower](self._encoders[tower](features), training)  # [B, units]
-            for tower in TOWERS
+            for tower in self.towers
         }

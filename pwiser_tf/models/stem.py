@@ -24,6 +24,7 @@ class STEM(ClickConversionModel):
     """
 
     options = ("experts",)
+    needs_conversions = True
 
     @classmethod
     def check_config(cls, config) -> None:
