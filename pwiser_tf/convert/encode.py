@@ -37,11 +37,16 @@ class Coverage:
         self.counts: dict[str, np.ndarray] = {}
         self.examples: dict[tuple[str, int], list[str]] = {}
 
-    def add(self, name: str, kind: int, split: np.ndarray, hit: np.ndarray | None = None) -> None:
-        """Counts rows (or values) of those splits, where `hit`."""
-        counts = self.counts.setdefault(name, np.zeros((len(SPLITS), 4), np.int64))
-        chosen = split if hit is None else split[hit]
-        counts[:, kind] += np.bincount(chosen, minlength=len(SPLITS))
+    def add(self, name: str, kind: int, split: np.ndarray, hit: np.ndarray) -> None:
+        """Counts the rows (or values) of those splits where `hit`."""
+        if hit.any():
+            self.add_all(name, kind, np.bincount(split[hit], minlength=len(SPLITS)))
+
+    def add_all(self, name: str, kind: int, counts: np.ndarray) -> None:
+        """Adds counts, int64 [splits]."""
+        if name not in self.counts:
+            self.counts[name] = np.zeros((len(SPLITS), 4), np.int64)
+        self.counts[name][:, kind] += counts
 
     def shares(self) -> dict[str, dict[str, list[float]]]:
         """Feature to split to the shares that are missing, unknown, cut."""
@@ -139,6 +144,7 @@ class Encoder:
         """
         source, features, log = self._source, self._features, self._source.log
         size, split = batch.num_rows, batch["split"].to_numpy()
+        rows_of_splits = np.bincount(split, minlength=len(SPLITS))
 
         def refuse_where(bad: np.ndarray, column: str, expected: str) -> None:
             if bad.any():
@@ -176,7 +182,7 @@ class Encoder:
             column = self._columns[feature.name].column
             bad = np.isinf(values) if source.missing else ~np.isfinite(values)
             refuse_where(bad, column, "a finite number")
-            self.coverage.add(feature.name, 0, split)
+            self.coverage.add_all(feature.name, 0, rows_of_splits)
             self.coverage.add(feature.name, 1, split, np.isnan(values))
             if feature.transform == "quantiles":
                 ids.append(feature.buckets(values))
@@ -225,7 +231,7 @@ class Encoder:
 
     def _count(self, name: str, values, split, absent, unknown) -> None:
         coverage = self.coverage
-        coverage.add(name, 0, split)
+        coverage.add_all(name, 0, np.bincount(split, minlength=len(SPLITS)))
         coverage.add(name, 1, split, absent)
         coverage.add(name, 2, split, unknown)
         for position in np.unique(split[unknown]).tolist():

@@ -22,6 +22,7 @@ from pwiser_tf.convert.csv_reader import TEXT, CsvFile, literal, literals
 from pwiser_tf.convert.features import MISSING_MARKS
 from pwiser_tf.convert.parquet_reader import ParquetFile, is_parquet
 from pwiser_tf.errors import DataError
+from pwiser_tf.files import write_text
 
 # What columns of each role are often called, the likeliest first.
 _NAMES = {
@@ -295,7 +296,7 @@ def main(path: str, values: flags.FlagValues = flags.FLAGS) -> None:
     output = pathlib.Path(values.output)
     if output.exists():
         raise DataError("a file that does not exist yet: this one is not overwritten", file=output)
-    output.write_text(text, encoding="utf-8")
+    write_text(output, text)
     print("wrote", output)
 
 
