@@ -160,7 +160,7 @@ class _Expressions:
                 )
             text = f"CAST({text} AS VARCHAR)"
             # CSV files are read so already.
-            return f"CASE WHEN {text} NOT IN {_tuple(self._log.missing)} THEN {text} END"
+            return f"CASE WHEN NOT {_among(text, self._log.missing)} THEN {text} END"
         return text
 
     def _number(self, column: str) -> str:
@@ -175,8 +175,8 @@ class _Expressions:
         number = f"TRY_CAST({text} AS FLOAT)"
         return (
             f"CASE WHEN {text} = '0' THEN 0 WHEN {text} = '1' THEN 1 "
-            f"WHEN {word} IN {_tuple(_TRUE)} OR {number} = 1 THEN 1 "
-            f"WHEN {word} IN {_tuple(_FALSE)} OR {number} = 0 THEN 0 END"
+            f"WHEN {_among(word, _TRUE)} OR {number} = 1 THEN 1 "
+            f"WHEN {_among(word, _FALSE)} OR {number} = 0 THEN 0 END"
         )
 
     def _elements(self, feature: Feature) -> str:
@@ -220,7 +220,8 @@ class _Expressions:
         else:
             pairs = f"list_transform({elements}, lambda x: {{'value': x, 'weight': 1}})"
         # A missing value in a list is no value of it.
-        kept = f"list_filter({pairs}, lambda x: x.value NOT IN {_tuple(self._log.missing)})"
+        missing = _among("x.value", self._log.missing)
+        kept = f"list_filter({pairs}, lambda x: x.value IS NOT NULL AND NOT {missing})"
         last = feature.type == "sequence" and feature.newest == "last"
         cut = f"-{feature.max_length}, -1" if last else f"1, {feature.max_length}"
         found = {
@@ -237,5 +238,7 @@ def _parsed(text: str) -> str:
     return f"CASE WHEN {text} IS NOT NULL THEN coalesce(TRY_CAST({text} AS FLOAT), 'inf') END"
 
 
-def _tuple(texts: Sequence[str]) -> str:
-    return "(" + literals(texts)[1:-1] + ")"
+def _among(value: str, texts: Sequence[str]) -> str:
+    """SQL: whether a value is one of the texts; false where it is NULL."""
+    # DuckDB makes a join of IN and of list_contains, one for each column of each file.
+    return f"coalesce(list_position({literals(texts)}, {value}), 0) > 0"
