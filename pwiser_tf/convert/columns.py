@@ -96,20 +96,22 @@ def _kinds(log: Log) -> dict[str, Kind]:
     return kinds
 
 
+def partitions(path: str) -> dict[str, str]:
+    """The columns that stand in the names of a file's folders, "name=value", and their values."""
+    found = _PARTITION.findall(str(pathlib.Path(path).parent))
+    return {name: urllib.parse.unquote(value) for name, value in found}
+
+
 def _open(path, log, kinds, delimiter, header, quote) -> FilePart:
-    partitions = {
-        name: urllib.parse.unquote(value)
-        for name, value in _PARTITION.findall(str(pathlib.Path(path).parent))
-        if name in kinds
-    }
-    inside = {column: kind for column, kind in kinds.items() if column not in partitions}
+    of_folders = {name: value for name, value in partitions(path).items() if name in kinds}
+    inside = {column: kind for column, kind in kinds.items() if column not in of_folders}
     if is_parquet(path):
         file = ParquetFile(path, inside)
     else:
         file = CsvFile(
             path, inside, delimiter=delimiter, names=header, quote=quote, missing=log.missing
         )
-    return FilePart(file, _Expressions(file, log, partitions).all())
+    return FilePart(file, _Expressions(file, log, of_folders).all())
 
 
 class _Expressions:

@@ -93,7 +93,12 @@ def inspect(
         names = CsvFile(first, {}, delimiter=delimiter, names=header).names
         for name in names:
             if names.count(name) > 1:
-                raise DataError("a header with different names", file=first, column=name)
+                raise DataError(
+                    f"found two columns named {name!r} in the header; a file without one needs "
+                    "--header",
+                    file=first,
+                    row=1,
+                )
         kinds = dict.fromkeys(names, TEXT)
         file = CsvFile(first, kinds, delimiter=delimiter, names=header)
         lists = set()
@@ -112,7 +117,10 @@ def inspect(
         connection.close()
     if not found or not found[0].rows:
         raise DataError("found no rows", file=first)
-    return _text(first, found, delimiter)
+    options = f" --delimiter='{_shown(delimiter)}'" if delimiter not in (None, ",") else ""
+    if header:
+        options += f" --header={','.join(header)}"
+    return _text(path, found, options, columns.partitions(first))
 
 
 def _delimiter(path: str) -> str:
@@ -164,7 +172,12 @@ def _column(connection, k: int, name: str, is_list: bool) -> Column:
     )
 
 
-def _text(path: str, found: list[Column], delimiter: str | None) -> str:
+def _shown(character: str) -> str:
+    """A delimiter as --delimiter takes it."""
+    return character if character.isprintable() else f"\\x{ord(character):02x}"
+
+
+def _text(path: str, found: list[Column], options: str, partitions: dict[str, str]) -> str:
     roles: dict[str, Column] = {}
     for role, pattern in _NAMES.items():
         for column in found:
@@ -175,8 +188,7 @@ def _text(path: str, found: list[Column], delimiter: str | None) -> str:
     lines = [
         f"# Proposed by `pwiser inspect {path}` from its first {found[0].rows:,} rows. Read it",
         "# and correct it, then: pwiser convert --format=columns --features=THIS_FILE "
-        + f"--train={path}"
-        + (f" --delimiter={json.dumps(delimiter)[1:-1]}" if delimiter else ""),
+        + f"--train={path}{options}",
         "",
         "[labels]",
     ]
@@ -195,6 +207,10 @@ def _text(path: str, found: list[Column], delimiter: str | None) -> str:
     for role in ("group", "time"):
         if role in roles:
             lines.append(f"{role} = {_quoted(roles[role].name)}  # {_found(roles[role])}")
+    for name, value in partitions.items():
+        is_time = "time" not in roles and re.fullmatch(_NAMES["time"], name.lower())
+        line = f"time = {_quoted(name)}  # " if is_time else f"# {name}: "
+        lines.append(line + f"of the folders' names, for example {_quoted(value)}")
     lines.append(
         "# missing marks found: "
         + (", ".join(map(_quoted, marks)) or "none")
@@ -221,6 +237,7 @@ def _feature(column: Column) -> list[str]:
     """The lines of a column's feature, commented out where it is none."""
     table = f"[features.{_key(column.name)}]"
     reason = f"# {_found(column)}"
+    left_out = f"# {column.name} is left out: nearly every row has another value. {reason[2:]}"
     if column.distinct <= 1:
         return [f"# {column.name} is left out: it is constant or empty. {reason[2:]}"]
     if column.is_list:
@@ -246,16 +263,17 @@ def _feature(column: Column) -> list[str]:
         if column.integers >= 0.9 * column.present:
             lines = [table, reason, 'dtype = "int64"  # most values are integers; others: unknown']
         elif column.distinct > 0.95 * column.present > 100:
-            return [
-                f"# {column.name} is left out: nearly every row has another value. {reason[2:]}"
-            ]
+            return [left_out]
         else:
             lines = [table, reason, 'dtype = "string"']
         return lines
     is_id = re.search(
-        r"(^|_)(id|user|item|shop|brand|category|cat|city|slot|device|code)(_|$|s$)",
+        r"(^|_)(id|user|item|movie|ad|campaign|shop|seller|brand|category|cat|city|slot|device|code)"
+        r"(_|$|s$)",
         column.name.lower(),
     )
+    if is_id and column.distinct > 0.95 * column.present > 100:
+        return [left_out]
     if column.integers < column.present:
         return [table, reason, 'type = "numerical"  # not all values are integers']
     if is_id or column.distinct <= _FEW_INTEGERS:

@@ -221,6 +221,6 @@ def _cast(kind: str, value) -> str:
 def _shown(kind: str, value) -> str:
     """A time for people."""
     if kind != "BIGINT":
-        return f"{value:g}" if value != int(value) else str(value)
+        return f"{value:g}" if value != int(value) else str(int(value))
     moment = datetime.datetime.fromtimestamp(0, datetime.UTC)
     return str(moment + datetime.timedelta(microseconds=value)).removesuffix("+00:00")
