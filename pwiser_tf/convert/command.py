@@ -417,6 +417,8 @@ def main(values: flags.FlagValues = flags.FLAGS) -> None:
             )
     elif values.grow:
         raise DataError("--grow goes with --schema")
+    if values.grow and not values.train:
+        raise DataError("--grow needs --train: new ids are those of values in training rows")
     if not values.format and values.features:
         values.format = "columns"
     if not values.format:

@@ -237,11 +237,11 @@ class Encoder:
         for position in np.unique(split[unknown]).tolist():
             examples = coverage.examples.setdefault((name, position), [])
             if len(examples) < _EXAMPLES:
-                rows = np.flatnonzero(unknown & (split == position))[: _EXAMPLES - len(examples)]
-                for value in values.take(pyarrow.array(rows)).to_pylist():
+                rows = np.flatnonzero(unknown & (split == position))
+                for value in values.take(pyarrow.array(rows)).unique().to_pylist():
                     no_integer = value in (missing_value("int64"), _UNKNOWN_INTEGER)
                     text = "(no integer)" if no_integer else str(value)
-                    if text not in examples:
+                    if text not in examples and len(examples) < _EXAMPLES:
                         examples.append(text)
 
     def _list(self, i: int, feature, batch, split, part: Part, first_row: int) -> records.Lists:

@@ -233,6 +233,8 @@ def _value(cls, key: str, value, path: pathlib.Path, where: str):
         return tuple(map(element, value))
     if type(value) is not kind:
         refuse({"str": "a text", "int": "an integer"}[kind.__name__])
+    if value == "":
+        refuse("a text that is not empty")
     if key in _CHOICES and value not in _CHOICES[key]:
         refuse(f"one of {', '.join(_CHOICES[key])}")
     if key in _POSITIVE and value < 1:
