@@ -29,7 +29,8 @@ class Coverage:
     """How many values of each feature were missing or unknown, and lists cut, by split.
 
     Attributes:
-      counts: feature to int64 [splits, 4]: values, missing, unknown, lists that were cut.
+      counts: feature to int64 [splits, 5]: rows, of them missing (lists: empty), unknown values,
+        lists that were cut, values (not lists: the rows).
       examples: (feature, split) to some unknown values.
     """
 
@@ -37,22 +38,24 @@ class Coverage:
         self.counts: dict[str, np.ndarray] = {}
         self.examples: dict[tuple[str, int], list[str]] = {}
 
-    def add(self, name: str, kind: int, split: np.ndarray, hit: np.ndarray) -> None:
-        """Counts the rows (or values) of those splits where `hit`."""
-        if hit.any():
-            self.add_all(name, kind, np.bincount(split[hit], minlength=len(SPLITS)))
+    def add(self, name: str, kind: int, split: np.ndarray, hit: np.ndarray | None = None) -> None:
+        """Counts the rows (or values) of those splits, where `hit`."""
+        if hit is None or hit.any():
+            chosen = split if hit is None else split[hit]
+            self.add_all(name, kind, np.bincount(chosen, minlength=len(SPLITS)))
 
     def add_all(self, name: str, kind: int, counts: np.ndarray) -> None:
         """Adds counts, int64 [splits]."""
         if name not in self.counts:
-            self.counts[name] = np.zeros((len(SPLITS), 4), np.int64)
+            self.counts[name] = np.zeros((len(SPLITS), 5), np.int64)
         self.counts[name][:, kind] += counts
 
     def shares(self) -> dict[str, dict[str, list[float]]]:
-        """Feature to split to the shares that are missing, unknown, cut."""
+        """Feature to split to the shares of rows that are missing, of values that are unknown, and
+        of rows whose list was cut."""
         return {
             name: {
-                split: (row[1:] / max(row[0], 1)).round(6).tolist()
+                split: (row[1:4] / np.maximum(row[[0, 4, 0]], 1)).round(6).tolist()
                 for split, row in zip(SPLITS, counts, strict=True)
                 if row[0]
             }
@@ -226,13 +229,14 @@ class Encoder:
         filled = pyarrow.compute.fill_null(values, missing_value(feature.dtype))
         found = _looked_up(feature, filled)
         unknown = (found == OUT_OF_VOCABULARY) & ~absent
-        self._count(feature.name, filled, split, absent, unknown)
+        self.coverage.add(feature.name, 0, split)
+        self.coverage.add(feature.name, 1, split, absent)
+        self._count(feature.name, filled, split, unknown)
         return found
 
-    def _count(self, name: str, values, split, absent, unknown) -> None:
+    def _count(self, name: str, values, split, unknown) -> None:
         coverage = self.coverage
-        coverage.add_all(name, 0, np.bincount(split, minlength=len(SPLITS)))
-        coverage.add(name, 1, split, absent)
+        coverage.add(name, 4, split)
         coverage.add(name, 2, split, unknown)
         for position in np.unique(split[unknown]).tolist():
             examples = coverage.examples.setdefault((name, position), [])
@@ -251,8 +255,9 @@ class Encoder:
         values = column.flatten()
         ids = _looked_up(feature, values)
         of_values = np.repeat(split, lengths)
-        none = np.zeros(len(ids), bool)
-        self._count(feature.name, values, of_values, none, ids == OUT_OF_VOCABULARY)
+        self._count(feature.name, values, of_values, ids == OUT_OF_VOCABULARY)
+        self.coverage.add(feature.name, 0, split)
+        self.coverage.add(feature.name, 1, split, lengths == 0)
         self.coverage.add(feature.name, 3, split, _bools(batch[f"cut_{i}"]))
         weights = None
         if feature.weighted:
