@@ -62,8 +62,13 @@ class RawFeatures(tf.Module):
         for feature in schema.lists:
             column = raw[feature.name]
             present = tf.not_equal(column, missing_value(feature.dtype))
+            number = tf.cumsum(tf.cast(present, tf.int32), axis=1)  # of each value, from 1
+            # The converter keeps as many.
+            if feature.kind == "sequence" and feature.newest == "last":
+                number = number[:, -1:] - number + 1
+            kept = present & (number <= feature.max_length)
             features[f"ids/{feature.name}"] = tf.where(
-                present, self._ids(feature, column), tf.constant(PADDING, tf.int64)
+                kept, self._ids(feature, column), tf.constant(PADDING, tf.int64)
             )
             if feature.weighted:
                 features[f"weights/{feature.name}"] = raw[f"{feature.name}.weights"]
