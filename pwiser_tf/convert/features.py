@@ -251,6 +251,8 @@ def _check(log: Log, path: pathlib.Path | None, stated: dict[str, set[str]]) -> 
 
     if not log.features:
         raise DataError("expected at least one feature", file=path)
+    if not log.missing:
+        raise DataError('missing: expected at least one text ("" is an empty cell)', file=path)
     names = [feature.name for feature in log.features]
     by_name = {feature.name: feature for feature in log.features}
     for name in names:
