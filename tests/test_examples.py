@@ -72,3 +72,8 @@ def test_pwiser_in_a_keras_model_learns():
     found = dict(re.findall(r"(ctr|ctcvr) test AUC (\S+)", _run("pwiser_in_your_keras_model.py")))
     assert float(found["ctr"]) > 0.7
     assert float(found["ctcvr"]) > 0.7
+
+
+def test_lists_are_converted(tmp_path):
+    assert "2 lists: tags" in _run("list_features.py", "lists", folder=tmp_path)
+    assert (tmp_path / "lists" / "data" / "schema.json").exists()
