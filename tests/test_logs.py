@@ -375,6 +375,14 @@ def test_a_split_without_rows_is_an_error_and_not_a_warning(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_rows_that_are_there_twice_are_told(tmp_path, capsys):
+    lines = [f"{k % 50},{k}.5,{k % 2},1,1" for k in range(400)]
+    _simple(tmp_path, lines)
+    assert "equal another one" not in capsys.readouterr().err
+    _simple(tmp_path, lines * 2)
+    assert "train: 50% of the rows equal another one in all features" in capsys.readouterr().err
+
+
 def test_groups_in_two_splits_are_counted(tmp_path, capsys):
     lines = [f"1,2,{k % 2},{k // 10},{k % 7}" for k in range(100)]
     _simple(tmp_path, lines, "--group=g", "--time=day")

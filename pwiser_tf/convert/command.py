@@ -39,6 +39,7 @@ _FLAGS = {
 
 # About 200,000 rows of the AliExpress layout. All files of a split are open at once, hence a most.
 _BYTES_A_SHARD = 128 << 20
+_ALARMING_COPIES = 0.4
 _FEWEST_SHARDS, _MOST_SHARDS = 4, 500
 
 
@@ -282,6 +283,12 @@ def _write(
             row += batch.num_rows
         if not row:
             raise DataError("found no rows, expected some below the header", file=part.name)
+    for name, writer in zip(SPLITS, writers, strict=True):
+        if writer.copies > _ALARMING_COPIES:
+            database.warnings.append(
+                f"{name}: {writer.copies:.0%} of the rows equal another one in all features and "
+                "labels: was a file joined or logged twice?"
+            )
     return {name: writer.close() for name, writer in zip(SPLITS, writers, strict=True)}
 
 

@@ -107,6 +107,10 @@ def _sync(path: pathlib.Path) -> None:
         os.close(handle)
 
 
+# So many rows are compared with each other.
+_SAMPLED_ROWS = 100_000
+
+
 class SplitWriter:
     """Writes one split's records to shards: row i goes to shard i % shards, or its group decides.
 
@@ -122,6 +126,7 @@ class SplitWriter:
         self._rows_in = [0] * shards
         self._checksums = [0] * shards
         self.rows = self.clicks = self.conversions = self.dropped = 0
+        self._sampled, self._distinct = 0, set()
 
     def write(self, rows: records.Rows) -> None:
         """Appends rows; drops those with grade -1."""
@@ -136,6 +141,10 @@ class SplitWriter:
         counts = np.bincount(shard_of, minlength=self._shards)
         ends = np.cumsum(counts)
         encoded, place = records.encode(rows.take(order))
+        if self._sampled < _SAMPLED_ROWS:
+            bounds = zip(place[:-1].tolist(), place[1:].tolist(), strict=True)
+            self._distinct.update(hash(encoded[a:b].tobytes()) for a, b in bounds)
+            self._sampled += len(rows)
         for shard in np.unique(shard_of).tolist():
             begin, end = ends[shard] - counts[shard], ends[shard]
             if shard not in self._files:
@@ -147,6 +156,11 @@ class SplitWriter:
         self.rows += len(rows)
         self.clicks += int(np.sum(grade >= 1))
         self.conversions += int(np.sum(grade == 2))
+
+    @property
+    def copies(self) -> float:
+        """The share of rows that equal an earlier one, among the first ones."""
+        return 1 - len(self._distinct) / max(self._sampled, 1)
 
     def close(self) -> schema.Split:
         """Names the shards by their final count and returns what was written."""
