@@ -337,12 +337,13 @@ def _print_description(config: Config, schema: Schema) -> None:
     split = schema.split("train")
     batch_size = min(config.training.batch_size, split.rows)
     used = split.rows // batch_size * batch_size
-    print(
-        f"{split.rows} exposures, {split.clicks} clicks, {split.conversions} conversions; "
-        f"a batch of {batch_size} holds no conversion with probability "
-        f"{(1 - split.conversions / split.rows) ** batch_size:.2f}; an epoch uses "
-        f"{used / split.rows:.1%} of the rows"
-    )
+    counts = f"{split.rows} exposures, {split.clicks} clicks"
+    if schema.conversion:
+        counts += (
+            f", {split.conversions} conversions; a batch of {batch_size} holds no conversion with "
+            f"probability {(1 - split.conversions / split.rows) ** batch_size:.2f}"
+        )
+    print(f"{counts}; an epoch uses {used / split.rows:.1%} of the rows")
     if used < _FEWEST_ROWS_USED * split.rows:
         print(
             f"warning: batches of {batch_size} leave {split.rows - used} of {split.rows} rows out "

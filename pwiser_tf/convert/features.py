@@ -258,6 +258,12 @@ def _check(log: Log, path: pathlib.Path | None, stated: dict[str, set[str]]) -> 
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"feature {name} is named twice", file=path)
+        if "/" in name or name.endswith(".weights"):
+            raise DataError(
+                f'feature {name}: "/" and ".weights" stand in names of records and signatures; '
+                "state another name, and the column",
+                file=path,
+            )
     for label, column in (("click", log.click), ("conversion", log.conversion)):
         for feature in log.features:
             if column and feature.column == column:
