@@ -54,7 +54,9 @@ def test_training_imports_no_plots_and_nothing_of_serving():
 def test_each_command_shows_its_own_help(name, command):
     done = command(name, "--help")
     flag = {"serve": "--model_base_path", "score": "--input", "sample": "--rows"}.get(name)
-    flag = flag or {"convert": "--format", "study": "--seeds"}.get(name, "  --workdir: ")
+    flag = flag or {"convert": "--format", "study": "--seeds", "inspect": "--rows"}.get(
+        name, "  --workdir: "
+    )
     assert done.returncode in (0, 1)
     assert flag in done.stdout
 
@@ -74,7 +76,11 @@ def test_every_import_is_declared():
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add(node.module.split(".")[0])
-    names = {"absl": "absl_py", "tensorflow_serving": "tensorflow_serving_api"}
+    names = {
+        "absl": "absl_py",
+        "farmhash": "pyfarmhash",
+        "tensorflow_serving": "tensorflow_serving_api",
+    }
     missing = {
         name
         for name in imported - set(sys.stdlib_module_names) - {"pwiser_tf"}
@@ -89,7 +95,7 @@ def test_the_command_without_a_subcommand_and_with_a_wrong_one(command):
     assert all(f"  {name} " in done.stdout for name in COMMANDS)
     done = command("trian")
     assert done.returncode == 2
-    assert done.stderr.startswith("error: found command 'trian', expected one of convert, sample,")
+    assert done.stderr.startswith("error: found command 'trian', expected one of convert, inspect,")
     assert command("--version").stdout.startswith("pwiser-tf 0.")
 
 

@@ -124,7 +124,7 @@ class ClickConversionModel(tfrs.Model):
         self._schema = schema
         self._config = config
         self._loss = loss
-        tasks = [task for task in TASKS if TOWER_OF_TASK[task] in self.towers] if loss else []
+        tasks = () if not loss else TASKS if schema.conversion else ("ctr",)
         self._rates = _base_rates(schema, config.conversion_head)
         self._energies = {
             TOWER_OF_TASK[task] for task in tasks if LOSSES[loss.loss_of(task)].needs_energy
