@@ -1,31 +1,30 @@
-"""Candidates: a file of raw features, read in batches. Here a CSV, whose text becomes values;
-parquet.py and tfrecord.py read the other formats in the same way."""
+"""Candidates: a file of raw features, read in batches. Here a CSV or JSON lines, whose texts become
+values; parquet.py and tfrecord.py read the other formats in the same way."""
 
 import csv
 import dataclasses
-import decimal
 import gzip
 import io
 import itertools
+import json
 import pathlib
 import sys
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, Self
 
 import numpy as np
 
-from pwiser_serving import tensors
-from pwiser_serving.errors import shorten
-from pwiser_serving.features import MISSING_FLOAT, MISSING_INTEGER
+from pwiser_serving import features, rules
+from pwiser_serving.errors import FeatureError, shorten
 from pwiser_serving.protos import tensor_pb2
 from pwiser_serving.scorer import RAW_SIGNATURE
 
-_LARGEST_FLOAT = float(np.finfo(np.float32).max)
 # Stands for standard input, or output, in place of a file's path.
 STANDARD = pathlib.Path("-")
-# The first bytes of a gzip file; no text in UTF-8 begins with them.
-_GZIP = b"\x1f\x8b\x08"
+# The first bytes of a compressed file; no text in UTF-8 begins with them.
+_GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
+NO_PYARROW = "needs pyarrow: pip install 'pwiser-serving[parquet]'"
 # No limit for the length of a text: the converter has none either.
 csv.field_size_limit(sys.maxsize)
 
@@ -44,30 +43,37 @@ class CandidateError(ValueError):
 
 def format_suffix(path: pathlib.Path) -> str:
     """The suffix that names a file's format: ".csv" of "x.csv" and of "x.csv.gz"."""
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix
 
 
-class _Unzipped(gzip.GzipFile):
-    """The content of a gzip file. CandidateError, when it is read: the file is damaged."""
+class _Unpacked(io.RawIOBase):
+    """The content of a compressed file. CandidateError, when it is read: the file is damaged."""
 
-    def __init__(self, file: BinaryIO, path: pathlib.Path):
-        super().__init__(fileobj=file, mode="rb")
-        self._file, self._path = file, path
+    def __init__(self, content: BinaryIO, file: BinaryIO, path: pathlib.Path, format: str):
+        super().__init__()
+        self._content, self._file, self._path, self._format = content, file, path, format
 
     def close(self) -> None:
-        super().close()
-        self._file.close()
+        if not self.closed:
+            super().close()
+            self._content.close()
+            self._file.close()
+
+    def readable(self) -> bool:
+        return True
 
     def readinto(self, buffer) -> int:
         try:
-            return super().readinto(buffer)
+            return self._content.readinto(buffer)
         except (EOFError, OSError, zlib.error) as error:
-            raise CandidateError(f"not readable as gzip: {error}", file=self._path) from None
+            raise CandidateError(
+                f"not readable as {self._format}: {error}", file=self._path
+            ) from None
 
 
 def open_file(path: pathlib.Path) -> BinaryIO:
-    """A candidate file's content, or that of standard input; unzipped if its first bytes are those
-    of gzip, whatever its name.
+    """A candidate file's content, or that of standard input; unpacked if its first bytes are those
+    of gzip or zstd, whatever its name.
 
     Raises:
       CandidateError: it cannot be opened.
@@ -75,50 +81,73 @@ def open_file(path: pathlib.Path) -> BinaryIO:
     standard = path == STANDARD
     try:
         file = open(0 if standard else path, "rb", closefd=not standard)  # noqa: SIM115
-        if file.peek(len(_GZIP)).startswith(_GZIP):
-            return io.BufferedReader(_Unzipped(file, path), 2**16)
+        start = file.peek(len(_ZSTD))
     except OSError as error:
         raise CandidateError(error.strerror, file=path) from None
-    return file
+    if start.startswith(_GZIP):
+        content, format = gzip.GzipFile(fileobj=file, mode="rb"), "gzip"
+    elif start.startswith(_ZSTD):
+        try:
+            import pyarrow
+        except ImportError:
+            file.close()
+            raise CandidateError(f"zstd {NO_PYARROW}", file=path) from None
+        content, format = pyarrow.input_stream(file, "zstd"), "zstd"
+    else:
+        return file
+    return io.BufferedReader(_Unpacked(content, file, path, format), 2**16)
+
+
+def read_features(
+    read: Callable[[str, int], rules.Cells | None],
+    inputs: Mapping[str, tensor_pb2.TensorInfo],
+    dialect: rules.Dialect,
+    path: pathlib.Path,
+    rows: Sequence[int],
+) -> dict[str, np.ndarray]:
+    """What the model takes, by name, from the columns that `read` gives (see rules.columns).
+
+    Raises:
+      CandidateError: a column or value of another type; `rows` are their numbers.
+    """
+    try:
+        columns = rules.columns(read, inputs, dialect)
+        arrays, _ = features.to_arrays(columns, inputs, newest_last=dialect.newest_last)
+        for name, array in arrays.items():
+            infinite = np.isinf(array) if array.dtype.kind == "f" else np.zeros(1, bool)
+            if infinite.any():
+                place = tuple(np.argwhere(infinite)[0])
+                found = array[place]
+                raise FeatureError(name, "a finite number", row=int(place[0]), found=found)
+    except FeatureError as error:
+        text = error.expected
+        if error.found is not None:
+            text = f"found {error.found}, expected {text}"
+        row = None if error.row is None else rows[error.row]
+        raise CandidateError(text, file=path, row=row, column=error.feature) from None
+    return arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Some rows of a CSV: the line of each, and their text by column."""
+    """Some rows of a CSV or of JSON lines: the line of each, and their texts by column; a JSON
+    array is a list of texts."""
 
     file: pathlib.Path
     rows: Sequence[int]
-    columns: Mapping[str, Sequence[str]]
+    columns: Mapping[str, Sequence[str | list[str | None]]]
+    dialect: rules.Dialect
 
     def column(self, name: str) -> Sequence[str]:
         """A column as it is in the file."""
-        return self.columns[name]
+        cells = self.columns.get(name) or [""] * len(self.rows)
+        return [cell if isinstance(cell, str) else json.dumps(cell) for cell in cells]
 
-    def features(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, Sequence]:
+    def features(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, np.ndarray]:
         """What the model takes, by name. CandidateError: a text that is not such a value."""
-        return {name: self._values(name, info.dtype) for name, info in inputs.items()}
-
-    def _values(self, name: str, data_type: int) -> np.ndarray | Sequence[str]:
-        """A column as int64, float32 or string values, empty text as missing."""
-        texts = self.columns[name]
-        if data_type == tensor_pb2.DT_STRING:
-            return texts
-        if data_type not in _PARSERS:
-            raise CandidateError(
-                f"the model takes {tensors.data_type_name(data_type)} here, which no CSV gives",
-                file=self.file,
-                column=name,
-            )
-        parse, dtype, expected = _PARSERS[data_type]
-        values = np.empty(len(texts), dtype)
-        for row, text in enumerate(texts):
-            try:
-                values[row] = parse(text)
-            except (ValueError, OverflowError):
-                raise CandidateError(
-                    expected, file=self.file, row=self.rows[row], column=name, found=text
-                ) from None
-        return values
+        return read_features(
+            lambda name, _: self.columns.get(name), inputs, self.dialect, self.file, self.rows
+        )
 
 
 def require_columns(path, row: int | None, have: Sequence[str], names: Sequence[str], reason: str):
@@ -147,6 +176,9 @@ class BaseFile:
     total: int | None = None
     _file: BinaryIO
 
+    def use(self, name: str) -> None:
+        """Reads this column too, if there is one."""
+
     def __enter__(self) -> Self:
         return self
 
@@ -155,18 +187,24 @@ class BaseFile:
 
 
 class CandidateFile(BaseFile):
-    """A CSV with a header, in UTF-8, its cells separated by the delimiter.
+    """A CSV in UTF-8.
 
     Raises:
       CandidateError: no such file, no header, text that is not UTF-8.
     """
 
-    def __init__(self, path: pathlib.Path, delimiter: str = ","):
-        self.path = path
+    def __init__(self, path: pathlib.Path, dialect: rules.Dialect):
+        self.path, self._dialect = path, dialect
         self._file = open_file(path)
-        self._reader = csv.reader(self._lines(), strict=True, delimiter=delimiter)
+        self._reader = csv.reader(
+            _lines(self._file, path),
+            strict=True,
+            delimiter=dialect.delimiter,
+            quotechar=dialect.quote or None,
+            quoting=csv.QUOTE_MINIMAL if dialect.quote else csv.QUOTE_NONE,
+        )
         try:
-            self.header: list[str] = next(self._rows(), [])
+            self.header = dialect.header or next(filter(None, self._rows()), [])
             if not any(self.header):
                 raise CandidateError("the file is empty, expected a header", file=path)
         except CandidateError:
@@ -179,78 +217,107 @@ class CandidateFile(BaseFile):
 
     def no_rows(self) -> Batch:
         """A batch without rows."""
-        return Batch(self.path, [], dict.fromkeys(self.header, ()))
+        return Batch(self.path, [], {}, self._dialect)
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
         """The rows after the header and after the first `skip`, in batches of at most `rows`.
 
-        Blank lines are skipped.
+        Blank lines are skipped; where there is one column, they are missing values.
         """
         numbered = self._numbered(skip)
         while found := list(itertools.islice(numbered, rows)):
             lines, cells = zip(*found, strict=True)
             columns = dict(zip(self.header, zip(*cells, strict=True), strict=True))
-            yield Batch(self.path, lines, columns)
+            yield Batch(self.path, lines, columns, self._dialect)
 
     def _numbered(self, skip: int) -> Iterator[tuple[int, list[str]]]:
         """The rows after the first `skip`, each with its line."""
-        for row in itertools.islice(self._rows(), skip, None):
+        wanted = len(self.header)
+        rows = (row or [""] for row in self._rows() if row or wanted == 1)
+        for row in itertools.islice(rows, skip, None):
             line = self._reader.line_num
-            if len(row) != len(self.header):
+            # A delimiter at the end of a row begins no cell of its own.
+            if len(row) < wanted or any(text not in self._dialect.missing for text in row[wanted:]):
                 raise CandidateError(
-                    f"found {len(row)} columns, expected {len(self.header)} as in the header",
+                    f"found {len(row)} columns, expected {wanted} as in the header",
                     file=self.path,
                     row=line,
                 )
-            yield line, row
+            yield line, row[:wanted]
 
     def _rows(self) -> Iterator[list[str]]:
         try:
-            yield from filter(None, self._reader)
+            yield from self._reader
         except csv.Error as error:
             raise CandidateError(
                 f"not well-formed CSV ({error})", file=self.path, row=self._reader.line_num
             ) from None
 
-    def _lines(self) -> Iterator[str]:
-        # Decoded line by line, so that the message can name the line.
-        for number, line in enumerate(self._file, 1):
+
+class JsonFile(BaseFile):
+    """JSON lines: an object in each line; a key that is absent is a missing value."""
+
+    def __init__(self, path: pathlib.Path, dialect: rules.Dialect):
+        self.path, self._dialect = path, dialect
+        self._file = open_file(path)
+        self._required: list[tuple[Sequence[str], str]] = []
+
+    def require(self, names: Sequence[str], reason: str) -> None:
+        """Lets `batches` raise CandidateError if no row of the first batch has a column."""
+        self._required.append((names, reason))
+
+    def no_rows(self) -> Batch:
+        """A batch without rows."""
+        return Batch(self.path, [], {}, self._dialect)
+
+    def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
+        """The rows after the first `skip`, in batches of at most `rows`. Blank lines are skipped.
+
+        Raises:
+          CandidateError: a line that is no JSON object, or a column that is not there.
+        """
+        numbered = itertools.islice(self._objects(), skip, None)
+        while found := list(itertools.islice(numbered, rows)):
+            lines, objects = zip(*found, strict=True)
+            names = list(dict.fromkeys(itertools.chain.from_iterable(objects)))
+            for required, reason in self._required:
+                require_columns(self.path, None, names, required, reason)
+            self._required = []
+            columns = {name: [_cell(row.get(name)) for row in objects] for name in names}
+            yield Batch(self.path, lines, columns, self._dialect)
+
+    def _objects(self) -> Iterator[tuple[int, dict]]:
+        for line, text in enumerate(_lines(self._file, self.path), 1):
+            if not text.strip():
+                continue
             try:
-                text, found = line.decode("utf-8-sig" if number == 1 else "utf-8"), None
-            except UnicodeDecodeError as error:
-                text, found = "", f"byte 0x{line[error.start]:02x}"
-            if found or "\0" in text:
-                expected = f"found {found or 'a zero byte'}, expected text in UTF-8"
-                raise CandidateError(expected, file=self.path, row=number)
-            yield text
+                # Numbers as their texts, to which the rules for texts apply.
+                found = json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
+            except (ValueError, RecursionError) as error:
+                raise CandidateError(f"not JSON ({error})", file=self.path, row=line) from None
+            if not isinstance(found, dict):
+                raise CandidateError("a JSON object", file=self.path, row=line, found=text)
+            yield line, found
 
 
-def _integer(text: str) -> int:
-    if not text:
-        return MISSING_INTEGER
-    if text.lstrip("-").isdecimal():
-        return int(text)
-    # A column with gaps is often written as 3.0. The float only finds numbers that are too big.
-    _finite(text)
-    number = decimal.Decimal(text)
-    if number != int(number):
-        raise ValueError(text)
-    return int(number)
+def _cell(value) -> str | list[str | None]:
+    """A value of JSON as texts."""
+    if isinstance(value, list):
+        return [None if element is None else _cell(element) for element in value]
+    if isinstance(value, str):
+        return value
+    return "" if value is None else json.dumps(value)
 
 
-def _float(text: str) -> float:
-    return _finite(text) if text and text.lower() != "nan" else MISSING_FLOAT
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    # Python reads 1_000 as a number, which a file hardly means.
-    if "_" in text or not abs(number) <= _LARGEST_FLOAT:
-        raise ValueError(text)
-    return number
-
-
-_PARSERS = {
-    tensor_pb2.DT_INT64: (_integer, np.int64, "an integer of 64 bits"),
-    tensor_pb2.DT_FLOAT: (_float, np.float32, "a finite number"),
-}
+def _lines(file: BinaryIO, path: pathlib.Path) -> Iterator[str]:
+    # Decoded line by line, so that the message can name the line.
+    for number, line in enumerate(file, 1):
+        try:
+            text, found = line.decode("utf-8-sig" if number == 1 else "utf-8"), None
+        except UnicodeDecodeError as error:
+            text, found = "", f"byte 0x{line[error.start]:02x}"
+        if found or "\0" in text:
+            expected = f"found {found or 'a zero byte'}, expected text in UTF-8"
+            raise CandidateError(expected, file=path, row=number)
+        # A file whose lines end in CR alone is one line here.
+        yield from io.StringIO(text, newline="") if "\r" in text[:-2] else [text]

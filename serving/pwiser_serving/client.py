@@ -5,14 +5,20 @@
     python -m pwiser_serving.client status --server localhost:8500 --model demo
     python -m pwiser_serving.client metadata --server localhost:8500 --model demo
 
-`score` reads a CSV with a header or a Parquet file, which has a column for each raw feature of the
-model, in any order; other columns are ignored, and an empty cell or null is a missing value. Or a
-TFRecord file (.tfrecord, .tfrecords) of tf.train.Examples of raw features. A file with another
-suffix is a CSV. A CSV or TFRecord may be compressed by gzip, which is recognised by its content.
+`score` reads a CSV, JSON lines (.jsonl, .ndjson) or a Parquet file, which has a column for each raw
+feature of the model, in any order; other columns are ignored. Or a TFRecord file (.tfrecord,
+.tfrecords) of tf.train.Examples of raw features. A file with another suffix is a CSV. All but
+Parquet may be compressed by gzip or zstd; Parquet and compression are recognised by the content.
 `--input -` reads a CSV, compressed or not, from standard input.
 
-The output has a row for each row of the input, in its order: the columns of --keep, then ctr, cvr
-and ctcvr. Its suffix chooses the format: .jsonl, .parquet, otherwise CSV; .csv.gz and .jsonl.gz
+Values are read as `pwiser convert` reads a log. The texts of --missing, and null, are missing
+values. In a feature of integers, 18.0 is 18, and a text that is no integer is an unknown value. A
+list or a vector is an array of JSON, a list of Parquet, or a text that --separator splits. The
+weights of list NAME are in column NAME.weights, or in the text itself behind --weight_separator; a
+value without one has weight 1. A list with more values than the model takes is cut.
+
+The output has a row for each row of the input, in its order: the columns of --keep, then the
+model's scores: ctr, cvr and ctcvr, or only ctr. Its suffix chooses the format: .jsonl, .parquet, otherwise CSV; .csv.gz and .jsonl.gz
 are compressed. `--output -` writes a CSV to standard output, as the scores arrive. Without --output
 a table is printed.
 
@@ -33,8 +39,10 @@ AVAILABLE.
 import argparse
 import collections
 import contextlib
+import dataclasses
 import os
 import pathlib
+import re
 import signal
 import stat
 import sys
@@ -43,8 +51,14 @@ from collections.abc import Callable, Iterator, Sequence
 import grpc
 import numpy as np
 
-from pwiser_serving import command_line, outputs
-from pwiser_serving.candidates import STANDARD, CandidateError, CandidateFile, format_suffix
+from pwiser_serving import command_line, features, outputs, rules
+from pwiser_serving.candidates import (
+    STANDARD,
+    CandidateError,
+    CandidateFile,
+    JsonFile,
+    format_suffix,
+)
 from pwiser_serving.connection import TLS
 from pwiser_serving.errors import FeatureError, ModelNotFound, RequestTooLarge, ScoringError
 from pwiser_serving.scorer import OUTPUTS, RAW_SIGNATURE, Scorer
@@ -65,8 +79,8 @@ _WRONG_COMMAND = (
 )
 
 
-def open_candidates(path: pathlib.Path, delimiter: str = ","):
-    """A candidate file by its suffix: TFRecord, Parquet, otherwise CSV.
+def open_candidates(path: pathlib.Path, dialect: rules.Dialect):
+    """A candidate file by its suffix: TFRecord, JSON lines, Parquet, otherwise CSV.
 
     Raises:
       CandidateError: it cannot be opened or read in this format.
@@ -76,15 +90,25 @@ def open_candidates(path: pathlib.Path, delimiter: str = ","):
         from pwiser_serving import tfrecord
 
         return tfrecord.CandidateFile(path)
-    if suffix == ".parquet":
-        if path.suffix != suffix:
+    if suffix in outputs.JSON_SUFFIXES:
+        return JsonFile(path, dialect)
+    if suffix == ".parquet" or _is_parquet(path):
+        if format_suffix(path) != path.suffix:
             raise CandidateError(outputs.NO_ZIPPED_PARQUET, file=path)
         try:
             from pwiser_serving import parquet
         except ImportError:
             raise CandidateError(outputs.NO_PARQUET, file=path) from None
-        return parquet.CandidateFile(path)
-    return CandidateFile(path, delimiter)
+        return parquet.CandidateFile(path, dialect)
+    return CandidateFile(path, dialect)
+
+
+def _is_parquet(path: pathlib.Path) -> bool:
+    """Whether a file, not a pipe, has the content of Parquet."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(4) == b"PAR1"
 
 
 def score_file(
@@ -103,17 +127,20 @@ def score_file(
     candidates.require(keep, "--keep names")
     inputs = scorer.inputs(candidates.signature)
     if candidates.signature == RAW_SIGNATURE:
-        candidates.require(sorted(inputs), f"model {scorer.model} needs")
+        optional = features.optional(inputs)
+        candidates.require(sorted(inputs.keys() - optional), f"model {scorer.model} needs")
+        for name in optional:
+            candidates.use(name)
     elif inputs:
         candidates.names = sorted(scorer.inputs(RAW_SIGNATURE))
     waiting = collections.deque()
 
-    def features():
+    def batches():
         for batch in candidates.batches(scorer.rows_per_request, skip=skip):
             waiting.append((batch.rows, {name: batch.column(name) for name in keep}))
             yield batch.features(inputs)
 
-    results = scorer.score_batches(features())
+    results = scorer.score_batches(batches())
     while True:
         try:
             scores = next(results, None)
@@ -140,7 +167,7 @@ def score_file(
 
 def _score(flags: argparse.Namespace) -> None:
     with contextlib.ExitStack() as stack:
-        candidates = stack.enter_context(open_candidates(flags.input, flags.delimiter))
+        candidates = stack.enter_context(open_candidates(flags.input, flags.dialect))
         options = {"signature": candidates.signature, "rows_per_request": flags.batch_size}
         scorer = stack.enter_context(_scorer(flags, flags.version, **options))
         if flags.output == STANDARD:
@@ -148,7 +175,8 @@ def _score(flags: argparse.Namespace) -> None:
         elif flags.output:
             _write(flags, candidates, scorer, options)
         else:
-            _print(score_file(scorer, candidates, flags.keep), [*flags.keep, *OUTPUTS])
+            scores = scorer.outputs(candidates.signature)
+            _print(score_file(scorer, candidates, flags.keep), flags.keep, scores)
             sys.stdout.flush()
 
 
@@ -156,14 +184,15 @@ def _stream(flags: argparse.Namespace, candidates, asked: Scorer, options: dict)
     """Scores as a CSV to standard output."""
     identity, version, rows = _identity(flags.input), asked.metadata().version, 0
     pinned = flags.version if version is None else version
-    out, header = sys.stdout.buffer, outputs.csv_header([*flags.keep, *OUTPUTS])
+    out = sys.stdout.buffer
     with _scorer(flags, pinned, **options) as scorer, _progress(candidates, 0) as tell:
+        header = outputs.csv_header([*flags.keep, *scorer.outputs(candidates.signature)])
         for columns in score_file(scorer, candidates, flags.keep):
             # A command whose first row is wrong writes nothing.
             out.write((header + outputs.csv_rows(columns)).encode())
             header = ""
-            rows += len(columns[OUTPUTS[0]])
-            tell(len(columns[OUTPUTS[0]]))
+            rows += _count(columns)
+            tell(_count(columns))
     out.write(header.encode())
     out.flush()
     _require_unchanged(flags.input, identity)
@@ -178,10 +207,11 @@ def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) 
         "--model": flags.model,
         "--version": flags.version,
         "--keep": flags.keep,
-        "--delimiter": flags.delimiter,
     }
-    names = [*flags.keep, *OUTPUTS]
-    partial = outputs.Partial(flags.output, names, command, resumable=identity is not None)
+    dialect = {f"--{name}": value for name, value in dataclasses.asdict(flags.dialect).items()}
+    # As JSON holds it.
+    command |= {n: list(v) if isinstance(v, tuple) else v for n, v in dialect.items()}
+    partial = outputs.Partial(flags.output, command, resumable=identity is not None)
     with _opened(partial):
         done = partial.rows
         try:
@@ -193,9 +223,10 @@ def _write(flags: argparse.Namespace, candidates, asked: Scorer, options: dict) 
             pinned = flags.version if partial.version is None else partial.version
             with _scorer(flags, pinned, **options) as scorer, _progress(candidates, done) as tell:
                 _save(score_file(scorer, candidates, flags.keep, skip=done), partial, tell)
+                names = scorer.outputs(candidates.signature)
             _require_unchanged(flags.input, identity)
             empty = candidates.no_rows()
-            no_scores = dict.fromkeys(OUTPUTS, np.zeros(0, np.float32))
+            no_scores = dict.fromkeys(names, np.zeros(0, np.float32))
             partial.finish({name: empty.column(name) for name in flags.keep} | no_scores)
         except (ScoringError, OSError) as error:
             if isinstance(error, ModelNotFound) and partial.rows:
@@ -215,8 +246,8 @@ def _save(batches: Iterator[outputs.Columns], partial: outputs.Partial, tell) ->
     try:
         for columns in batches:
             part.append(columns)
-            rows += len(columns[OUTPUTS[0]])
-            tell(len(columns[OUTPUTS[0]]))
+            rows += _count(columns)
+            tell(_count(columns))
             if len(part) == _REQUESTS_PER_PART:
                 # Reset first: `finally` must not try a part again that cannot be saved.
                 full, part = part, []
@@ -225,6 +256,10 @@ def _save(batches: Iterator[outputs.Columns], partial: outputs.Partial, tell) ->
     finally:
         if part:
             partial.save(part, rows)
+
+
+def _count(columns: outputs.Columns) -> int:
+    return len(next(iter(columns.values())))
 
 
 def _by(model: str, version: int | None) -> str:
@@ -292,13 +327,13 @@ def _progress(candidates, done: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-def _print(batches: Iterator[outputs.Columns], header: Sequence[str]) -> None:
+def _print(batches: Iterator[outputs.Columns], keep: Sequence[str], scores: Sequence[str]) -> None:
     """Prints a table with the widths of the first batch."""
-    widths = None
+    header, widths = [*keep, *scores], None
     for columns in batches:
-        kept = [outputs.texts(columns[name]) for name in header[: -len(OUTPUTS)]]
-        scores = [[f"{value:.6f}" for value in columns[name]] for name in OUTPUTS]
-        rows = list(zip(*kept, *scores, strict=True))
+        kept = [outputs.texts(columns[name]) for name in keep]
+        numbers = [[f"{value:.6f}" for value in columns[name]] for name in scores]
+        rows = list(zip(*kept, *numbers, strict=True))
         if widths is None:
             widths = _widths(header, rows)
             _print_row(header, widths)
@@ -368,6 +403,14 @@ _TLS_FLAGS = {
 }
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _marks(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
 def _version(text: str) -> int | str:
     return int(text) if text.isdecimal() else text
 
@@ -398,10 +441,36 @@ def _parser() -> command_line.Parser:
                 "--input",
                 required=True,
                 type=pathlib.Path,
-                help=".parquet, .tfrecord, otherwise CSV, also gzipped; - is a CSV on standard "
-                "input",
+                help=".parquet, .tfrecord, .jsonl, otherwise CSV, also in gzip or zstd; - is a CSV "
+                "on standard input",
             )
-            add("--delimiter", default=",", help=r"between a CSV's cells; \t is a tab")
+            default = rules.Dialect()
+            add(
+                "--delimiter",
+                default=default.delimiter,
+                help=r"between a CSV's cells, one character; \t is a tab, \x01 Hive's",
+            )
+            add("--header", type=_names, help="the columns of a CSV without a header, a,b,c")
+            add("--quote", default=default.quote, help="around a CSV's cells; empty: there is none")
+            add(
+                "--missing",
+                type=_marks,
+                default=default.missing,
+                help="the texts that stand for a missing value, a,b,c",
+            )
+            add("--separator", default=default.separator, help="between the values of a list")
+            add(
+                "--weight_separator",
+                default=default.weight_separator,
+                help="between a value of a list and its weight",
+            )
+            add(
+                "--newest_last",
+                type=_names,
+                default=(),
+                help="the lists, a,b,c, of which the last values are kept where there are more "
+                'than the model takes (newest = "last" in the feature file); of others the first',
+            )
             add(
                 "--output",
                 type=pathlib.Path,
@@ -427,9 +496,17 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
             parser.error("standard output is closed, expected a file's name as --output")
     else:
         _check_output(parser, flags)
-    flags.delimiter = flags.delimiter.replace(r"\t", "\t")
-    if len(flags.delimiter) != 1 or flags.delimiter in '"\r\n':
-        parser.error(f"--delimiter: found {flags.delimiter!r}, expected one character")
+    for name in ("delimiter", "quote"):
+        if (text := getattr(flags, name)) or name == "delimiter":
+            code = re.fullmatch(r"\\x([0-9a-fA-F]{2})", text)
+            character = chr(int(code[1], 16)) if code else text.replace(r"\t", "\t")
+            if len(character) != 1 or character in "\r\n" + '"' * (name == "delimiter"):
+                parser.error(f"--{name}: found {text!r}, expected one character")
+            setattr(flags, name, character)
+    if not flags.separator or not flags.weight_separator:
+        parser.error("--separator and --weight_separator: expected at least one character")
+    fields = dataclasses.fields(rules.Dialect)
+    flags.dialect = rules.Dialect(**{field.name: getattr(flags, field.name) for field in fields})
     flags.keep = [name for name in flags.keep.split(",") if name]
     for name in flags.keep:
         if name in OUTPUTS or flags.keep.count(name) > 1:

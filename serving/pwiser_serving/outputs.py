@@ -17,12 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from pwiser_serving.candidates import CandidateError, format_suffix
+from pwiser_serving.candidates import NO_PYARROW, CandidateError, format_suffix
 from pwiser_serving.errors import FeatureError
 
 # [name of a column]: texts, a NumPy array, or a column of Arrow's
 Columns = Mapping[str, Sequence]
 
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PART = re.compile(r"rows-(\d+)-(\d+)")
 
 
@@ -45,7 +46,7 @@ def output_format(path: pathlib.Path) -> Format:
       OutputError: Parquet without pyarrow, or within gzip.
     """
     suffix, zipped = format_suffix(path), path.suffix == ".gz"
-    if suffix in (".jsonl", ".ndjson", ".json"):
+    if suffix in JSON_SUFFIXES:
         return Format(_write_json, functools.partial(_join_text, header=False, zipped=zipped))
     if suffix == ".parquet":
         if zipped:
@@ -59,7 +60,7 @@ def output_format(path: pathlib.Path) -> Format:
 
 
 NO_ZIPPED_PARQUET = "Parquet is compressed in itself, expected a name without .gz"
-NO_PARQUET = "Parquet needs pyarrow: pip install 'pwiser-serving[parquet]'"
+NO_PARQUET = f"Parquet {NO_PYARROW}"
 
 
 class Partial:
@@ -74,7 +75,6 @@ class Partial:
 
     Args:
       output: the file to write.
-      names: its columns, in order.
       command: what must be equal when it is resumed, by a name for messages.
       resumable: False if the input cannot be read again: nothing is resumed or kept.
 
@@ -89,7 +89,6 @@ class Partial:
     def __init__(
         self,
         output: pathlib.Path,
-        names: Sequence[str],
         command: Mapping[str, object],
         *,
         resumable: bool,
@@ -97,7 +96,7 @@ class Partial:
         self.folder = output.with_name(f"{output.name}.partial")
         self._description, self._aside = self.folder / "command.json", self.folder / "unfinished"
         self.rows, self.version = 0, None
-        self._output, self._names, self._command = output, names, dict(command)
+        self._output, self._command = output, dict(command)
         self._resumable = resumable
         self._format = output_format(output)
         self._parts: list[pathlib.Path] = []
@@ -146,7 +145,8 @@ class Partial:
         """Moves the whole output into place; `no_rows` are its columns without rows."""
         if not self._parts:
             self.save([no_rows], 0)
-        self._put(self._output, lambda path: self._format.join(self._parts, path, self._names))
+        names = list(no_rows)
+        self._put(self._output, lambda path: self._format.join(self._parts, path, names))
         self.discard()
 
     def _put(self, path: pathlib.Path, write: Callable[[pathlib.Path], object]) -> None:

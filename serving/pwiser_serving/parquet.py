@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pwiser_serving import features
-from pwiser_serving.candidates import BaseFile, CandidateError, require_columns
-from pwiser_serving.errors import FeatureError
+from pwiser_serving import features, rules
+from pwiser_serving.candidates import BaseFile, CandidateError, read_features, require_columns
 from pwiser_serving.protos import tensor_pb2
 
 # Of the output. Enough for a fast reader, few enough for the memory.
@@ -20,8 +20,8 @@ _ROWS_PER_GROUP = 2**17
 class Batch:
     """Some rows of the file, from row `first`, which counts from 1."""
 
-    def __init__(self, path: pathlib.Path, first: int, table: pa.Table):
-        self._path, self._first, self._table = path, first, table
+    def __init__(self, path: pathlib.Path, first: int, table: pa.Table, dialect: rules.Dialect):
+        self._path, self._first, self._table, self._dialect = path, first, table, dialect
 
     @property
     def rows(self) -> Sequence[int]:
@@ -34,43 +34,32 @@ class Batch:
 
     def features(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> dict[str, np.ndarray]:
         """What the model takes, by name. CandidateError: a column or value of another type."""
-        return {name: self._values(name, info) for name, info in inputs.items()}
+        return read_features(self._cells, inputs, self._dialect, self._path, self.rows)
 
-    def _values(self, name: str, info: tensor_pb2.TensorInfo) -> np.ndarray:
+    def _cells(self, name: str, data_type: int) -> rules.Cells | None:
+        if name not in self._table.column_names:
+            return None
         column = self.column(name)
         try:
-            values, _ = features.to_arrays({name: _numpy(column, info.dtype)}, {name: info})
-        except FeatureError as error:
-            row = found = None
-            if error.row is not None:
-                row, found = self._first + error.row, column[error.row].as_py()
-            raise CandidateError(
-                error.expected, file=self._path, row=row, column=name, found=found
-            ) from None
+            if not any(test(column.type) for test in _LISTS):
+                return _values(column, data_type)
+            column = column.combine_chunks()
+            lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy()
+            values = _plain(pa.chunked_array([column.flatten()]))
+            return features.Ragged(_values(values, data_type), lengths.astype(np.int64))
         except pa.ArrowException:
             raise CandidateError(
-                f"found the type {column.type}, expected numbers or text",
+                f"found the type {column.type}, expected numbers, text or lists of them",
                 file=self._path,
                 column=name,
             ) from None
-        values = values[name]
-        if values.dtype.kind == "f" and np.isinf(values).any():
-            row = int(np.argmax(np.isinf(values)))
-            raise CandidateError(
-                "a finite number",
-                file=self._path,
-                row=self._first + row,
-                column=name,
-                found=column[row].as_py(),
-            )
-        return values
 
 
 class CandidateFile(BaseFile):
     """A Parquet file. CandidateError: no such file, or not in Parquet."""
 
-    def __init__(self, path: pathlib.Path):
-        self.path = path
+    def __init__(self, path: pathlib.Path, dialect: rules.Dialect):
+        self.path, self._dialect = path, dialect
         try:
             # Opened first: the system's error is shorter than Arrow's.
             with open(path, "rb"):
@@ -86,9 +75,13 @@ class CandidateFile(BaseFile):
         require_columns(self.path, None, self._schema.names, names, reason)
         self._needed.update(names)
 
+    def use(self, name: str) -> None:
+        """Reads this column too, if there is one."""
+        self._needed.update({name} & set(self._schema.names))
+
     def no_rows(self) -> Batch:
         """A batch without rows."""
-        return Batch(self.path, 1, self._schema.empty_table())
+        return Batch(self.path, 1, self._schema.empty_table(), self._dialect)
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
         """The rows after the first `skip`, in batches of at most `rows`."""
@@ -106,7 +99,7 @@ class CandidateFile(BaseFile):
             # The first group that is read may hold rows to skip.
             first = ends[groups[0]] - sizes[groups[0]]
             for table in _regroup(tables, rows, skip=skip - first):
-                yield Batch(self.path, skip + 1, table)
+                yield Batch(self.path, skip + 1, table, self._dialect)
                 skip += len(table)
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(self.path, error) from None
@@ -166,38 +159,31 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(kind.value_type) if pa.types.is_dictionary(kind) else column
 
 
-def _numpy(column: pa.ChunkedArray, data_type: int) -> np.ndarray:
-    """A column as `features` takes it: numbers, or objects; missing values as in `features`.
+def _values(column: pa.ChunkedArray, data_type: int) -> np.ndarray | list[str | None]:
+    """A column's values where it has numbers and the model takes some, otherwise its texts, as the
+    converter reads them.
 
     Raises:
       pa.ArrowException: a type that is neither number nor text.
     """
     kind = column.type
-    if pa.types.is_boolean(kind):
-        column, kind = column.cast(pa.uint8()), pa.uint8()
-    if pa.types.is_integer(kind):
-        if not column.null_count:
-            return column.to_numpy()
-        if data_type == tensor_pb2.DT_FLOAT:
-            return column.cast(pa.float64(), safe=False).to_numpy()
-        if not pa.types.is_uint64(kind):
-            return column.cast(pa.int64()).fill_null(features.MISSING_INTEGER).to_numpy()
-    elif pa.types.is_floating(kind):
-        return column.cast(pa.float64()).to_numpy()
-    elif any(test(kind) for test in _TEXTS):
-        return column.cast(pa.binary()).fill_null(features.MISSING_STRING).to_numpy()
-    elif not (pa.types.is_null(kind) or pa.types.is_decimal(kind)):
-        raise pa.ArrowTypeError(f"no feature is a {kind}")
-    return np.array(column.to_pylist(), object)
+    whole, floating = pa.types.is_integer(kind), pa.types.is_floating(kind)
+    if data_type == tensor_pb2.DT_INT64 and whole and not pa.types.is_uint64(kind):
+        return column.cast(pa.int64()).fill_null(features.MISSING_INTEGER).to_numpy()
+    if data_type == tensor_pb2.DT_FLOAT and (whole or floating):
+        # Without NULLs an integer becomes a float32 in one step.
+        plain = whole and not column.null_count
+        return (column if plain else column.cast(pa.float64(), safe=False)).to_numpy()
+    if floating:
+        # As 18.0, not 18.
+        array = column.cast(pa.float64() if kind != pa.float32() else kind).to_numpy()
+        return array.astype(str).tolist()
+    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+        return column.cast(pa.binary()).cast(pa.string()).to_pylist()
+    return column.cast(pa.string()).to_pylist()
 
 
-_TEXTS = (
-    pa.types.is_string,
-    pa.types.is_large_string,
-    pa.types.is_string_view,
-    pa.types.is_binary,
-    pa.types.is_large_binary,
-)
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 
 
 def _unreadable(path: pathlib.Path, error: Exception) -> CandidateError:

@@ -4,13 +4,20 @@ import numbers
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import grpc
-import numpy as np
-
 from pwiser_serving.errors import ModelNotFound
-from pwiser_serving.scorer import OUTPUTS, BaseScorer, Model, Scores, by_name, joined, require_types
+from pwiser_serving.scorer import (
+    BaseScorer,
+    Call,
+    Model,
+    Scores,
+    by_name,
+    joined,
+    names_of_lists,
+    require_types,
+)
 from pwiser_serving.server.status import Status
 
 
@@ -25,6 +32,7 @@ class SavedModelScorer(BaseScorer):
         newest version.
       signature: the signature to call. None chooses by the features' names, as a Scorer does.
       rows_per_request: larger calls are run in parts of so many rows, which bounds the memory.
+      newest_last: as for a Scorer.
 
     Attributes:
       address: the version's folder; model: the model's name; version: a number, or None if the
@@ -44,6 +52,7 @@ class SavedModelScorer(BaseScorer):
         *,
         signature: str | None = None,
         rows_per_request: int = 4096,
+        newest_last: Collection[str] = (),
     ):
         require_types(
             ("signature", signature, str | None, "a str or None"),
@@ -56,6 +65,7 @@ class SavedModelScorer(BaseScorer):
         self.address, self.version = str(folder), number
         self.model = folder.name if number is None else folder.parent.name
         self.signature, self.rows_per_request = signature, rows_per_request
+        self.newest_last = names_of_lists(newest_last)
         if not _is_saved_model(folder):
             expected = "a version's folder, or a model's folder with versions 1, 2, ... in it"
             details = f"found no saved_model.pb, expected {expected}"
@@ -80,7 +90,7 @@ class SavedModelScorer(BaseScorer):
             `Scorer.score` takes them.
 
         Returns:
-          "ctr", "cvr", "ctcvr": float32 [n], probabilities; and the `version`.
+          "ctr", "cvr", "ctcvr", or only "ctr": float32 [n], probabilities; and the `version`.
 
         Raises:
           TypeError: the features are not columns by name.
@@ -89,13 +99,10 @@ class SavedModelScorer(BaseScorer):
           UsageError: this is closed.
         """
         self._require_open()
-        signature, arrays, count = self._columns(self._model, by_name(features))
-        parts = []
-        for start in range(0, count, self.rows_per_request):
-            end = min(start + self.rows_per_request, count)
-            part = {name: array[start:end] for name, array in arrays.items()}
-            parts.append(self._scores(signature, part, end - start))
-        return joined(parts)
+        call = self._prepared(self._model, by_name(features))
+        starts = range(0, call.rows, self.rows_per_request)
+        parts = [self._scores(call, start) for start in starts]
+        return joined(parts or [call.no_scores()])
 
     def close(self) -> None:
         """Frees the model; running calls end with an error. May be called again."""
@@ -103,15 +110,16 @@ class SavedModelScorer(BaseScorer):
             self._closed = True
             self._saved_model.close()
 
-    def _scores(self, signature: str, arrays: Mapping[str, np.ndarray], rows: int) -> Scores:
+    def _scores(self, call: Call, start: int) -> Scores:
+        end = min(start + self.rows_per_request, call.rows)
         try:
-            outputs = self._saved_model.predict(signature, arrays, OUTPUTS)
+            outputs = self._saved_model.predict(call.signature, call.part(start, end), call.outputs)
         except Status as status:
             # It may have been closed meanwhile.
             self._require_open()
             raise self._fault(status.code, status.message) from None
         versions = [] if self.version is None else [self.version]
-        return self._checked(outputs.__getitem__, rows, versions)
+        return self._checked(outputs.__getitem__, call.outputs, end - start, versions)
 
 
 def _version_folder(path: pathlib.Path) -> pathlib.Path:

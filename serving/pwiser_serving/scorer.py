@@ -7,7 +7,7 @@ import dataclasses
 import itertools
 import numbers
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple, Self
 
 import grpc
@@ -28,6 +28,7 @@ from pwiser_serving.errors import (
 from pwiser_serving.hedging import Hedge, Hedger
 from pwiser_serving.protos import service_pb2, tensor_pb2
 
+# A model has these, or of a log without conversions the first one alone.
 OUTPUTS = ("ctr", "cvr", "ctcvr")
 RAW_SIGNATURE = "predict_raw"
 ID_SIGNATURE = "predict"
@@ -43,7 +44,7 @@ _CHANGED_MODEL = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECO
 
 
 class Scores(dict[str, np.ndarray]):
-    """The scores of one call: "ctr", "cvr" and "ctcvr", float32 [n].
+    """The scores of one call: "ctr", "cvr" and "ctcvr", or only "ctr", float32 [n].
 
     Attributes:
       versions: the versions of the model that answered, in order; several only if the server
@@ -95,6 +96,29 @@ class Model:
         found = self.signatures.get(signature)
         return found.inputs if found else {}
 
+    def outputs(self, signature: str) -> tuple[str, ...]:
+        """The scores that a signature gives."""
+        found = self.signatures.get(signature)
+        return tuple(name for name in OUTPUTS if found and name in found.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What to ask a model: a signature, its outputs, the arrays of its inputs, their rows."""
+
+    signature: str
+    outputs: tuple[str, ...]
+    arrays: Mapping[str, np.ndarray]
+    rows: int
+
+    def part(self, start: int, end: int) -> dict[str, np.ndarray]:
+        """The arrays of the rows from start to end."""
+        return {name: array[start:end] for name, array in self.arrays.items()}
+
+    def no_scores(self) -> Scores:
+        """The scores of no rows."""
+        return Scores(dict.fromkeys(self.outputs, np.zeros(0, np.float32)))
+
 
 class BaseScorer:
     """The checks that a Scorer and a SavedModelScorer share, and their errors."""
@@ -104,6 +128,7 @@ class BaseScorer:
     version: int | str | None
     signature: str | None
     rows_per_request: int
+    newest_last: frozenset[str]
     _closed = False
 
     def close(self) -> None:
@@ -117,8 +142,8 @@ class BaseScorer:
     def __exit__(self, *exception) -> None:
         self.close()
 
-    def _columns(self, model: Model, features) -> tuple[str, dict[str, np.ndarray], int]:
-        """The signature to call, its arrays, and their number of rows."""
+    def _prepared(self, model: Model, features) -> Call:
+        """The call of the signature that takes the features."""
         signature = self.signature
         if signature is None:
             names = set(features.keys())
@@ -130,15 +155,27 @@ class BaseScorer:
             have = ", ".join(sorted(model.signatures))
             details = f"the model has no signature {signature}, only {have}"
             raise self._fault(grpc.StatusCode.FAILED_PRECONDITION, details)
-        arrays, rows = feature_columns.to_arrays(features, inputs)
-        return signature, arrays, rows
+        outputs = model.outputs(signature)
+        if not outputs:
+            have = ", ".join(sorted(model.signatures[signature].outputs)) or "none"
+            details = f"the signature {signature} has no output {', '.join(OUTPUTS)}, only {have}"
+            raise self._fault(grpc.StatusCode.FAILED_PRECONDITION, details)
+        raw = signature == RAW_SIGNATURE
+        arrays, rows = feature_columns.to_arrays(
+            features, inputs, newest_last=self.newest_last, raw=raw
+        )
+        return Call(signature, outputs, arrays, rows)
 
     def _checked(
-        self, output: Callable[[str], np.ndarray], rows: int, versions: Iterable[int]
+        self,
+        output: Callable[[str], np.ndarray],
+        names: Sequence[str],
+        rows: int,
+        versions: Iterable[int],
     ) -> Scores:
-        """A model's outputs by name as scores; ScoringError if they are not scores."""
+        """A model's outputs of those names as scores; ScoringError if they are not scores."""
         scores = {}
-        for name in OUTPUTS:
+        for name in names:
             try:
                 scores[name] = output(name).astype(np.float32)
             except ValueError as error:
@@ -180,6 +217,8 @@ class Scorer(BaseScorer):
       requests_in_flight: how many requests of one call are sent at once.
       hedge: send a second copy of a slow request; None for never. With it, calls are spread over
         all servers of the address.
+      newest_last: the list features whose newest value is the last one: of a list with more values
+        than the model takes, the last ones are kept. Of other lists the first ones are.
 
     Every method raises UsageError after close(). Those that wait for an answer (all but
     score_future and score_async) also raise it inside a callback of a future, where they would wait
@@ -202,6 +241,7 @@ class Scorer(BaseScorer):
         rows_per_request: int = 4096,
         requests_in_flight: int = 4,
         hedge: Hedge | None = None,
+        newest_last: Collection[str] = (),
     ):
         require_types(
             ("address", address, str, 'a str, "host:port"'),
@@ -235,6 +275,7 @@ class Scorer(BaseScorer):
         self.version = int(version) if isinstance(version, numbers.Integral) else version
         self.timeout, self.rows_per_request = float(timeout), int(rows_per_request)
         self.requests_in_flight = int(requests_in_flight)
+        self.newest_last = names_of_lists(newest_last)
         self._channel = open_channel(address, tls, several_servers=hedge is not None)
         self._proxy = proxy(address)
         self._hedger = Hedger(hedge) if hedge else None
@@ -253,12 +294,14 @@ class Scorer(BaseScorer):
 
         Args:
           features: columns of raw features by name (lists, NumPy arrays, a pandas frame), each
-            [n]; None, NaN, "" and what is masked are missing values. Or ids: `categorical` [n, C],
-            `numerical` [n, N]. Or the one input of `serving_default`: serialized Examples of raw
-            features.
+            [n]; None, NaN, "" and what is masked are missing values. A list or a vector has a
+            sequence in each row; "NAME.weights" may give a weight for each value of list NAME. Or
+            ids: `categorical` [n, C], `numerical` [n, N]. Or the one input of `serving_default`:
+            serialized Examples of raw features.
 
         Returns:
-          "ctr", "cvr", "ctcvr": float32 [n], probabilities; and the `version` that answered.
+          "ctr", "cvr", "ctcvr", or only "ctr", as the model has them: float32 [n], probabilities;
+          and the `version` that answered.
 
         Raises:
           TypeError: `features` has no columns by name, as a list of rows; nothing was sent.
@@ -304,6 +347,11 @@ class Scorer(BaseScorer):
         """What a signature of the model takes, by name; empty if there is no such signature."""
         self._require_open()
         return dict(self._known_model().inputs(signature))
+
+    def outputs(self, signature: str) -> tuple[str, ...]:
+        """The scores that a signature of the model gives; empty if there is no such signature."""
+        self._require_open()
+        return self._known_model().outputs(signature)
 
     def metadata(self) -> Metadata:
         """Asks the server what the model takes and gives. Raises ScoringError."""
@@ -378,7 +426,7 @@ class Scorer(BaseScorer):
         """The requests of one call, some of them at once; a generator of the scores."""
         parts, waiting = [], collections.deque()
         try:
-            for future in self._requests(*self._columns(model, features), version):
+            for future in self._requests(self._prepared(model, features), version):
                 waiting.append(future)
                 if len(waiting) >= self.requests_in_flight:
                     parts.append((yield waiting.popleft()))
@@ -451,73 +499,65 @@ class Scorer(BaseScorer):
         """The requests that one batch of a stream makes."""
         features, known = by_name(features), self._model
         try:
-            columns = self._columns(known or self._known_model(), features)
+            call = self._prepared(known or self._known_model(), features)
         except FeatureError:
             if known is None:
                 raise
             # The server may have a newer version by now, which takes other features.
             self._model = None
-            columns = self._columns(self._known_model(), features)
-        return self._requests(*columns, None)
+            call = self._prepared(self._known_model(), features)
+        return self._requests(call, None)
 
     def _requests(
-        self, signature: str, arrays: Mapping[str, np.ndarray], count: int, version: int | None
+        self, call: Call, version: int | None
     ) -> Iterator["concurrent.futures.Future[Scores]"]:
         """Sends the next request for each `next`; gives the futures of scores, at least one."""
-        for start in range(0, max(1, count), self.rows_per_request):
-            end = min(start + self.rows_per_request, count)
-            yield futures.run(self._request(signature, arrays, start, end, version))
+        for start in range(0, max(1, call.rows), self.rows_per_request):
+            end = min(start + self.rows_per_request, call.rows)
+            yield futures.run(self._request(call, start, end, version))
 
     def _request(
-        self,
-        signature: str,
-        arrays: Mapping[str, np.ndarray],
-        start: int,
-        end: int,
-        version: int | None,
+        self, call: Call, start: int, end: int, version: int | None
     ) -> Generator[object, object, Scores]:
         """A generator: scores the rows from start to end in one request, or if that is above the
         server's message limit, one half after the other."""
         if start == end:
-            return joined([])
+            return call.no_scores()
         try:
             response = yield from self._exchange(
-                self._predict, self._message(signature, arrays, start, end, version)
+                self._predict, self._message(call, start, end, version)
             )
-            return self._scores(response, end - start)
+            return self._scores(response, call.outputs, end - start)
         except RequestTooLarge as error:
             if end - start == 1:
                 error.row = start
                 raise
         middle = (start + end) // 2
-        first = yield from self._request(signature, arrays, start, middle, version)
-        second = yield from self._request(signature, arrays, middle, end, version)
+        first = yield from self._request(call, start, middle, version)
+        second = yield from self._request(call, middle, end, version)
         return joined([first, second])
 
     def _message(
-        self,
-        signature: str,
-        arrays: Mapping[str, np.ndarray],
-        start: int,
-        end: int,
-        version: int | None,
+        self, call: Call, start: int, end: int, version: int | None
     ) -> service_pb2.PredictRequest:
         request = service_pb2.PredictRequest(
             model_spec=self._spec(version),
-            inputs={name: tensors.encode(array[start:end]) for name, array in arrays.items()},
-            output_filter=OUTPUTS,
+            inputs={name: tensors.encode(array) for name, array in call.part(start, end).items()},
+            output_filter=call.outputs,
         )
-        request.model_spec.signature_name = signature
+        request.model_spec.signature_name = call.signature
         return request
 
-    def _scores(self, response: service_pb2.PredictResponse, rows: int) -> Scores:
+    def _scores(
+        self, response: service_pb2.PredictResponse, names: Sequence[str], rows: int
+    ) -> Scores:
         spec, known = response.model_spec, self._model
         versions = [spec.version.value] if spec.HasField("version") else []
         if known and versions and versions != [known.version]:
             # Another version, perhaps with other features: ask before the next call.
             self._model = None
         outputs = response.outputs
-        return self._checked(lambda name: tensors.decode(outputs[name]), rows, versions)
+        return self._checked(lambda name: tensors.decode(outputs[name]), names, rows, versions)
 
     def _known_model(self) -> Model:
         return self._model or self._wait(self._ask())
@@ -581,13 +621,19 @@ def require_types(*arguments: tuple[str, object, type, str]) -> None:
             raise TypeError(f"{name}: found {value!r}, expected {expected}")
 
 
+def names_of_lists(names: Collection[str]) -> frozenset[str]:
+    """The argument `newest_last`. TypeError: it is no collection of names."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"newest_last: found {names!r}, expected a list of names")
+    return frozenset(names)
+
+
 def joined(parts: Sequence[Scores]) -> Scores:
-    """The scores of several requests as one; empty if there is no request."""
+    """The scores of the requests of one call as one."""
     if len(parts) == 1:
         return parts[0]
-    empty = np.zeros(0, np.float32)
     return Scores(
-        {name: np.concatenate([empty, *(part[name] for part in parts)]) for name in OUTPUTS},
+        {name: np.concatenate([part[name] for part in parts]) for name in parts[0]},
         itertools.chain.from_iterable(part.versions for part in parts),
     )
 

@@ -50,6 +50,8 @@ class FakeModel:
         for name, data_type in data_types.items():
             signature.inputs[name].dtype = data_type
             signature.inputs[name].tensor_shape.dim.add(size=-1)
+        for name in ("ctr", "cvr", "ctcvr"):
+            signature.outputs[name].dtype = tensor_pb2.DT_FLOAT
 
     def set_version(self, version: int, *, keep: bool = False):
         self.held = {version} | (self.held if keep else set())
