@@ -31,6 +31,8 @@ TRANSFORMS = ("standardize", "log", "identity", "quantiles")
 OUT_OF_VOCABULARY = 0
 # How a missing value is written where the raw type has no other way: integers have no NaN.
 MISSING_INTEGER = -(2**63)
+# Stands in a list for what is no integer: a value, with id 0, where a missing one is none.
+UNKNOWN_INTEGER = MISSING_INTEGER + 1
 MISSING_STRING = ""
 
 
@@ -75,10 +77,10 @@ class Categorical:
         TensorFlow computes as tf.strings.to_hash_bucket_fast, and BigQuery as FARM_FINGERPRINT.
         """
         if self.hash_buckets:
-            missing = missing_value(self.dtype)
+            without = (None, MISSING_STRING, MISSING_INTEGER, UNKNOWN_INTEGER)
             hashed = (
                 OUT_OF_VOCABULARY
-                if value is None or value == missing
+                if value in without
                 else farmhash.fingerprint64(str(value)) % self.hash_buckets + 1
                 for value in np.asarray(values).tolist()
             )

@@ -14,6 +14,7 @@ from pwiser_tf.errors import DataError
 from pwiser_tf.schema import (
     OUT_OF_VOCABULARY,
     SPLITS,
+    UNKNOWN_INTEGER,
     Categorical,
     Numerical,
     missing_value,
@@ -116,7 +117,7 @@ class Encoder:
             column = f"list_{i}"
             if feature.dtype == "int64":
                 # No integer: unknown, whatever the vocabulary holds.
-                text = f"coalesce({learn.integer('x')}, {_UNKNOWN_INTEGER})"
+                text = f"coalesce({learn.integer('x')}, {UNKNOWN_INTEGER})"
                 column = f"list_transform({column}, lambda x: {text}) AS {column}"
             columns += [column, f"list_length_{i} > {feature.max_length} AS cut_{i}"]
             if feature.weighted:
@@ -243,7 +244,7 @@ class Encoder:
             if len(examples) < _EXAMPLES:
                 rows = np.flatnonzero(unknown & (split == position))
                 for value in values.take(pyarrow.array(rows)).unique().to_pylist():
-                    no_integer = value in (missing_value("int64"), _UNKNOWN_INTEGER)
+                    no_integer = value in (missing_value("int64"), UNKNOWN_INTEGER)
                     text = "(no integer)" if no_integer else str(value)
                     if text not in examples and len(examples) < _EXAMPLES:
                         examples.append(text)
@@ -311,10 +312,6 @@ class Encoder:
         return tuple(features)
 
 
-# A text that is no integer, in an integer feature: no vocabulary holds this one.
-_UNKNOWN_INTEGER = -(2**63) + 1
-
-
 class _Moments:
     """Mean, deviation and range of columns, block by block (Chan, Golub and LeVeque, 1979)."""
 
@@ -370,6 +367,4 @@ def _looked_up(feature: Categorical, column: pyarrow.Array) -> np.ndarray:
     distinct = encoded.dictionary.to_pylist()
     kind = np.int64 if feature.dtype == "int64" else object
     ids = feature.ids(np.array(distinct, kind))
-    if feature.hash_buckets and feature.dtype == "int64":
-        ids = np.where(np.array(distinct) == _UNKNOWN_INTEGER, OUT_OF_VOCABULARY, ids)
     return ids[encoded.indices.to_numpy()]

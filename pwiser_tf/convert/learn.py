@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pwiser_tf.convert.csv_reader import Database
 from pwiser_tf.convert.features import DEFAULT_MINIMUM_COUNT, Feature, Log
 from pwiser_tf.convert.source import Features
-from pwiser_tf.schema import Categorical, IdList, Numerical, Vector
+from pwiser_tf.schema import UNKNOWN_INTEGER, Categorical, IdList, Numerical, Vector
 
 # A feature whose dtype is not stated has integers where at least this share of its values does.
 _INTEGER_SHARE = 0.9
@@ -168,11 +168,10 @@ def _joined(lists: Sequence[str]) -> str:
 def integer(text: str) -> str:
     """SQL: a text as BIGINT where it is an integer ("18", "18.0"), otherwise NULL."""
     number = f"TRY_CAST({text} AS BIGINT)"
-    # The smallest integer stands for a missing one (schema.MISSING_INTEGER).
+    # The two smallest integers stand for a missing and for an unknown value.
     return (
-        f"CASE WHEN CAST({number} AS VARCHAR) = {text} OR "
-        f"regexp_full_match({text}, '{INTEGER_PATTERN}') THEN "
-        f"nullif({number}, -9223372036854775808) END"
+        f"CASE WHEN {number} > {UNKNOWN_INTEGER} AND (CAST({number} AS VARCHAR) = {text} OR "
+        f"regexp_full_match({text}, '{INTEGER_PATTERN}')) THEN {number} END"
     )
 
 

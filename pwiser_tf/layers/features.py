@@ -12,6 +12,7 @@ from pwiser_tf.layers.blocks import l2
 from pwiser_tf.records import PADDING
 from pwiser_tf.schema import (
     OUT_OF_VOCABULARY,
+    UNKNOWN_INTEGER,
     Categorical,
     Numerical,
     Schema,
@@ -79,6 +80,8 @@ class RawFeatures(tf.Module):
             text = tf.strings.as_string(values) if feature.dtype == "int64" else values
             hashed = tf.strings.to_hash_bucket_fast(text, feature.hash_buckets) + 1
             present = tf.not_equal(values, missing_value(feature.dtype))
+            if feature.dtype == "int64":
+                present &= tf.not_equal(values, UNKNOWN_INTEGER)
             return tf.where(present, hashed, tf.constant(OUT_OF_VOCABULARY, tf.int64))
         owner = feature.shares or feature.name
         if owner in self._tables:

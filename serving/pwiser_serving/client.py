@@ -18,9 +18,9 @@ weights of list NAME are in column NAME.weights, or in the text itself behind --
 value without one has weight 1. A list with more values than the model takes is cut.
 
 The output has a row for each row of the input, in its order: the columns of --keep, then the
-model's scores: ctr, cvr and ctcvr, or only ctr. Its suffix chooses the format: .jsonl, .parquet, otherwise CSV; .csv.gz and .jsonl.gz
-are compressed. `--output -` writes a CSV to standard output, as the scores arrive. Without --output
-a table is printed.
+model's scores: ctr, cvr and ctcvr, or only ctr. Its suffix chooses the format: .jsonl, .parquet,
+otherwise CSV; .csv.gz and .jsonl.gz are compressed. `--output -` writes a CSV to standard output,
+as the scores arrive. Without --output a table is printed.
 
 An output file appears whole or not at all. A command that ends early leaves OUTPUT.partial, and the
 same command continues after it: no row is lost or there twice. All rows are scored by the version

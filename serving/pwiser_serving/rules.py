@@ -59,9 +59,9 @@ class Dialect:
     newest_last: tuple[str, ...] = ()
 
 
-# A text for each row, or for a list its texts, None where there is no value; or a column whose values
-# are known already.
-Cells = Sequence[str | None | Sequence[str | None]] | Ragged | np.ndarray
+# A text for each row, or for a list its texts, None where there is no value; or a column whose
+# values are known already.
+Cells = Sequence[str | Sequence[str | None] | None] | Ragged | np.ndarray
 
 
 def columns(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 import grpc
+
 from pwiser_serving.errors import ModelNotFound
 from pwiser_serving.scorer import (
     BaseScorer,

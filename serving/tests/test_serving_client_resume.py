@@ -415,11 +415,11 @@ class Slow(outputs.Partial):
 
 output, rows = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 if rows:
-    with outputs.Partial(output, ["ctr"], {}, resumable=True) as partial:
+    with outputs.Partial(output, {}, resumable=True) as partial:
         partial.begin(1)
         partial.save([{"ctr": np.zeros(rows)}], rows)
         partial.keeps = lambda error: True
-with client._opened(Slow(output, ["ctr"], {}, resumable=True)):
+with client._opened(Slow(output, {}, resumable=True)):
     print("not reached", flush=True)
     signal.pause()
 """
