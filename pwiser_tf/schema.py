@@ -149,7 +149,7 @@ class Numerical:
 
     def clean(self, values: np.ndarray) -> np.ndarray:
         """Raw values [batch], filled and clipped, float64 of float32 precision, as servers have."""
-        values = np.asarray(values, np.float32).astype(np.float64)
+        values = _normal(values).astype(np.float64)
         values = np.where(np.isfinite(values), values, np.float32(self.fill_value))
         if not math.isnan(self.low):
             values = np.clip(values, np.float32(self.low), np.float32(self.high))
@@ -164,8 +164,8 @@ class Numerical:
 
     def buckets(self, values: np.ndarray) -> np.ndarray:
         """Raw values [batch] to ids of buckets, int64 [batch]; missing ones have id 0."""
-        values = np.asarray(values, np.float32)
-        bucket = np.searchsorted(np.array(self.boundaries, np.float32), values, side="right") + 1
+        values = _normal(values)
+        bucket = np.searchsorted(_normal(self.boundaries), values, side="right") + 1
         return np.where(np.isfinite(values), bucket, OUT_OF_VOCABULARY)
 
     @property
@@ -392,6 +392,12 @@ class Schema:
                 found=f"fingerprint {fingerprint}, computed {schema.fingerprint}",
             )
         return schema
+
+
+def _normal(values) -> np.ndarray:
+    """Float32, as TensorFlow computes with it: what is closer to 0 than a normal number is 0."""
+    values = np.asarray(values, np.float32)
+    return np.where(np.abs(values) < np.finfo(np.float32).tiny, np.float32(0), values)
 
 
 def _log(values):

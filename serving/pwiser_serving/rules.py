@@ -119,14 +119,16 @@ def number(text: str) -> float:
       ValueError: it is none, or infinite as float32.
     """
     value = float(text)
-    if not text.isascii() or _NO_BLANKS.search(text) or abs(value) >= _TOO_LARGE:
+    if not text.isascii() or _NO_BLANKS.search(text):
         raise ValueError(text)
-    if len(text) > _SHORT and value == value:
+    if len(text) > _SHORT and math.isfinite(value):
         exact, near = decimal.Decimal(text), decimal.Decimal(value)
         # Rounded twice, a number close to the middle of two float32s could become the wrong one:
         # of the two float64s around it, the odd one is never such a middle.
         if exact != near and math.frexp(value)[0] * 2**53 % 2 == 0:
             value = math.nextafter(value, math.inf if exact > near else -math.inf)
+    if abs(value) >= _TOO_LARGE:
+        raise ValueError(text)
     return value
 
 

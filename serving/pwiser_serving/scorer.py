@@ -155,15 +155,15 @@ class BaseScorer:
             have = ", ".join(sorted(model.signatures))
             details = f"the model has no signature {signature}, only {have}"
             raise self._fault(grpc.StatusCode.FAILED_PRECONDITION, details)
-        outputs = model.outputs(signature)
-        if not outputs:
-            have = ", ".join(sorted(model.signatures[signature].outputs)) or "none"
-            details = f"the signature {signature} has no output {', '.join(OUTPUTS)}, only {have}"
-            raise self._fault(grpc.StatusCode.FAILED_PRECONDITION, details)
         raw = signature == RAW_SIGNATURE
         arrays, rows = feature_columns.to_arrays(
             features, inputs, newest_last=self.newest_last, raw=raw
         )
+        outputs = model.outputs(signature)
+        if not outputs:
+            have = ", ".join(sorted(model.signatures[signature].outputs))
+            details = f"the signature {signature} has no output {OUTPUTS[0]}, only {have}"
+            raise self._fault(grpc.StatusCode.FAILED_PRECONDITION, details)
         return Call(signature, outputs, arrays, rows)
 
     def _checked(

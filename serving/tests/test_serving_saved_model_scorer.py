@@ -217,9 +217,9 @@ def test_a_saved_model_that_does_not_load(tmp_path):
             "the answer's ctr has the shape [], expected [3]",
         ),
         (
-            lambda price: {"ctr": price},
-            grpc.StatusCode.INVALID_ARGUMENT,
-            "output tensor alias not found in signature: cvr",
+            lambda price: {"score": price},
+            grpc.StatusCode.FAILED_PRECONDITION,
+            "the signature predict_raw has no output ctr, only score",
         ),
         (
             lambda price: dict.fromkeys(("ctr", "cvr", "ctcvr"), price * [1, 2]),

@@ -820,7 +820,6 @@ def test_a_killed_server_is_a_typed_error_in_each_thread():
 def test_status_and_metadata_in_plain_python(fake):
     address, model = fake
     model.signatures["predict_raw"].method_name = "tensorflow/serving/predict"
-    model.signatures["predict_raw"].outputs["ctr"].dtype = tensor_pb2.DT_FLOAT
     with Scorer(address, "m") as scorer:
         assert scorer.status() == [
             (99, "END", grpc.StatusCode.NOT_FOUND, "no\nsuch file"),
@@ -831,7 +830,7 @@ def test_status_and_metadata_in_plain_python(fake):
     assert metadata.signatures == {
         "predict_raw": {
             "inputs": {"x": {"type": "float", "shape": [None]}},
-            "outputs": {"ctr": {"type": "float", "shape": []}},
+            "outputs": {n: {"type": "float", "shape": []} for n in ("ctr", "cvr", "ctcvr")},
             "method": "tensorflow/serving/predict",
         }
     }
