@@ -23,6 +23,7 @@ from pwiser_tf.config import VERSION, Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.files import write_text
 from pwiser_tf.models import MODELS, ClickConversionModel
+from pwiser_tf.models.base import RUNNING_MEANS
 from pwiser_tf.records import empty_features
 from pwiser_tf.schema import Schema
 
@@ -100,8 +101,12 @@ def state_checkpoint(workdir: str | os.PathLike, state: tf.train.Checkpoint):
 
 
 def best_checkpoint(workdir: str | os.PathLike, model: ClickConversionModel):
-    """The checkpoint manager of the best epoch's weights."""
-    state = tf.train.Checkpoint(model=model)
+    """The manager of the weights of the best epoch."""
+    # Without the tasks' running means: these are no weights, and differ between versions of this
+    # package.
+    children = tf.train.TrackableView(model).children(model)
+    weights = {name: child for name, child in children.items() if name not in RUNNING_MEANS}
+    state = tf.train.Checkpoint(model=tf.train.Checkpoint(**weights))
     return _manager(pathlib.Path(workdir) / "best", state, keep=1, name="epoch")
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import tensorflow as tf
 
 from pwiser_tf import runs
 from pwiser_tf.errors import DataError
@@ -88,3 +89,11 @@ def test_a_lock_is_released(tmp_path):
         pass
     with runs.locked(tmp_path):
         pass
+
+
+def test_the_best_weights_are_saved_without_the_running_means(trained):
+    """So that a later version, which may keep other means, still loads them."""
+    reader = tf.train.load_checkpoint(str(trained / "best"))
+    names = reader.get_variable_to_shape_map()
+    assert any("_heads" in name for name in names)
+    assert not [name for name in names if "_means" in name or "_tasks" in name]

@@ -23,6 +23,8 @@ from pwiser_tf.tasks import LOSSES, TASKS, LossConfig, Task
 
 CLICK, CONVERSION = TOWERS = ("click", "conversion")
 CONVERSION_HEADS = ("direct", "product")
+# The attributes of a model that hold the running means of its losses.
+RUNNING_MEANS = ("_tasks", "_means")
 # The tower of each task. With the product head, CTCVR also uses the click tower.
 TOWER_OF_TASK = {"ctr": CLICK, "ctcvr": CONVERSION}
 
