@@ -1,0 +1,157 @@
+"""A served model with lists, a sequence with weights and a vector: one score for one row, whatever
+the format in which it comes."""
+
+import csv
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pwiser_serving
+import pyarrow
+import pyarrow.parquet
+import pytest
+from pwiser_serving import client
+
+from pwiser_tf import data, runs
+from pwiser_tf.config import Config
+from pwiser_tf.export import export
+from pwiser_tf.training import train
+from tests.test_convert import convert
+
+FEATURES = """
+[features.item]
+[features.price]
+type = "numerical"
+[features.genres]
+type = "list"
+separator = "|"
+max_length = 3
+[features.history]
+type = "sequence"
+separator = "|"
+weight_separator = ":"
+vocabulary = "item"
+max_length = 4
+newest = "last"
+[features.image]
+type = "vector"
+length = 2
+separator = "|"
+"""
+GENRES = ["drama", "comedy", "crime", "köln", "unknown"]
+ROWS = 400
+
+
+def make_rows() -> dict[str, list]:
+    """Columns of Python values; None is missing, as is a list without values."""
+    random = np.random.default_rng(3)
+    columns = {name: [] for name in ("item", "price", "genres", "history", "history.weights")}
+    columns |= {"image": [], "click": [], "buy": []}
+    for row in range(ROWS):
+        length = int(random.integers(0, 7))
+        columns["item"].append(int(random.integers(1, 20)) if row % 7 else None)
+        columns["price"].append(float(random.normal()) if row % 5 else None)
+        columns["genres"].append(random.choice(GENRES, random.integers(0, 6)).tolist())
+        columns["history"].append(random.integers(1, 30, length).tolist())
+        columns["history.weights"].append(random.integers(0, 9, length).astype(float).tolist())
+        columns["image"].append(random.normal(size=2).tolist() if row % 3 else None)
+        columns["click"].append(int(random.random() < 0.5))
+        columns["buy"].append(int(columns["click"][-1] and random.random() < 0.5))
+    return columns
+
+
+def texts_of(columns: dict[str, list]) -> list[dict[str, str]]:
+    """The rows of a CSV; missing values and values of a list in several spellings."""
+    rows = []
+    for place in range(ROWS):
+        row = {name: values[place] for name, values in columns.items()}
+        pairs = zip(row["history"], row.pop("history.weights"), strict=True)
+        history = [f" {item}{'.0' * (place % 2)}:{weight}" for item, weight in pairs]
+        row["history"] = "|".join([*history, r"\N:3"])
+        row["genres"] = "|".join(["NA", *row["genres"]]) if place % 4 else "|".join(row["genres"])
+        row["image"] = "|".join(map(str, row["image"] or []))
+        for name in ("item", "price"):
+            row[name] = ("null", "")[place % 2] if row[name] is None else str(row[name])
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conversion", [True, False])
+def test_scores_do_not_depend_on_the_format(tmp_path, conversion, capsys):
+    columns = make_rows()
+    with open(tmp_path / "log.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, texts_of(columns)[0])
+        writer.writeheader()
+        writer.writerows(texts_of(columns))
+    labels = '[labels]\nclick = "click"\n' + 'conversion = "buy"\n' * conversion
+    (tmp_path / "log.toml").write_text(labels + FEATURES)
+    (tmp_path / "day.csv").write_bytes((tmp_path / "log.csv").read_bytes())
+    schema = convert(
+        tmp_path / "data",
+        *(f"--features={tmp_path / 'log.toml'}", f"--train={tmp_path / 'log.csv'}"),
+        *("--validation_fraction=0.2", f"--test={tmp_path / 'day.csv'}"),
+    )
+    settings = Config.of(
+        data_dir=str(tmp_path / "data"),
+        model="shared_bottom",
+        **({} if conversion else {"loss": "bce"}),
+        embedding_dim=4,
+        bottom_units=(8,),
+        tower_units=(4,),
+        batch_size=64,
+        epochs=1,
+        learning_rate=0.05,
+    )
+    train(settings, tmp_path / "run")
+    export(tmp_path / "run", tmp_path / "models", "m")
+    model, _, _ = runs.load_run(tmp_path / "run")
+    batches = data.batches(tmp_path / "data", schema, "test", 100)
+    parts = [model(features, training=False) for features, _ in batches]
+    outputs = ["ctr", "cvr", "ctcvr"] if conversion else ["ctr"]
+    assert list(parts[0]) == outputs
+    wanted = {name: np.concatenate([part[name] for part in parts]) for name in outputs}
+
+    raw = {name: v for name, v in columns.items() if name not in ("click", "buy")}
+    with pwiser_serving.SavedModelScorer(
+        tmp_path / "models" / "m", newest_last=["history"], rows_per_request=64
+    ) as scorer:
+        scores = scorer.score(raw)
+        assert list(scores) == outputs
+        assert list(scorer.score({name: [] for name in raw})) == outputs
+    for name in outputs:
+        np.testing.assert_allclose(scores[name], wanted[name], rtol=1e-5)
+
+    pyarrow.parquet.write_table(pyarrow.table(raw), tmp_path / "rows.parquet")
+    lines = (dict(zip(raw, row, strict=True)) for row in zip(*raw.values(), strict=True))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    packed = pyarrow.compress((tmp_path / "log.csv").read_bytes(), "zstd", asbytes=True)
+    (tmp_path / "rows.csv").write_bytes(packed)
+    command = [sys.executable, "-m", "pwiser_serving.server", "--port=0", "--model_name=m"]
+    command += [f"--model_base_path={tmp_path / 'models' / 'm'}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        try:
+            port = server.stdout.readline().split(":")[-1].strip()
+            with pwiser_serving.Scorer(f"localhost:{port}", "m", newest_last=["history"]) as scorer:
+                again = scorer.score(raw)
+            for file in ("rows.csv", "rows.parquet", "rows.jsonl"):
+                client.main(
+                    [
+                        *("score", f"--server=localhost:{port}", "--model=m"),
+                        *(f"--input={tmp_path / file}", f"--output={tmp_path / 'scores.csv'}"),
+                        *("--newest_last=history", "--keep=item"),
+                    ]
+                )
+                with open(tmp_path / "scores.csv", newline="") as written:
+                    rows = list(csv.DictReader(written))
+                assert list(rows[0]) == ["item", *outputs]
+                for name in outputs:
+                    found = np.array([row[name] for row in rows], np.float32)
+                    np.testing.assert_array_equal(found, again[name], file)
+                    np.testing.assert_allclose(found, scores[name], rtol=1e-6)
+        finally:
+            server.terminate()
+    assert len(np.unique(again["ctr"])) > ROWS // 2
