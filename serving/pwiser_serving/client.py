@@ -422,7 +422,7 @@ def _parser() -> command_line.Parser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, run, timeout, told in (
-        ("score", _score, 30.0, "score a CSV, Parquet or TFRecord of raw features"),
+        ("score", _score, 30.0, "score a CSV, JSON lines, Parquet or TFRecord of raw features"),
         ("status", _status, 5.0, "the state of each version; exit code 0 if one is AVAILABLE"),
         ("metadata", _metadata, 5.0, "the model's signatures, their inputs and outputs"),
     ):
@@ -455,7 +455,7 @@ def _parser() -> command_line.Parser:
             add(
                 "--missing",
                 type=_marks,
-                default=default.missing,
+                default=",".join(default.missing),
                 help="the texts that stand for a missing value, a,b,c",
             )
             add("--separator", default=default.separator, help="between the values of a list")
@@ -467,7 +467,7 @@ def _parser() -> command_line.Parser:
             add(
                 "--newest_last",
                 type=_names,
-                default=(),
+                default="",
                 help="the lists, a,b,c, of which the last values are kept where there are more "
                 'than the model takes (newest = "last" in the feature file); of others the first',
             )
