@@ -303,7 +303,7 @@ class JsonFile(BaseFile):
 def _cell(value) -> str | list[str | None]:
     """A value of JSON as texts."""
     if isinstance(value, list):
-        return [None if element is None else _cell(element) for element in value]
+        return [v if isinstance(v, str | None) else json.dumps(v) for v in value]
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value)

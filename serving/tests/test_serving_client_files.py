@@ -570,3 +570,14 @@ def test_parquet_values_are_read_as_their_texts(run, tmp_path):
         found = [json.loads(line) for line in output.read_text().splitlines()]
         for row, values in zip(found, (("acme", 3, 0.5), ("acme", -1, NAN)), strict=True):
             assert row == pytest.approx(serving_model.expected(*values, bias=0.0), rel=1e-6)
+
+
+def test_zstd_is_known_by_its_content(run, fake, tmp_path):
+    path, output = tmp_path / "c.csv", tmp_path / "s.csv"
+    packed = pa.compress(TEXT, "zstd", asbytes=True)
+    path.write_bytes(packed)
+    assert run(path, f"--output={output}", "--keep=id", address=fake[0])[0] == 0
+    assert output.read_bytes() == SCORES
+    path.write_bytes(packed[:-9])
+    code, _, err = run(path, address=fake[0])
+    assert (code, err) == (2, f"error: {path}: not readable as zstd: Truncated compressed stream\n")

@@ -239,6 +239,11 @@ def test_lists_of_parquet(score, tmp_path):
             "column history: the file has no such column",
         ),
         ("c.jsonl", '{"words": "a"\n', "row 1: not JSON"),
+        (
+            "c.jsonl",
+            '{"words": [], "history": [], "image": [[1], 2]}',
+            "row 1, column image: found '[\"1\"]', expected a finite number",
+        ),
         ("c.jsonl", "\n[1]\n", "row 2: found '[1]\\n', expected a JSON object"),
     ],
 )
