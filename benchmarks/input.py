@@ -46,7 +46,8 @@ def _generate(folder: pathlib.Path) -> Schema:
         numbers = random.random((rows, generated.NUMBERS), np.float32)
         grades = random.choice(3, rows, p=[0.95, 0.045, 0.005])
         categories = random.integers(0, ids[0], (rows, len(ids)))
-        encoded = records.encode(categories, numbers, grades, np.arange(rows))
+        made = records.Rows(categories, numbers, grades, np.arange(rows))
+        encoded, _ = records.encode(made)
         shards.append(Shard(f"train-{number}.tfrecord", rows, encoded.nbytes))
         encoded.tofile(folder / shards[-1].file)
     return generated.schema(ids, FLAGS.rows, tuple(shards))
@@ -76,7 +77,7 @@ def _parse_then_batch(folder, schema):
 
 
 PIPELINES = {
-    "pwiser-tf: shards parsed and shuffled whole": _ours,
+    "pwiser-tf: shards shuffled whole, batches parsed whole": _ours,
     "shuffle rows, parse batches": _batch_then_parse,
     "shuffle rows, parse rows": _parse_then_batch,
 }
