@@ -161,6 +161,9 @@ class _Expressions:
                     column=column,
                 )
             text = f"CAST({text} AS VARCHAR)"
+            if self._file.is_integer(column):
+                # Which no missing mark is.
+                return text
             # CSV files are read so already.
             return f"CASE WHEN NOT {_among(text, self._log.missing)} THEN {text} END"
         return text
@@ -169,6 +172,9 @@ class _Expressions:
         """A column as FLOAT; infinity, which is refused with its place, where it is no number."""
         if isinstance(self._file, CsvFile) and self._file.kinds.get(column) is NUMBER:
             return self._file.column(column)
+        is_parquet = isinstance(self._file, ParquetFile) and column not in self._partitions
+        if is_parquet and self._file.is_number(column):
+            return f"CAST({self._file.column(column)} AS FLOAT)"
         return _parsed(self._text(column))
 
     def _label(self, column: str) -> str:

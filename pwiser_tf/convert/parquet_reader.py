@@ -59,6 +59,14 @@ class ParquetFile:
             or pyarrow.types.is_fixed_size_list(kind)
         )
 
+    def is_number(self, name: str) -> bool:
+        """Whether a column holds integers or floats."""
+        return self.is_integer(name) or pyarrow.types.is_floating(self.types[name])
+
+    def is_integer(self, name: str) -> bool:
+        """Whether a column holds integers."""
+        return pyarrow.types.is_integer(self.types[name])
+
     def column(self, name: str) -> str:
         """What SQL calls the column of that name, in `table`."""
         return f"column_{list(self.kinds).index(name)}"
