@@ -2,25 +2,19 @@
 
 import importlib.metadata
 import os
-import pathlib
 import platform
 import subprocess
 import sys
 import tempfile
 
+from pwiser_tf.machine import processor
+
 
 def header() -> str:
     """What stands above a table: "Intel Xeon ..., 2 cores, Python 3.11.7, TensorFlow 2.21.0"."""
-    processor = platform.processor() or platform.machine()
-    facts = pathlib.Path("/proc/cpuinfo")
-    for line in facts.read_text().splitlines() if facts.exists() else ():
-        if line.startswith("model name"):
-            processor = line.partition(":")[2].strip()
-            break
     cores, tensorflow = os.cpu_count(), importlib.metadata.version("tensorflow")
-    return (
-        f"{processor}, {cores} cores, Python {platform.python_version()}, TensorFlow {tensorflow}"
-    )
+    python = platform.python_version()
+    return f"{processor()}, {cores} cores, Python {python}, TensorFlow {tensorflow}"
 
 
 def run(module: str, *arguments: str) -> str:

@@ -145,6 +145,28 @@ def test_mixed_line_endings_and_a_trailing_delimiter(log):
     _same(_convert(log, f"--train={log / 'trailing.csv'}", name="trailing")[1], expected)
 
 
+def test_mixed_line_endings_do_not_hide_a_wrong_quote(tmp_path):
+    for cell, row in (('"2"x', 3), ('"2', 5)):
+        (tmp_path / "log.csv").write_text(f"item,c\r\n1,0\n{cell},1\n3,0\n4,1\n", newline="")
+        with pytest.raises(DataError, match=f"row {row}: a closing quote at the end of the cell"):
+            convert(
+                *(tmp_path / "out", f"--train={tmp_path / 'log.csv'}", "--categorical=item"),
+                *("--click=c", *FLAGS),
+            )
+
+
+def test_quantiles_are_of_clipped_numbers(log, capsys):
+    (log / "log.toml").write_text(
+        '[labels]\nclick = "c"\n[features.n]\ntype = "numerical"\ntransform = "quantiles"\n'
+        "buckets = 4\nclip = [10, 20]\n"
+    )
+    path = _csv(log / "log.csv", [[str(n), str(n % 2)] for n in range(100)], ["n", "c"])
+    schema, rows = _convert(log, f"--train={path}")
+    assert schema.numerical[0].boundaries == (20.0,)
+    assert rows["categorical"][:, 0].tolist() == [1] * 20 + [2] * 80
+    assert "no column of conversions: the model will have CTR only" in capsys.readouterr().out
+
+
 def test_parquet_with_lists_and_partitions(log):
     _, expected = _convert(log, f"--train={_csv(log / 'log.csv')}")
     (log / "log.toml").write_text(

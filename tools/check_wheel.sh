@@ -22,3 +22,13 @@ pwiser train --data_dir=data --workdir=run --model=shared_bottom \
 pwiser evaluate --workdir=run
 pwiser export --workdir=run --export_dir=models --model_name=sample
 test -s models/sample/1/saved_model.pb
+
+# What needs the extras.
+pip install --quiet --disable-pip-version-check -c "$source/constraints.txt" \
+    "$(echo "$folder"/wheels/*.whl)[all]"
+small=(--model=shared_bottom --embedding_dim=4 --bottom_units=16 --tower_units=8 --epochs=1)
+pwiser tune --data_dir=data --workdir=tuned "${small[@]}" --batch_size=256 --trials=1
+test -s tuned-tune/best.flags
+model=shared_bottom:embedding_dim=4:bottom_units=16:tower_units=8:epochs=1:batch_size=256
+pwiser study --data=data --output_dir=table --models="$model" --losses=bce,pwiser --seeds=1
+test -s table/table.md

@@ -321,6 +321,8 @@ def report(schema: Schema) -> str:
     lines.append(f"{len(schema.numerical)} numerical")
     if schema.vectors:
         lines.append(f"{len(schema.vectors)} vectors")
+    if not schema.conversion:
+        lines.append("no column of conversions: the model will have CTR only")
     lines += [f"{name.replace('_', ' ')}: {value}" for name, value in schema.notes.items()]
     return "\n".join(lines)
 

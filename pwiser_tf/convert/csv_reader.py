@@ -262,6 +262,8 @@ class CsvFile:
         endings = set(re.findall(rb"\r\n|\n", re.sub(rb'"[^"]*"', b"", start)))
         # DuckDB reads both in one file only where it is less strict about quotes.
         self._mixed_endings = len(endings) > 1
+        if self._mixed_endings:
+            self._check_quotes()
         try:
             with self._open() as file:
                 # Decoding goes ahead of the first record: what follows is DuckDB's to check.
@@ -274,6 +276,21 @@ class CsvFile:
         except csv.Error as error:
             raise DataError(f"a CSV file ({error})", file=self.shown, row=1) from None
         return record
+
+    def _check_quotes(self) -> None:
+        """DataError where a quoted cell goes on behind its closing quote, or has none."""
+        with self._open() as file:
+            text = io.TextIOWrapper(file, "utf-8-sig", "replace", newline="")
+            reader = self._reader(text, strict=True)
+            try:
+                for _ in reader:
+                    pass
+            except csv.Error as error:
+                raise DataError(
+                    f"a closing quote at the end of the cell ({error})",
+                    file=self.shown,
+                    row=reader.line_num,
+                ) from None
 
     def _mixed_line_endings(self) -> DataError | None:
         first, quoted = None, False
@@ -309,11 +326,11 @@ class CsvFile:
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise DataError(f"a whole gzip file ({error})", file=self.shown) from None
 
-    def _reader(self, text: Iterable[str]):
+    def _reader(self, text: Iterable[str], strict: bool = False):
         """Python's reader of the same dialect."""
         if not self.quote:
             return csv.reader(text, delimiter=self.delimiter, quoting=csv.QUOTE_NONE)
-        return csv.reader(text, delimiter=self.delimiter, quotechar=self.quote)
+        return csv.reader(text, delimiter=self.delimiter, quotechar=self.quote, strict=strict)
 
 
 def check_columns(wanted: Iterable[str], names: Sequence[str], delimiter: str, file) -> None:

@@ -22,6 +22,9 @@ from pwiser_tf.schema import (
 
 _TRAIN = SPLITS.index("train")
 _EXAMPLES = 3
+# What is counted of a feature: rows; rows without a value; unknown values; lists that were cut;
+# values (of a list, a row has several).
+_ROWS, _MISSING, _UNKNOWN, _CUT, _VALUES = range(_KINDS := 5)
 # A share of missing or unknown values that exceeds twice that of training by this is reported.
 _ALARMING_SHARE = 0.1
 
@@ -30,8 +33,7 @@ class Coverage:
     """How many values of each feature were missing or unknown, and lists cut, by split.
 
     Attributes:
-      counts: feature to int64 [splits, 5]: rows, of them missing (lists: empty), unknown values,
-        lists that were cut, values (not lists: the rows).
+      counts: feature to int64 [splits, kinds], the kinds being _ROWS, _MISSING and so on.
       examples: (feature, split) to some unknown values.
     """
 
@@ -48,17 +50,18 @@ class Coverage:
     def add_all(self, name: str, kind: int, counts: np.ndarray) -> None:
         """Adds counts, int64 [splits]."""
         if name not in self.counts:
-            self.counts[name] = np.zeros((len(SPLITS), 5), np.int64)
+            self.counts[name] = np.zeros((len(SPLITS), _KINDS), np.int64)
         self.counts[name][:, kind] += counts
 
     def shares(self) -> dict[str, dict[str, list[float]]]:
         """Feature to split to the shares of rows that are missing, of values that are unknown, and
         of rows whose list was cut."""
+        shares, wholes = [_MISSING, _UNKNOWN, _CUT], [_ROWS, _VALUES, _ROWS]
         return {
             name: {
-                split: (row[1:4] / np.maximum(row[[0, 4, 0]], 1)).round(6).tolist()
+                split: (row[shares] / np.maximum(row[wholes], 1)).round(6).tolist()
                 for split, row in zip(SPLITS, counts, strict=True)
-                if row[0]
+                if row[_ROWS]
             }
             for name, counts in self.counts.items()
         }
@@ -95,7 +98,10 @@ class Encoder:
     def __init__(self, source: Source, features: Features):
         self._source = source
         self._features = features
-        self._moments = _Moments(len(features.numerical))
+        # The columns of the numerical array whose statistics the schema does not have yet.
+        values = [feature for feature in features.numerical if feature.transform != "quantiles"]
+        self._unmeasured = [i for i, feature in enumerate(values) if _is_unmeasured(feature)]
+        self._moments = _Moments(len(self._unmeasured))
         log = source.log
         self._columns: dict[str, Feature] = {feature.name: feature for feature in log.features}
         self._segments: list[dict[str, int]] = [{} for _ in log.segments]
@@ -186,17 +192,15 @@ class Encoder:
             column = self._columns[feature.name].column
             bad = np.isinf(values) if source.missing else ~np.isfinite(values)
             refuse_where(bad, column, "a finite number")
-            self.coverage.add_all(feature.name, 0, rows_of_splits)
-            self.coverage.add(feature.name, 1, split, np.isnan(values))
+            self.coverage.add_all(feature.name, _ROWS, rows_of_splits)
+            self.coverage.add(feature.name, _MISSING, split, np.isnan(values))
             if feature.transform == "quantiles":
                 ids.append(feature.buckets(values))
             else:
                 numbers.append(feature.apply(values)[:, None])
-        self._moments.add(
-            np.concatenate(numbers, axis=1)[(split == _TRAIN) & (grade >= 0)]
-            if numbers
-            else np.zeros((0, 0), np.float32)
-        )
+        if self._unmeasured:
+            measured = np.concatenate([numbers[i] for i in self._unmeasured], axis=1)
+            self._moments.add(measured[(split == _TRAIN) & (grade >= 0)])
         for i, vector in enumerate(features.vectors):
             numbers.append(self._vector(vector, batch[f"vector_{i}"], refuse_where))
         lists = {
@@ -230,15 +234,15 @@ class Encoder:
         filled = pyarrow.compute.fill_null(values, missing_value(feature.dtype))
         found = _looked_up(feature, filled)
         unknown = (found == OUT_OF_VOCABULARY) & ~absent
-        self.coverage.add(feature.name, 0, split)
-        self.coverage.add(feature.name, 1, split, absent)
+        self.coverage.add(feature.name, _ROWS, split)
+        self.coverage.add(feature.name, _MISSING, split, absent)
         self._count(feature.name, filled, split, unknown)
         return found
 
     def _count(self, name: str, values, split, unknown) -> None:
         coverage = self.coverage
-        coverage.add(name, 4, split)
-        coverage.add(name, 2, split, unknown)
+        coverage.add(name, _VALUES, split)
+        coverage.add(name, _UNKNOWN, split, unknown)
         for position in np.unique(split[unknown]).tolist():
             examples = coverage.examples.setdefault((name, position), [])
             if len(examples) < _EXAMPLES:
@@ -257,9 +261,9 @@ class Encoder:
         ids = _looked_up(feature, values)
         of_values = np.repeat(split, lengths)
         self._count(feature.name, values, of_values, ids == OUT_OF_VOCABULARY)
-        self.coverage.add(feature.name, 0, split)
-        self.coverage.add(feature.name, 1, split, lengths == 0)
-        self.coverage.add(feature.name, 3, split, _bools(batch[f"cut_{i}"]))
+        self.coverage.add(feature.name, _ROWS, split)
+        self.coverage.add(feature.name, _MISSING, split, lengths == 0)
+        self.coverage.add(feature.name, _CUT, split, _bools(batch[f"cut_{i}"]))
         weights = None
         if feature.weighted:
             weights = batch[f"weights_{i}"].flatten().to_numpy(zero_copy_only=False)
@@ -302,14 +306,18 @@ class Encoder:
         """The numerical features, with the statistics of the training rows encoded so far."""
         moments, place, features = self._moments, 0, []
         for feature in self._features.numerical:
-            if feature.transform == "identity" and np.isnan(feature.low):
+            if _is_unmeasured(feature):
                 mean, std = learn.settled(float(moments.mean[place]), float(moments.std[place]))
                 low, high = float(moments.low[place]), float(moments.high[place])
                 statistics = {"mean": mean, "std": std, "low": low, "high": high}
                 feature = dataclasses.replace(feature, fill_value=mean, **statistics)
-            place += feature.transform != "quantiles"
+                place += 1
             features.append(feature)
         return tuple(features)
+
+
+def _is_unmeasured(feature: Numerical) -> bool:
+    return feature.transform == "identity" and np.isnan(feature.low)
 
 
 class _Moments:
@@ -326,21 +334,19 @@ class _Moments:
         return np.sqrt(self._squares / max(self._count, 1))
 
     def add(self, block: np.ndarray) -> None:
-        """Adds rows, float32 [n, columns]; columns that the block does not have stay."""
+        """Adds rows, float32 [n, columns]."""
         if not len(block):
             return
-        columns = block.shape[1]
-        block_mean = block.mean(axis=0, dtype=np.float64)
-        count, difference = self._count + len(block), block_mean - self.mean[:columns]
-        centred = block - block_mean
-        self._squares[:columns] += np.einsum("ij,ij->j", centred, centred)
-        self._squares[:columns] += difference**2 * (self._count * len(block) / count)
-        self.mean[:columns] += difference * (len(block) / count)
+        mean = block.mean(axis=0, dtype=np.float64)
+        count, difference = self._count + len(block), mean - self.mean
+        centred = block - mean
+        self._squares += np.einsum("ij,ij->j", centred, centred)
+        self._squares += difference**2 * (self._count * len(block) / count)
+        self.mean += difference * (len(block) / count)
         low, high = block.min(axis=0), block.max(axis=0)
         if self._count:
-            low, high = np.minimum(low, self.low[:columns]), np.maximum(high, self.high[:columns])
-        self.low[:columns], self.high[:columns] = low, high
-        self._count = count
+            low, high = np.minimum(low, self.low), np.maximum(high, self.high)
+        self.low, self.high, self._count = low, high, count
 
 
 def _columns(arrays: list[np.ndarray], rows: int, dtype) -> np.ndarray:

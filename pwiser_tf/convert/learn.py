@@ -225,10 +225,7 @@ def numbers(database: Database, rows: str, features: Sequence[Feature]) -> tuple
         return ()
     aggregates = []
     for i, feature in enumerate(features):
-        # Not finite: missing, or what the writing pass refuses with its place.
-        value = f"CASE WHEN isfinite(numerical_{i}) THEN CAST(numerical_{i} AS DOUBLE) END"
-        if feature.clip:
-            value = f"greatest(least({value}, {feature.clip[1]!r}), {feature.clip[0]!r})"
+        value = _number(i, feature)
         scaled = value
         if feature.transform == "log":
             scaled = f"sign({value}) * ln(1 + abs({value}))"
@@ -254,11 +251,19 @@ def numbers(database: Database, rows: str, features: Sequence[Feature]) -> tuple
     return tuple(made)
 
 
+def _number(i: int, feature: Feature) -> str:
+    """SQL: a number as DOUBLE, clipped; NULL if it is missing, or what the writing pass refuses."""
+    value = f"CASE WHEN isfinite(numerical_{i}) THEN CAST(numerical_{i} AS DOUBLE) END"
+    if feature.clip:
+        value = f"greatest(least({value}, {feature.clip[1]!r}), {feature.clip[0]!r})"
+    return value
+
+
 def _quantiles(database: Database, rows: str, i: int, feature: Feature) -> tuple[float, ...]:
     """The rising values at which buckets with about equally many rows begin, but the first."""
     sampled = (
-        f"SELECT numerical_{i} AS value FROM (SELECT numerical_{i}, row_number() OVER () AS row, "
-        f"count(*) OVER () AS rows FROM ({rows})) "
+        f"SELECT {_number(i, feature)} AS value FROM (SELECT numerical_{i}, "
+        f"row_number() OVER () AS row, count(*) OVER () AS rows FROM ({rows})) "
         f"WHERE row % greatest(rows // {_QUANTILE_ROWS}, 1) = 0 AND isfinite(value)"
     )
     shares = [k / feature.buckets for k in range(1, feature.buckets)]
