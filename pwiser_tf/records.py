@@ -209,6 +209,12 @@ def encode(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
     return out, place
 
 
+def checksums(encoded: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """The checksum of each row, uint32 [n], from what `encode` returned."""
+    footers = place[1:, None] - _FOOTER.size + np.arange(_FOOTER.size)
+    return encoded[footers].view("<u4")[:, 0]
+
+
 def _scatter(out: np.ndarray, places: np.ndarray, block: np.ndarray) -> None:
     """Writes row r of block, uint8 [n, width], into out at places[r]."""
     width = block.shape[1]

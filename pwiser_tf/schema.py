@@ -420,7 +420,8 @@ def _load(cls, entry: dict):
 
 def _save_categorical(feature: Categorical, folder: pathlib.Path, file: str) -> dict:
     """A feature's JSON; writes its vocabulary file, where it has one of its own."""
-    entry = dataclasses.asdict(feature)
+    # Not asdict, which copies each value of a vocabulary.
+    entry = {field.name: getattr(feature, field.name) for field in dataclasses.fields(feature)}
     if feature.shares or feature.hash_buckets:
         del entry["vocabulary"]
     elif isinstance(feature.vocabulary, range):
@@ -429,8 +430,8 @@ def _save_categorical(feature: Categorical, folder: pathlib.Path, file: str) -> 
         # One JSON value a line, so that no value, however odd, can break a line.
         file = f"{VOCABULARY_FOLDER}/{file}.jsonl"
         (folder / VOCABULARY_FOLDER).mkdir(exist_ok=True)
-        lines = (json.dumps(value, ensure_ascii=False) for value in feature.vocabulary)
-        (folder / file).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        values = json.dumps(feature.vocabulary, ensure_ascii=False, separators=("\n", ":"))[1:-1]
+        (folder / file).write_text(values + "\n" * bool(values), encoding="utf-8")
         entry["vocabulary"] = {"file": file, "count": len(feature.vocabulary)}
     return entry
 
@@ -445,7 +446,8 @@ def _load_categorical(cls, entry: dict, folder: pathlib.Path, vocabularies: dict
     elif "file" in source:
         text = (folder / source["file"]).read_text(encoding="utf-8")
         # Not splitlines(): that also splits at characters which JSON leaves as they are.
-        vocabulary = tuple(json.loads(line) for line in text.split("\n") if line)
+        values = ",".join(line for line in text.split("\n") if line)
+        vocabulary = tuple(json.loads(f"[{values}]"))
         if len(vocabulary) != source["count"]:
             raise DataError(
                 f"{source['count']} values", file=folder / source["file"], found=len(vocabulary)

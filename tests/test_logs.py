@@ -197,6 +197,46 @@ def test_parquet_with_lists_and_partitions(log):
     _same(found, {key: values[order] for key, values in expected.items()})
 
 
+@pytest.mark.parametrize("dtype", ["int64", "string"])
+def test_texts_and_integers_of_several_files_are_the_same_values(tmp_path, dtype):
+    """One feature in a CSV and in Parquet files of several types."""
+    (tmp_path / "log.toml").write_text(
+        '[labels]\nclick = "clicked"\n'
+        f'[features.item]\ndtype = "{dtype}"\nmin_count = 1\n'
+        '[features.past]\ntype = "list"\nseparator = "|"\nvocabulary = "item"\n'
+    )
+    items, past = [5, None, 7, 9], [[7, 5], [None], None, [1, 7]]
+    cells = [["5", "7|5"], ["", "NA"], ["7", ""], ["9", "1|7"]]
+    _csv(
+        tmp_path / "a.csv",
+        [[*cell, str(i % 2)] for i, cell in enumerate(cells)],
+        ["item", "past", "clicked"],
+    )
+    clicked = pyarrow.array([0, 1, 0, 1])
+    for name, kind in {"b": "int32", "c": "uint64", "d": "string"}.items():
+        cast = (lambda value: None if value is None else str(value)) if kind == "string" else int
+        table = {
+            "item": pyarrow.array([cast(i) if i is not None else None for i in items], kind),
+            "past": pyarrow.array(
+                [p and [v if v is None else cast(v) for v in p] for p in past],
+                pyarrow.list_(pyarrow.type_for_alias(kind)),
+            ),
+            "clicked": clicked,
+        }
+        pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / f"{name}.parquet")
+    found = [
+        _convert(tmp_path, f"--train={tmp_path / file}", name=f"out-{file}")[1]
+        for file in ("a.csv", "b.parquet", "c.parquet", "d.parquet")
+    ]
+    for other in found[1:]:
+        _same(found[0], other)
+    both = f"--train={tmp_path / 'a.csv'},{tmp_path / 'b.parquet'}"
+    schema, rows = _convert(tmp_path, both, name="out-both")
+    first = schema.categorical[0]
+    assert rows["categorical"][:, 0].tolist() == rows["categorical"][:, 0].tolist()[:4] * 2
+    assert first.ids(np.array([5, 7, 9]) if dtype == "int64" else np.array(["5", "7", "9"])).all()
+
+
 def test_parquet_faults_have_their_place(log):
     table = pyarrow.table({"item": [1, 2], "clicked": [0, 7], "bought": [0, 0]})
     pyarrow.parquet.write_table(table, log / "log.parquet")

@@ -70,7 +70,6 @@ def open_files(
         test=parts[2],
         learn=learn.of_log,
         missing=True,
-        texts=True,
         source=log.to_json(),
     )
 
@@ -126,7 +125,10 @@ class _Expressions:
         log = self._log
         found = {}
         for i, feature in enumerate(log.of_type("categorical")):
-            found[f"categorical_{i}"] = self._text(feature.column)
+            if self._is_integer(feature.column):
+                found[f"categorical_{i}"] = f"CAST({self._file.column(feature.column)} AS BIGINT)"
+            else:
+                found[f"categorical_{i}"] = self._text(feature.column)
         for i, feature in enumerate(log.of_type("list", "sequence")):
             found |= self._list(i, feature)
         for i, feature in enumerate(log.of_type("numerical")):
@@ -147,6 +149,12 @@ class _Expressions:
             found[f"segment_{i}"] = self._text(column)
         return found
 
+    def _is_integer(self, column: str, or_list: bool = False) -> bool:
+        """Whether a column holds integers that BIGINT can hold, and which need no parsing."""
+        if not isinstance(self._file, ParquetFile) or column in self._partitions:
+            return False
+        return self._file.is_integer(column, or_list)
+
     def _text(self, column: str) -> str:
         """A column as text, NULL where it is missing."""
         if column in self._partitions:
@@ -161,7 +169,7 @@ class _Expressions:
                     column=column,
                 )
             text = f"CAST({text} AS VARCHAR)"
-            if self._file.is_integer(column):
+            if self._is_integer(column):
                 # Which no missing mark is.
                 return text
             # CSV files are read so already.
@@ -178,6 +186,8 @@ class _Expressions:
         return _parsed(self._text(column))
 
     def _label(self, column: str) -> str:
+        if self._is_integer(column):
+            return self._file.column(column)
         text = self._text(column)
         word = f"lower(trim({text}))"
         number = f"TRY_CAST({text} AS FLOAT)"
@@ -188,8 +198,11 @@ class _Expressions:
         )
 
     def _elements(self, feature: Feature) -> str:
-        """A list's values, VARCHAR[] without blanks around them; empty where it is missing."""
+        """A list's values; empty where it is missing. BIGINT[] if they are integers, otherwise
+        VARCHAR[] without blanks around them."""
         column, file = feature.column, self._file
+        if self._is_integer(column, or_list=True) and not self._is_integer(column):
+            return f"coalesce(CAST({file.column(column)} AS BIGINT[]), [])"
         if isinstance(file, ParquetFile) and column in file.kinds and file.is_list(column):
             elements = f"CAST({file.column(column)} AS VARCHAR[])"
         elif feature.separator:
@@ -206,13 +219,21 @@ class _Expressions:
     def _list(self, i: int, feature: Feature) -> dict[str, str]:
         """list_i, weights_i where it has weights, and list_length_i, the length before the cut."""
         elements = self._elements(feature)
+        last = feature.type == "sequence" and feature.newest == "last"
+        cut = f"-{feature.max_length}, -1" if last else f"1, {feature.max_length}"
+        if not feature.weighted:
+            kept = f"list_filter({elements}, lambda x: {self._is_present('x', feature)})"
+            return {
+                f"list_{i}": f"list_slice({kept}, {cut})",
+                f"list_length_{i}": f"len({kept})",
+            }
         if feature.weight_separator:
             mark = literal(feature.weight_separator)
             # A value without a weight counts once.
             weight = f"CASE WHEN contains(x, {mark}) THEN split_part(x, {mark}, 2) ELSE '1' END"
             pair = f"{{'value': trim(split_part(x, {mark}, 1)), 'weight': {_parsed(weight)}}}"
             pairs = f"list_transform({elements}, lambda x: {pair})"
-        elif feature.weights:
+        else:
             file = self._file
             if not (isinstance(file, ParquetFile) and file.is_list(feature.weights)):
                 raise DataError(
@@ -225,20 +246,19 @@ class _Expressions:
                 f"list_transform(list_zip({elements}, {weights}), "
                 "lambda x: {'value': x[1], 'weight': x[2]})"
             )
-        else:
-            pairs = f"list_transform({elements}, lambda x: {{'value': x, 'weight': 1}})"
-        # A missing value in a list is no value of it.
-        missing = _among("x.value", self._log.missing)
-        kept = f"list_filter({pairs}, lambda x: x.value IS NOT NULL AND NOT {missing})"
-        last = feature.type == "sequence" and feature.newest == "last"
-        cut = f"-{feature.max_length}, -1" if last else f"1, {feature.max_length}"
-        found = {
+        kept = f"list_filter({pairs}, lambda x: {self._is_present('x.value', feature)})"
+        return {
             f"list_{i}": f"list_transform(list_slice({kept}, {cut}), lambda x: x.value)",
             f"list_length_{i}": f"len({kept})",
+            f"weights_{i}": f"list_transform(list_slice({kept}, {cut}), lambda x: x.weight)",
         }
-        if feature.weighted:
-            found[f"weights_{i}"] = f"list_transform(list_slice({kept}, {cut}), lambda x: x.weight)"
-        return found
+
+    def _is_present(self, value: str, feature: Feature) -> str:
+        """SQL: whether a value of a list is not missing; a missing one is no value of it."""
+        present = f"{value} IS NOT NULL"
+        if self._is_integer(feature.column, or_list=True):
+            return present
+        return f"{present} AND NOT {_among(value, self._log.missing)}"
 
 
 def _parsed(text: str) -> str:

@@ -273,7 +273,7 @@ def _write(
     writers = [output.SplitWriter(folder, name, shards) for name in SPLITS]
     for part in source.parts:
         row = 0
-        query = encoder.project(cut.rows(source, part))
+        query = encoder.project(database, cut.rows(source, part))
         for batch in database.batches(query, "writing", part.size):
             rows, split = encoder.encode(batch, part, row)
             for position, writer in enumerate(writers):

@@ -411,6 +411,11 @@ class Database:
                 cursor.interrupt()
                 raise
 
+    def types(self, sql: str) -> dict[str, str]:
+        """The columns of a query and their SQL types."""
+        with self._cursor() as cursor:
+            return {name: kind for name, kind, *_ in cursor.execute(f"DESCRIBE {sql}").fetchall()}
+
     def batches(self, sql: str, label: str, size: int) -> Iterator[pyarrow.RecordBatch]:
         """The rows of a query in order, in batches; the bar goes to `size` bytes."""
         with self._cursor() as cursor, _progress(label, size, "B") as bar:

@@ -8,6 +8,7 @@ import pyarrow.compute
 
 from pwiser_tf import records
 from pwiser_tf.convert import learn
+from pwiser_tf.convert.csv_reader import Database
 from pwiser_tf.convert.features import Feature
 from pwiser_tf.convert.source import Features, Part, Source
 from pwiser_tf.errors import DataError
@@ -107,21 +108,25 @@ class Encoder:
         self._segments: list[dict[str, int]] = [{} for _ in log.segments]
         self.coverage = Coverage()
 
-    def project(self, rows: str) -> str:
+    def project(self, database: Database, rows: str) -> str:
         """The SQL query whose batches `encode` takes, from one with a Part's columns and split."""
-        features, log = self._features, self._source.log
+        features, log, types = self._features, self._source.log, database.types(rows)
         columns = []
         for i, feature in enumerate(features.categorical):
             column = f"categorical_{i}"
-            if feature.dtype == "int64" and self._source.texts:
+            if feature.dtype == "string":
+                columns.append(f"CAST({column} AS VARCHAR) AS {column}")
+            elif types[column] == "BIGINT":
+                columns.append(column)
+            else:
                 columns.append(f"{learn.integer(column)} AS {column}")
                 # So that a text that is no integer is told from a missing one.
                 columns.append(f"{column} IS NULL AS missing_{i}")
-            else:
-                columns.append(column)
         for i, feature in enumerate(features.lists):
             column = f"list_{i}"
-            if feature.dtype == "int64":
+            if feature.dtype == "string":
+                column = f"CAST({column} AS VARCHAR[]) AS {column}"
+            elif types[column] != "BIGINT[]":
                 # No integer: unknown, whatever the vocabulary holds.
                 text = f"coalesce({learn.integer('x')}, {UNKNOWN_INTEGER})"
                 column = f"list_transform({column}, lambda x: {text}) AS {column}"

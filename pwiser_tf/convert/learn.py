@@ -128,20 +128,24 @@ def vocabularies(
     database.query(
         "CREATE OR REPLACE TABLE seen (position INTEGER, value VARCHAR, count BIGINT)", "counting"
     )
-    for start in range(0, len(columns), _COLUMNS_A_SCAN):
-        values, positions = [], []
-        for column, is_list, feature in columns[start : start + _COLUMNS_A_SCAN]:
-            k = position[feature.vocabulary or feature.name]
-            if is_list:
-                values.append(column)
-                positions.append(f"list_transform({column}, lambda x: {k})")
-            else:
-                values.append(f"[CAST({column} AS VARCHAR)]")
-                positions.append(f"[{k}]")
+    types = database.types(rows)
+    at = {column: position[feature.vocabulary or feature.name] for column, _, feature in columns}
+    # Texts and integers apart: integers are counted as such, which is faster.
+    scalars = sorted(
+        (column for column, is_list, _ in columns if not is_list), key=lambda column: types[column]
+    )
+    # (the values of a row, their positions) of each scan.
+    scans = []
+    for start in range(0, len(scalars), _COLUMNS_A_SCAN):
+        chosen = scalars[start : start + _COLUMNS_A_SCAN]
+        positions = [at[column] for column in chosen]
+        scans.append((f"[{', '.join(chosen)}]", f"unnest({positions})"))
+    scans += [(column, str(at[column])) for column, is_list, _ in columns if is_list]
+    for values, positions in scans:
         database.query(
-            "INSERT INTO seen SELECT position, value, count(*) FROM ("
-            f"SELECT unnest({_joined(values)}) AS value, unnest({_joined(positions)}) AS position "
-            f"FROM ({rows})) WHERE value IS NOT NULL GROUP BY ALL",
+            "INSERT INTO seen SELECT position, CAST(value AS VARCHAR), count(*) FROM ("
+            f"SELECT unnest({values}) AS value, {positions} AS position FROM ({rows})) "
+            "WHERE value IS NOT NULL GROUP BY position, value",
             "counting values",
         )
     integer_shares = _integer_shares(database)
@@ -158,11 +162,6 @@ def vocabularies(
         )
     database.query("DROP TABLE seen", "clearing up")
     return found
-
-
-def _joined(lists: Sequence[str]) -> str:
-    """SQL: several lists as one."""
-    return f"flatten([{', '.join(lists)}])"
 
 
 def integer(text: str) -> str:

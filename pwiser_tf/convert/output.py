@@ -142,8 +142,7 @@ class SplitWriter:
         ends = np.cumsum(counts)
         encoded, place = records.encode(rows.take(order))
         if self._sampled < _SAMPLED_ROWS:
-            bounds = zip(place[:-1].tolist(), place[1:].tolist(), strict=True)
-            self._distinct.update(hash(encoded[a:b].tobytes()) for a, b in bounds)
+            self._distinct.update(records.checksums(encoded, place).tolist())
             self._sampled += len(rows)
         for shard in np.unique(shard_of).tolist():
             begin, end = ends[shard] - counts[shard], ends[shard]

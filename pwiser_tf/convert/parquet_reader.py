@@ -63,9 +63,12 @@ class ParquetFile:
         """Whether a column holds integers or floats."""
         return self.is_integer(name) or pyarrow.types.is_floating(self.types[name])
 
-    def is_integer(self, name: str) -> bool:
-        """Whether a column holds integers."""
-        return pyarrow.types.is_integer(self.types[name])
+    def is_integer(self, name: str, or_list: bool = False) -> bool:
+        """Whether a column holds integers, or lists of them, that fit into 64 bits with a sign."""
+        kind = self.types[name]
+        if or_list and self.is_list(name):
+            kind = kind.value_type
+        return pyarrow.types.is_integer(kind) and not pyarrow.types.is_uint64(kind)
 
     def column(self, name: str) -> str:
         """What SQL calls the column of that name, in `table`."""

@@ -36,7 +36,7 @@ class Part(Protocol):
         """An SQL query with these columns, whose rows come in the order of the files:
 
         categorical_0, ...   BIGINT or VARCHAR, NULL where missing
-        list_0, ...          VARCHAR[] without missing values, cut to its max_length
+        list_0, ...          BIGINT[] or VARCHAR[] without missing values, cut to its max_length
         list_length_0, ...   BIGINT, its length before the cut
         weights_0, ...       FLOAT[] beside list_0, where it has weights
         numerical_0, ...     FLOAT, NULL where missing
@@ -76,7 +76,6 @@ class Source:
       train, validation, test: the parts; the last two are empty where they are to be cut from
         `train`.
       learn: learns vocabularies and statistics from the training rows.
-      texts: whether categories are texts, of which integer features are parsed.
       missing: whether a feature may be missing; if not, an empty cell is an error.
       expected_label: what a message calls a right label.
       source: for the schema's: what reads more such data.
@@ -90,7 +89,6 @@ class Source:
     test: tuple[Part, ...]
     learn: Learn
     missing: bool
-    texts: bool = False
     expected_label: str = "0 or 1"
     source: dict = dataclasses.field(default_factory=dict)
     notes: dict[str, str] = dataclasses.field(default_factory=dict)
