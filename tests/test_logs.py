@@ -230,11 +230,23 @@ def test_texts_and_integers_of_several_files_are_the_same_values(tmp_path, dtype
     ]
     for other in found[1:]:
         _same(found[0], other)
-    both = f"--train={tmp_path / 'a.csv'},{tmp_path / 'b.parquet'}"
-    schema, rows = _convert(tmp_path, both, name="out-both")
-    first = schema.categorical[0]
-    assert rows["categorical"][:, 0].tolist() == rows["categorical"][:, 0].tolist()[:4] * 2
-    assert first.ids(np.array([5, 7, 9]) if dtype == "int64" else np.array(["5", "7", "9"])).all()
+    every = ",".join(str(tmp_path / f) for f in ("a.csv", "b.parquet", "c.parquet", "d.parquet"))
+    schema, rows = _convert(tmp_path, f"--train={every}", "--shards=1", name="out-every")
+    ids = rows["categorical"][:, 0].tolist()
+    assert ids == ids[:4] * 4
+    known = schema.categorical[0].ids(
+        np.array(["5", "7", "9"], object if dtype == "string" else int)
+    )
+    assert ids[:4] == [known[0], 0, known[1], known[2]] and known.all()
+
+
+def test_a_fault_in_one_of_many_parquet_files_has_its_place(tmp_path):
+    for k, clicks in enumerate([[0, 1], [1, 0, 0], [0, 2]]):
+        table = pyarrow.table({"item": ["a"] * len(clicks), "clicked": clicks})
+        pyarrow.parquet.write_table(table, tmp_path / f"{k}.parquet")
+    flags = ["--categorical=item", "--click=clicked", *FLAGS]
+    with pytest.raises(DataError, match=r"2\.parquet, row 2, column clicked: found '?2'?, exp"):
+        convert(tmp_path / "out", f"--train={tmp_path / '*.parquet'}", *flags)
 
 
 def test_parquet_faults_have_their_place(log):

@@ -1,5 +1,6 @@
 """Anybody's log, CSV or Parquet, its columns named by a feature file or by flags, as a Source."""
 
+import itertools
 import pathlib
 import re
 import urllib.parse
@@ -17,7 +18,7 @@ from pwiser_tf.convert.csv_reader import (
 )
 from pwiser_tf.convert.features import Feature, Log
 from pwiser_tf.convert.parquet_reader import ParquetFile, is_parquet
-from pwiser_tf.convert.source import FilePart, Source, group_key, paths
+from pwiser_tf.convert.source import FilePart, ParquetPart, Part, Source, group_key, paths
 from pwiser_tf.errors import DataError
 
 _PARTITION = re.compile(r"([^=/]+)=([^/]*)")
@@ -60,8 +61,8 @@ def open_files(
                 )
             seen[identity] = f"--{split} as {path}"
             opened.append(_open(path, log, kinds, delimiter, header, quote))
-        database.files += [part.file for part in opened]
-        parts.append(tuple(opened))
+        database.files += [file for file, _ in opened]
+        parts.append(_parts(opened))
     return Source(
         dataset="columns",
         log=log,
@@ -101,7 +102,8 @@ def partitions(path: str) -> dict[str, str]:
     return {name: urllib.parse.unquote(value) for name, value in found}
 
 
-def _open(path, log, kinds, delimiter, header, quote) -> FilePart:
+def _open(path, log, kinds, delimiter, header, quote) -> tuple[CsvFile | ParquetFile, dict]:
+    """A file, and the SQL of a relation's columns."""
     of_folders = {name: value for name, value in partitions(path).items() if name in kinds}
     inside = {column: kind for column, kind in kinds.items() if column not in of_folders}
     if is_parquet(path):
@@ -110,7 +112,27 @@ def _open(path, log, kinds, delimiter, header, quote) -> FilePart:
         file = CsvFile(
             path, inside, delimiter=delimiter, names=header, quote=quote, missing=log.missing
         )
-    return FilePart(file, _Expressions(file, log, of_folders).all())
+    return file, _Expressions(file, log, of_folders).all()
+
+
+def _parts(opened: Sequence[tuple[CsvFile | ParquetFile, dict]]) -> tuple[Part, ...]:
+    """Files as parts; Parquet files of the same types that follow each other are one part, since a
+    query for each of many small files would take long."""
+
+    def alike(entry: tuple[int, tuple[CsvFile | ParquetFile, dict]]) -> tuple:
+        number, (file, expressions) = entry
+        if isinstance(file, CsvFile):
+            return (number,)
+        return expressions, [file.types[column] for column in file.kinds]
+
+    parts: list[Part] = []
+    for _, entries in itertools.groupby(enumerate(opened), alike):
+        files, (expressions, *_) = zip(*(entry for _, entry in entries), strict=True)
+        if isinstance(files[0], CsvFile):
+            parts.append(FilePart(files[0], expressions))
+        else:
+            parts.append(ParquetPart(files, expressions))
+    return tuple(parts)
 
 
 class _Expressions:

@@ -130,17 +130,16 @@ def vocabularies(
     )
     types = database.types(rows)
     at = {column: position[feature.vocabulary or feature.name] for column, _, feature in columns}
-    # Texts and integers apart: integers are counted as such, which is faster.
-    scalars = sorted(
-        (column for column, is_list, _ in columns if not is_list), key=lambda column: types[column]
-    )
     # (the values of a row, their positions) of each scan.
-    scans = []
-    for start in range(0, len(scalars), _COLUMNS_A_SCAN):
-        chosen = scalars[start : start + _COLUMNS_A_SCAN]
-        positions = [at[column] for column in chosen]
-        scans.append((f"[{', '.join(chosen)}]", f"unnest({positions})"))
-    scans += [(column, str(at[column])) for column, is_list, _ in columns if is_list]
+    scans = [(column, str(at[column])) for column, is_list, _ in columns if is_list]
+    scalars = [column for column, is_list, _ in columns if not is_list]
+    # One array has one type.
+    for kind in dict.fromkeys(types[column] for column in scalars):
+        of_kind = [column for column in scalars if types[column] == kind]
+        for start in range(0, len(of_kind), _COLUMNS_A_SCAN):
+            chosen = of_kind[start : start + _COLUMNS_A_SCAN]
+            positions = [at[column] for column in chosen]
+            scans.append((f"[{', '.join(chosen)}]", f"unnest({positions})"))
     for values, positions in scans:
         database.query(
             "INSERT INTO seen SELECT position, CAST(value AS VARCHAR), count(*) FROM ("

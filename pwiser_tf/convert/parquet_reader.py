@@ -8,7 +8,7 @@ import duckdb
 import pyarrow
 import pyarrow.parquet
 
-from pwiser_tf.convert.csv_reader import Kind, check_columns, literal
+from pwiser_tf.convert.csv_reader import Kind, check_columns, literals
 from pwiser_tf.errors import DataError
 
 _MAGIC = b"PAR1"
@@ -74,13 +74,21 @@ class ParquetFile:
         """What SQL calls the column of that name, in `table`."""
         return f"column_{list(self.kinds).index(name)}"
 
-    def table(self) -> str:
-        """The SQL table that reads the wanted columns of the file."""
-        path = "".join(f"[{c}]" if c in "*?[" else c for c in str(self.path))
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return pyarrow.parquet.read_metadata(self.path).num_rows
+
+    def table(self, more: Sequence["ParquetFile"] = ()) -> str:
+        """The SQL table that reads the wanted columns of the file, and of more such files."""
+        # DuckDB expands *, ? and [ in a path; a bracket expression of one character is itself.
+        paths = [
+            "".join(f"[{c}]" if c in "*?[" else c for c in str(file.path)) for file in (self, *more)
+        ]
         columns = ", ".join(
             '"{}" AS {}'.format(name.replace('"', '""'), self.column(name)) for name in self.kinds
         )
-        source = f"read_parquet({literal(path)}, hive_partitioning=false)"
+        source = f"read_parquet({literals(paths)}, hive_partitioning=false)"
         return f"(SELECT {columns or '1 AS column_0'} FROM {source})"
 
     def fault(self, row: int, column: str, expected: str) -> DataError:

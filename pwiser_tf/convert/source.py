@@ -101,9 +101,9 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class FilePart:
-    """A part that is one file; `expressions` maps a relation's columns to SQL."""
+    """A part that is one CSV file; `expressions` maps a relation's columns to SQL."""
 
-    file: CsvFile | ParquetFile
+    file: CsvFile
     expressions: dict[str, str]
 
     @property
@@ -119,6 +119,33 @@ class FilePart:
 
     def fault(self, row: int, column: str, expected: str) -> DataError:
         return self.file.fault(row, column, expected)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParquetPart:
+    """A part that is one or several Parquet files with the same types; one query reads them."""
+
+    files: tuple[ParquetFile, ...]
+    expressions: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return str(self.files[0].shown)
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def relation(self) -> str:
+        first, *more = self.files
+        return select(self.expressions, first.table(more))
+
+    def fault(self, row: int, column: str, expected: str) -> DataError:
+        for file in self.files:
+            if row < file.rows:
+                break
+            row -= file.rows
+        return file.fault(row, column, expected)
 
 
 @dataclasses.dataclass(frozen=True)
