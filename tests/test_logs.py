@@ -234,10 +234,10 @@ def test_texts_and_integers_of_several_files_are_the_same_values(tmp_path, dtype
     schema, rows = _convert(tmp_path, f"--train={every}", "--shards=1", name="out-every")
     ids = rows["categorical"][:, 0].tolist()
     assert ids == ids[:4] * 4
-    known = schema.categorical[0].ids(
-        np.array(["5", "7", "9"], object if dtype == "string" else int)
-    )
-    assert ids[:4] == [known[0], 0, known[1], known[2]] and known.all()
+    values = np.array([5, 7, 9]) if dtype == "int64" else np.array(["5", "7", "9"], object)
+    five, seven, nine = schema.categorical[0].ids(values)
+    assert ids[:4] == [five, 0, seven, nine]
+    assert min(five, seven, nine) > 0
 
 
 def test_a_fault_in_one_of_many_parquet_files_has_its_place(tmp_path):
@@ -454,7 +454,7 @@ def test_rows_that_are_there_twice_are_told(tmp_path, capsys):
     _simple(tmp_path, lines)
     assert "equal another one" not in capsys.readouterr().err
     _simple(tmp_path, lines * 2)
-    assert "train: 50% of the rows equal another one in all features" in capsys.readouterr().err
+    assert "50% of the rows equal another one in all features" in capsys.readouterr().err
 
 
 def test_groups_in_two_splits_are_counted(tmp_path, capsys):

@@ -16,7 +16,6 @@ import signal
 import sys
 from collections.abc import Callable
 
-import numpy as np
 from absl import flags
 
 from pwiser_tf.convert import aliccp, aliexpress, columns, learn, output, splits
@@ -270,26 +269,21 @@ def _write(
     shards: int,
 ) -> dict[str, Split]:
     """Encodes all rows and writes their shards; returns the splits."""
-    writers = [output.SplitWriter(folder, name, shards) for name in SPLITS]
+    writer = output.Writer(folder, shards)
     for part in source.parts:
         row = 0
         query = encoder.project(database, cut.rows(source, part))
         for batch in database.batches(query, "writing", part.size):
-            rows, split = encoder.encode(batch, part, row)
-            for position, writer in enumerate(writers):
-                chosen = np.flatnonzero(split == position)
-                if len(chosen):
-                    writer.write(rows if len(chosen) == len(rows) else rows.take(chosen))
+            writer.write(*encoder.encode(batch, part, row))
             row += batch.num_rows
         if not row:
             raise DataError("found no rows, expected some below the header", file=part.name)
-    copies = writers[SPLITS.index("train")].copies
-    if copies > _ALARMING_COPIES:
+    if writer.copies > _ALARMING_COPIES:
         database.warnings.append(
-            f"train: {copies:.0%} of the rows equal another one in all features and labels: was a "
+            f"{writer.copies:.0%} of the rows equal another one in all features and labels: was a "
             "file joined or logged twice?"
         )
-    return {name: writer.close() for name, writer in zip(SPLITS, writers, strict=True)}
+    return writer.close()
 
 
 def report(schema: Schema) -> str:

@@ -1,5 +1,6 @@
 """The output folder, which appears whole or not at all, and the shards in it."""
 
+import collections
 import contextlib
 import ctypes
 import errno
@@ -111,68 +112,82 @@ def _sync(path: pathlib.Path) -> None:
 _SAMPLED_ROWS = 100_000
 
 
-class SplitWriter:
-    """Writes one split's records to shards: row i goes to shard i % shards, or its group decides.
+class Writer:
+    """Writes the records of all splits to shards: row i of a split goes to its shard i % shards, or
+    its group decides.
 
     Each shard is thus a sample of the whole split, in its order, and holds groups whole. Few rows
     make fewer shards.
+
+    Args:
+      folder: of the shards. shards: the files of each split.
     """
 
-    def __init__(self, folder: pathlib.Path, name: str, shards: int):
+    def __init__(self, folder: pathlib.Path, shards: int):
         self._folder = folder
-        self._name = name
         self._shards = shards
+        # A shard's number is that of its split times `shards`, plus its own.
         self._files: dict[int, io.BufferedWriter] = {}
-        self._rows_in = [0] * shards
-        self._checksums = [0] * shards
-        self.rows = self.clicks = self.conversions = self.dropped = 0
+        self._rows_in, self._checksums = collections.Counter(), collections.Counter()
+        # Of each split: rows, clicks, conversions, dropped rows.
+        self._counts = np.zeros((len(schema.SPLITS), 4), np.int64)
         self._sampled, self._distinct = 0, set()
 
-    def write(self, rows: records.Rows) -> None:
-        """Appends rows; drops those with grade -1."""
-        kept = rows.grade >= 0
-        if not kept.all():
-            self.dropped += int(np.sum(~kept))
-            rows = rows.take(np.flatnonzero(kept))
-        grade, group = rows.grade, rows.group
-        dealt = self.rows + np.arange(len(rows)) if group is None else scattered(group)
-        shard_of = (dealt % self._shards).astype(np.int64)
+    def write(self, rows: records.Rows, split: np.ndarray) -> None:
+        """Appends rows; drops those with grade -1. split: positions in SPLITS, int8 [n]."""
+        counts = self._counts
+        dealt = np.empty(len(rows), np.uint64)
+        for position, rows_before in enumerate(counts[:, 0].tolist()):
+            here = split == position
+            kept = np.flatnonzero(here & (rows.grade >= 0))
+            grade = rows.grade[kept]
+            dealt[kept] = rows_before + np.arange(len(kept))
+            clicks, conversions = np.count_nonzero(grade >= 1), np.count_nonzero(grade == 2)
+            dropped = np.count_nonzero(here) - len(kept)
+            counts[position] += len(kept), clicks, conversions, dropped
+        if rows.group is not None:
+            dealt = scattered(rows.group)
+        shard_of = split.astype(np.int64) * self._shards + (dealt % self._shards).astype(np.int64)
         order = np.argsort(shard_of, kind="stable")
-        counts = np.bincount(shard_of, minlength=self._shards)
-        ends = np.cumsum(counts)
+        order = order[rows.grade[order] >= 0]
         encoded, place = records.encode(rows.take(order))
         if self._sampled < _SAMPLED_ROWS:
             self._distinct.update(records.checksums(encoded, place).tolist())
-            self._sampled += len(rows)
-        for shard in np.unique(shard_of).tolist():
-            begin, end = ends[shard] - counts[shard], ends[shard]
-            if shard not in self._files:
-                self._files[shard] = open(self._path(shard), "wb")  # noqa: SIM115
-            content = encoded[place[begin] : place[end]].tobytes()
-            self._files[shard].write(content)
-            self._checksums[shard] = crc32c.crc32c(content, self._checksums[shard])
-            self._rows_in[shard] += int(counts[shard])
-        self.rows += len(rows)
-        self.clicks += int(np.sum(grade >= 1))
-        self.conversions += int(np.sum(grade == 2))
+            self._sampled += len(order)
+        numbers, starts = np.unique(shard_of[order], return_index=True)
+        ends = np.append(starts, len(order))[1:]
+        for number, start, end in zip(
+            *map(np.ndarray.tolist, (numbers, starts, ends)), strict=True
+        ):
+            if number not in self._files:
+                self._files[number] = open(self._path(number), "wb")  # noqa: SIM115
+            content = encoded[place[start] : place[end]].data
+            self._files[number].write(content)
+            self._checksums[number] = crc32c.crc32c(content, self._checksums[number])
+            self._rows_in[number] += end - start
 
     @property
     def copies(self) -> float:
-        """The share of rows that equal an earlier one, among the first ones."""
+        """The share of rows that equal an earlier one, among the first ones of all splits."""
         return 1 - len(self._distinct) / max(self._sampled, 1)
 
-    def close(self) -> schema.Split:
-        """Names the shards by their final count and returns what was written."""
-        shards = []
-        for number, (shard, file) in enumerate(sorted(self._files.items())):
-            file.close()
-            name = f"{self._name}-{number:05d}-of-{len(self._files):05d}.tfrecord"
-            size = self._path(shard).rename(self._folder / name).stat().st_size
-            shards.append(schema.Shard(name, self._rows_in[shard], size, self._checksums[shard]))
-        return schema.Split(self.rows, self.clicks, self.conversions, self.dropped, tuple(shards))
+    def close(self) -> dict[str, schema.Split]:
+        """Names the shards by their final count and returns the splits, also those without rows."""
+        splits = {}
+        for position, name in enumerate(schema.SPLITS):
+            mine = sorted(number for number in self._files if number // self._shards == position)
+            shards = []
+            for k, number in enumerate(mine):
+                self._files[number].close()
+                file = f"{name}-{k:05d}-of-{len(mine):05d}.tfrecord"
+                size = self._path(number).rename(self._folder / file).stat().st_size
+                found = file, self._rows_in[number], size, self._checksums[number]
+                shards.append(schema.Shard(*found))
+            splits[name] = schema.Split(*self._counts[position].tolist(), tuple(shards))
+        return splits
 
-    def _path(self, shard: int) -> pathlib.Path:
-        return self._folder / f"{self._name}-{shard:05d}"
+    def _path(self, number: int) -> pathlib.Path:
+        return self._folder / f"shard-{number:05d}"
 
 
 def scattered(group: np.ndarray) -> np.ndarray:
