@@ -165,7 +165,10 @@ def test_quantiles_are_of_clipped_numbers(log, capsys):
     schema, rows = _convert(log, f"--train={path}")
     assert schema.numerical[0].boundaries == (20.0,)
     assert rows["categorical"][:, 0].tolist() == [1] * 20 + [2] * 80
-    assert "no column of conversions: the model will have CTR only" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no column of conversions: the model will have CTR only" in printed
+    assert printed.splitlines()[0].split() == ["split", "rows", "clicks", "CTR", "%"]
+    assert printed.splitlines()[1].split() == ["train", "100", "50", "50.000"]
 
 
 def test_parquet_with_lists_and_partitions(log):
