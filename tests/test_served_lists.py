@@ -13,6 +13,7 @@ import pwiser_serving
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tensorflow as tf
 from pwiser_serving import client
 
 from pwiser_tf import data, runs
@@ -110,6 +111,45 @@ def make_model(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def check_widths(version: pathlib.Path, raw: dict[str, list], ctr: np.ndarray) -> None:
+    """predict_raw takes lists of any number of columns, in Python and through a Session."""
+    lists = {"genres": "", "history": -(2**63), "history.weights": 0.0}
+    missing = lists | {"item": -(2**63), "price": np.nan, "image": [np.nan] * 2}
+    lengths = [max(map(len, row)) for row in zip(raw["genres"], raw["history"], strict=True)]
+    requests = []
+    for width in (1, 2, 9):
+        rows = [row for row, length in enumerate(lengths) if length <= width]
+        sent = {}
+        for name, filler in missing.items():
+            values = [raw[name][row] for row in rows]
+            if name in lists:
+                sent[name] = [value + [filler] * (width - len(value)) for value in values]
+            else:
+                sent[name] = [filler if value is None else value for value in values]
+        requests.append((sent, ctr[rows]))
+    predict_raw = tf.saved_model.load(str(version)).signatures["predict_raw"]
+    for sent, wanted in requests:
+        found = predict_raw(**{name.replace(".", "_"): values for name, values in sent.items()})
+        np.testing.assert_allclose(found["ctr"], wanted, rtol=1e-5)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(version))
+        signature = loaded.signature_def["predict_raw"]
+        # What a client cuts and fills up to.
+        sizes = {name: signature.inputs[name].tensor_shape.dim[1].size for name in lists}
+        assert sizes == {"genres": 3, "history": 4, "history.weights": 4}
+
+        def run(sent):
+            feed = {signature.inputs[name].name: values for name, values in sent.items()}
+            return session.run(signature.outputs["ctr"].name, feed)
+
+        for sent, wanted in requests:
+            np.testing.assert_allclose(run(sent), wanted, rtol=1e-5)
+        # One column of weights would be broadcast.
+        sent["history.weights"] = [row[:1] for row in sent["history.weights"]]
+        with pytest.raises(tf.errors.InvalidArgumentError, match="history have another shape"):
+            run(sent)
+
+
 @contextlib.contextmanager
 def serving(folder: pathlib.Path):
     """The port of a local server of the model."""
@@ -154,6 +194,7 @@ def test_scores_do_not_depend_on_the_format(tmp_path, conversion):
         assert list(scorer.score({name: [] for name in raw})) == outputs
     for name in outputs:
         np.testing.assert_allclose(scores[name], wanted[name], rtol=1e-5)
+    check_widths(tmp_path / "models" / "m" / "1", raw, scores["ctr"])
 
     pyarrow.parquet.write_table(pyarrow.table(raw), tmp_path / "rows.parquet")
     lines = (dict(zip(raw, row, strict=True)) for row in zip(*raw.values(), strict=True))
