@@ -16,9 +16,9 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from pwiser_serving import features, rules
+from pwiser_serving.base_scorer import RAW_SIGNATURE
 from pwiser_serving.errors import FeatureError, shorten
 from pwiser_serving.protos import tensor_pb2
-from pwiser_serving.scorer import RAW_SIGNATURE
 
 # Stands for standard input, or output, in place of a file's path.
 STANDARD = pathlib.Path("-")

@@ -56,6 +56,7 @@ import grpc
 import numpy as np
 
 from pwiser_serving import command_line, outputs, rules
+from pwiser_serving.base_scorer import OUTPUTS, RAW_SIGNATURE
 from pwiser_serving.candidates import (
     STANDARD,
     CandidateError,
@@ -65,7 +66,7 @@ from pwiser_serving.candidates import (
 )
 from pwiser_serving.connection import TLS
 from pwiser_serving.errors import FeatureError, ModelNotFound, RequestTooLarge, ScoringError
-from pwiser_serving.scorer import OUTPUTS, RAW_SIGNATURE, Scorer
+from pwiser_serving.scorer import Scorer
 
 # The rows of so many requests make a part of the output: a command that ends early loses no more.
 _REQUESTS_PER_PART = 16
