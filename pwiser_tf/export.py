@@ -6,7 +6,8 @@ It writes <export_dir>/<model_name>/<version>/; the version is the highest one t
 model has three signatures, which all return ctr, cvr and ctcvr, float [batch]:
 
     serving_default  examples: string [batch], serialized tf.train.Examples of raw features
-    predict_raw      one tensor [batch] per raw feature: int64, string or float
+    predict_raw      one tensor [batch] per raw feature: int64, string or float; of a list [batch,
+                     max_length], or any other length
     predict          categorical: int64 [batch, C] and numerical: float [batch, N], as in the
                      records (ids, transformed values): the fast path
 
@@ -90,11 +91,20 @@ class ServedModel(tf.Module):
         self._call_model, self.read_variables = _with_constants(
             lambda inputs: model(inputs, training=False), features
         )
+        # Of predict_raw's lists and weights. The graph takes any; a client cuts and fills up
+        # to this one, which the SignatureDef states.
+        self.lengths = {
+            name: feature.max_length
+            for feature in schema.lists
+            for name in (feature.name, *([f"{feature.name}.weights"] if feature.weighted else []))
+        }
         example_spec = self._example_spec()
         self.python_names = _python_names(example_spec)
         self.aliases = _aliases(self.python_names)
         raw = {
-            name: _spec(self.aliases[name], spec.dtype, *self._lengths().get(name, spec.shape))
+            name: _spec(
+                self.aliases[name], spec.dtype, *([None] if name in self.lengths else spec.shape)
+            )
             for name, spec in example_spec.items()
         }
         self.functions = {
@@ -125,12 +135,6 @@ class ServedModel(tf.Module):
                 spec[name] = tf.io.FixedLenSequenceFeature([], tf.float32, True, 0.0)
         return spec
 
-    def _lengths(self) -> dict[str, tuple[int]]:
-        """The columns of predict_raw's lists, by name."""
-        lengths = {feature.name: (feature.max_length,) for feature in self._schema.lists}
-        weighted = [feature for feature in self._schema.lists if feature.weighted]
-        return lengths | {f"{feature.name}.weights": (feature.max_length,) for feature in weighted}
-
     def _examples(self, inputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         return self._raw(tf.io.parse_example(inputs["examples"], self._example_spec()))
 
@@ -139,6 +143,12 @@ class ServedModel(tf.Module):
 
     def _features(self, features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         # A server does not check shapes against the signature, and one column would be broadcast.
+        for name in (feature.name for feature in self._schema.lists if feature.weighted):
+            tf.debugging.assert_equal(
+                tf.shape(features[f"weights/{name}"]),
+                tf.shape(features[f"ids/{name}"]),
+                f"the weights of list {name} have another shape than its values",
+            )
         outputs = self._call_model(
             {
                 name: tf.ensure_shape(values, [None, self._widths[name]])
@@ -296,7 +306,8 @@ def _feature_aliases(names: Iterable[str]) -> dict[str, str]:
 
 
 def _restore_names(folder: pathlib.Path, served: ServedModel) -> None:
-    """Replaces the aliases of predict_raw's inputs by the features' names in the saved file.
+    """Replaces the aliases of predict_raw's inputs by the features' names in the saved file, and
+    states the lengths of lists.
 
     A server reads them from the SignatureDef. tf.saved_model.load reads the parameters of a
     function and their types from the object graph.
@@ -306,7 +317,10 @@ def _restore_names(folder: pathlib.Path, served: ServedModel) -> None:
     (graph,) = saved_model.meta_graphs
     own = {alias: name for name, alias in served.aliases.items()}
     python = {alias: served.python_names[name] for alias, name in own.items()}
-    _rename(graph.signature_def["predict_raw"].inputs, own)
+    inputs = graph.signature_def["predict_raw"].inputs
+    _rename(inputs, own)
+    for name, length in served.lengths.items():
+        inputs[name].tensor_shape.dim[1].size = length
     features = {alias: name for name, alias in served.feature_aliases.items()}
     _rename(graph.signature_def["predict"].inputs, features)
 

@@ -23,6 +23,7 @@ _TASK_STYLE = {
     "cvr": {"color": "#009E73", "linestyle": "-."},
 }
 _GRADES = ("exposure only", "click, no conversion", "conversion")
+_GRADES_OF_CTR_ONLY = ("exposure only", "click")
 _GRADE_STYLE = (
     {"color": "#7F7F7F", "linestyle": ":"},
     {"color": "#E69F00", "linestyle": "-"},
@@ -69,7 +70,8 @@ def plot_evaluation(
     panels = iter(figure.subplots(rows, 3).ravel())
     _draw_roc(next(panels), grade, predictions, summary)
     for task in (task for task in ("ctr", "ctcvr") if task in summary):
-        _draw_scores(next(panels), grade, np.asarray(predictions[task]), task)
+        grades = _GRADES if "ctcvr" in summary else _GRADES_OF_CTR_ONLY
+        _draw_scores(next(panels), grade, np.asarray(predictions[task]), task, grades)
     for axes, task in zip(panels, summary, strict=True):
         measured, labels = metrics.task_labels(grade, task)
         probabilities = np.asarray(predictions[task])[measured]
@@ -138,16 +140,16 @@ def _draw_roc(axes: Axes, grade, predictions, summary) -> None:
     tidy(axes)
 
 
-def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
+def _draw_scores(axes: Axes, grade, probabilities, task: str, grades: tuple[str, ...]) -> None:
     low, high = _score_range(grade, probabilities)
     # Clipped as logarithms: 10**low is rounded and could be outside the range of the histogram.
     logarithm = np.log10(np.maximum(probabilities, np.finfo(np.float64).tiny, dtype=np.float64))
     logarithm = np.clip(logarithm, low, high)
-    by_grade = [logarithm[grade == level] for level in range(3)]
-    few = [level for level in range(3) if len(by_grade[level]) < _FEWEST_FOR_HISTOGRAM]
+    by_grade = [logarithm[grade == level] for level in range(len(grades))]
+    few = [level for level in range(len(grades)) if len(by_grade[level]) < _FEWEST_FOR_HISTOGRAM]
     top = 0.0
     for level, values in enumerate(by_grade):
-        style, label = _GRADE_STYLE[level], f"{_GRADES[level]} ({len(values):,})"
+        style, label = _GRADE_STYLE[level], f"{grades[level]} ({len(values):,})"
         if level not in few:
             # An odd number of bins: if all scores are equal, the bar is centred on them.
             bins = int(np.clip(np.sqrt(len(values)), 8, 60)) | 1
@@ -160,7 +162,7 @@ def _draw_scores(axes: Axes, grade, probabilities, task: str) -> None:
         lane = few.index(level) + 1
         axes.plot(
             10**values,
-            np.full(len(values), lane * (0.18 if len(few) == 3 else 0.05)),
+            np.full(len(values), lane * (0.18 if len(few) == len(grades) else 0.05)),
             "|",
             markersize=14,
             markeredgewidth=1.6,

@@ -52,6 +52,7 @@ class LossEntry:
       of_rows: gives one value per row, [B]. It replaces cross-entropy.
       weight: the name of the option with the weight of the term.
       options: the options that this loss reads and some other losses do not.
+      needs_conversions: it compares conversions with other rows: without any it is BCE.
       needs_groups: it compares the rows of one group, so it needs `Batch.group`.
       needs_energy: it needs `Batch.energy`, a second output of the task's tower.
     """
@@ -61,6 +62,7 @@ class LossEntry:
     of_rows: Callable[["LossConfig", Batch], tf.Tensor] | None = None
     weight: str = "ranking_weight"
     options: tuple[str, ...] = ("loss_tasks", "ranking_weight")
+    needs_conversions: bool = False
     needs_groups: bool = False
     needs_energy: bool = False
 
@@ -87,6 +89,7 @@ LOSSES = {
             "score_space",
             "normalization",
         ),
+        needs_conversions=True,
     ),
     "ranknet": LossEntry(
         "BCE + {ranking_weight:g} x ranknet",
@@ -182,6 +185,13 @@ class LossConfig:
     def loss_of(self, task: str) -> str:
         """The loss of a task, a name in LOSSES."""
         return self.name if task in self.loss_tasks else "bce"
+
+    def without_conversions(self) -> "LossConfig":
+        """The loss of data with CTR only: its one task, and BCE in place of a loss that compares
+        conversions."""
+        tasks = tuple(task for task in self.loss_tasks if task == "ctr")
+        name = "bce" if LOSSES[self.name].needs_conversions or not tasks else self.name
+        return dataclasses.replace(self, name=name, loss_tasks=tasks)
 
     def weight_of(self, task: str) -> float:
         """The weight of a task's loss in the sum over the tasks."""

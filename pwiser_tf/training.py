@@ -350,7 +350,13 @@ def _print_description(config: Config, schema: Schema) -> None:
             "of each epoch (different rows each time); a smaller --batch_size leaves out fewer",
             file=sys.stderr,
         )
-    loss = config.loss
+    loss = config.loss if schema.conversion else config.loss.without_conversions()
+    if loss.name != config.loss.name:
+        print(
+            f"loss: BCE, since the data have CTR only: --loss={config.loss.name} needs conversions",
+            flush=True,
+        )
+        return
     formula = LOSSES[loss.name].formula.format_map(vars(loss))
     if loss.name == "bce" or not loss.loss_tasks:
         print("loss: BCE", flush=True)

@@ -57,8 +57,6 @@ LISTS = {
     "weighted": 'type = "sequence"\ndtype = "int64"\nweight_separator = ":"',
     "weighted_texts": 'type = "list"\ndtype = "string"\nweight_separator = ":"',
 }
-COLUMNS = {"hashed": "integer", "hashed_text": "text", "log": "number", "bucket": "number"}
-COLUMNS |= {"hashed_integers": "integers", "newest": "texts"}
 
 # fmt: off
 INTEGERS = [
@@ -200,12 +198,9 @@ def test_converter_numpy_graph_and_client_agree(tmp_path):
 
     path = tmp_path / "candidates"
     path.write_bytes(gzip.compress((tmp_path / "test.csv").read_bytes()))
-    inputs, found = inputs_of(schema), []
-    with CandidateFile(path, rules.Dialect(newest_last=("newest",))) as file:
-        for batch in file.batches(100):
-            # A feature has the name of its column; here several share one.
-            batch.columns.update({name: batch.columns[own] for name, own in COLUMNS.items()})
-            found.append(batch.features(inputs))
+    inputs = inputs_of(schema)
+    with CandidateFile(path, rules.Dialect(**rules.of_schema(tmp_path / "out"))) as file:
+        found = [batch.features(inputs) for batch in file.batches(100)]
     raw = {name: np.concatenate([part[name] for part in found]) for name in inputs}
 
     graph = RawFeatures(schema)({name: tf.constant(values) for name, values in raw.items()})

@@ -1,6 +1,7 @@
 """Logs as they are: lists, Parquet, dirt, a second day; from files to ids and back."""
 
 import json
+import tomllib
 
 import numpy as np
 import pyarrow
@@ -164,7 +165,10 @@ def test_quantiles_are_of_clipped_numbers(log, capsys):
     schema, rows = _convert(log, f"--train={path}")
     assert schema.numerical[0].boundaries == (20.0,)
     assert rows["categorical"][:, 0].tolist() == [1] * 20 + [2] * 80
-    assert "no column of conversions: the model will have CTR only" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "no column of conversions: the model will have CTR only" in printed
+    assert printed.splitlines()[0].split() == ["split", "rows", "clicks", "CTR", "%"]
+    assert printed.splitlines()[1].split() == ["train", "100", "50", "50.000"]
 
 
 def test_parquet_with_lists_and_partitions(log):
@@ -255,11 +259,32 @@ def test_parquet_faults_have_their_place(log):
     flags = ["--categorical=item", "--click=clicked", "--conversion=bought", *FLAGS]
     with pytest.raises(DataError, match=r"log\.parquet, row 2, column clicked: found '?7'?, exp"):
         convert(log / "out", f"--train={log / 'log.parquet'}", *flags)
-    with pytest.raises(DataError, match=r"log\.parquet, row 1, column price: found no such column"):
+    missing = r"log\.parquet, column price: the file has no such column; found: item, clicked, boug"
+    with pytest.raises(DataError, match=missing):
         convert(log / "out", f"--train={log / 'log.parquet'}", "--numerical=price", *flags)
     (log / "torn.parquet").write_bytes((log / "log.parquet").read_bytes()[:-9])
     with pytest.raises(DataError, match=r"torn\.parquet: a whole Parquet file"):
         convert(log / "out", f"--train={log / 'torn.parquet'}", *flags)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (pyarrow.array([{"a": 1}, {"a": 2}]), "struct"),
+        (pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64())), "map"),
+        (pyarrow.array([[{"a": 1}], []]), "list of struct"),
+        (pyarrow.array([[[1]], []]), "list of list"),
+    ],
+)
+def test_structs_and_maps_are_refused(log, values, kind):
+    table = pyarrow.table({"item": values, "clicked": [0, 1], "bought": [0, 0]})
+    pyarrow.parquet.write_table(table, log / "log.parquet")
+    flags = ["--categorical=item", "--click=clicked", "--conversion=bought", *FLAGS]
+    with pytest.raises(DataError, match=rf"column item: found the type {kind}, expected numbers,"):
+        convert(log / "out", f"--train={log / 'log.parquet'}", *flags)
+    assert f"# item is left out: the type {kind} is not read." in inspect(
+        str(log / "log.parquet"), 10
+    )
 
 
 @pytest.mark.parametrize(
@@ -588,6 +613,40 @@ def test_inspect_proposes_a_feature_file_that_converts(tmp_path):
     assert [feature.name for feature in schema.lists] == ["tags"]
     assert [feature.name for feature in schema.numerical] == ["price"]
     assert (schema.click, schema.conversion, schema.group) == ("clicked", "bought", "session")
+
+
+def test_inspect_of_lists_in_parquet(tmp_path):
+    """Floats of one length are a vector; missing ones do not count."""
+    columns = {
+        "vector": [[0.5, 1], None, [], [2, 3.5]],
+        "lengths": [[0.5, 1], [1.5], None, [2]],
+        "single": [[0.5], [1], [2], [3]],
+        "ids": [[1, 2], [3, 4], [5, 6], [7, 8]],
+        "click": [0, 1, 0, 1],
+    }
+    table = pyarrow.table(columns)
+    fixed = pyarrow.array([[1, 2], [3, 4], None, [5, 6]], pyarrow.list_(pyarrow.float32(), 2))
+    table = table.append_column("fixed", fixed)
+    pyarrow.parquet.write_table(table, tmp_path / "log.parquet")
+    text = inspect(str(tmp_path / "log.parquet"), 100)
+    features = tomllib.loads(text)["features"]
+    vector = {"type": "vector", "length": 2}
+    assert features == {
+        **{name: {"type": "list"} for name in ("lengths", "single", "ids")},
+        **dict.fromkeys(("vector", "fixed"), vector),
+    }
+    (tmp_path / "log.toml").write_text(text)
+    train = f"--train={tmp_path / 'log.parquet'}"
+    schema = convert(tmp_path / "out", f"--features={tmp_path / 'log.toml'}", train, *FLAGS)
+    assert [(v.name, v.length) for v in schema.vectors] == [("vector", 2), ("fixed", 2)]
+
+
+def test_inspect_without_quotes(tmp_path):
+    lines = [f'{k},5" disk {k % 3},{k % 2}' for k in range(20)]
+    (tmp_path / "log.csv").write_text("\n".join(['n,"text,click', *lines, ""]))
+    text = inspect(str(tmp_path / "log.csv"), 100, quote="")
+    assert tomllib.loads(text)["features"]['"text'] == {"dtype": "string"}
+    assert f"--train={tmp_path / 'log.csv'} --quote=\n" in text
 
 
 def test_format_1_is_still_read(tmp_path):

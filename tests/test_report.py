@@ -154,6 +154,18 @@ def test_score_panels_count_each_grade_and_are_densities(drawn):
         assert np.sum(density * np.diff(np.log10(edges))) == pytest.approx(1)
 
 
+def test_clicks_only_are_drawn_without_conversions(drawn):
+    grade, predictions = sample()
+    grade = np.minimum(grade, 1)
+    roc, scores, reliability = draw(drawn, grade, {"ctr": predictions["ctr"]})
+    assert [text.split(":")[0] for text in legend(roc)] == ["CTR"]
+    clicks = int(grade.sum())
+    assert legend(scores) == [f"exposure only ({3000 - clicks:,})", f"click ({clicks})"]
+    assert reliability.get_title().startswith("Reliability of CTR")
+    (_, counts) = drawn[-1].get_suptitle().split("\n")
+    assert counts == f"3,000 exposures, {clicks} clicks"
+
+
 def test_score_panels_draw_scores_of_zero_at_the_left_edge(drawn):
     # A quarter of each grade is predicted 0, which has no logarithm.
     scores = np.tile(np.float32([0, 1e-4, 0.3, 0.9]), 300)

@@ -1,8 +1,10 @@
 """A served model with lists, a sequence with weights and a vector: one score for one row, whatever
 the format in which it comes."""
 
+import contextlib
 import csv
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pwiser_serving
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tensorflow as tf
 from pwiser_serving import client
 
 from pwiser_tf import data, runs
@@ -77,24 +80,20 @@ def texts_of(columns: dict[str, list]) -> list[dict[str, str]]:
     return rows
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("conversion", [True, False])
-def test_scores_do_not_depend_on_the_format(tmp_path, conversion, capsys):
-    columns = make_rows()
-    with open(tmp_path / "log.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, texts_of(columns)[0])
-        writer.writeheader()
-        writer.writerows(texts_of(columns))
+def make_model(
+    folder: pathlib.Path, feature_file: str, conversion: bool, *flags: str
+) -> dict[str, np.ndarray]:
+    """Converts a log, trains and exports (folder / "models" / "m"); the scores of its records."""
     labels = '[labels]\nclick = "click"\n' + 'conversion = "buy"\n' * conversion
-    (tmp_path / "log.toml").write_text(labels + FEATURES)
-    (tmp_path / "day.csv").write_bytes((tmp_path / "log.csv").read_bytes())
+    (folder / "log.toml").write_text(labels + feature_file)
+    (folder / "day.csv").write_bytes((folder / "log.csv").read_bytes())
     schema = convert(
-        tmp_path / "data",
-        *(f"--features={tmp_path / 'log.toml'}", f"--train={tmp_path / 'log.csv'}"),
-        *("--validation_fraction=0.2", f"--test={tmp_path / 'day.csv'}"),
+        folder / "data",
+        *(f"--features={folder / 'log.toml'}", f"--train={folder / 'log.csv'}"),
+        *("--validation_fraction=0.2", f"--test={folder / 'day.csv'}", *flags),
     )
     settings = Config.of(
-        data_dir=str(tmp_path / "data"),
+        data_dir=str(folder / "data"),
         model="shared_bottom",
         **({} if conversion else {"loss": "bce"}),
         embedding_dim=4,
@@ -104,14 +103,87 @@ def test_scores_do_not_depend_on_the_format(tmp_path, conversion, capsys):
         epochs=1,
         learning_rate=0.05,
     )
-    train(settings, tmp_path / "run")
-    export(tmp_path / "run", tmp_path / "models", "m")
-    model, _, _ = runs.load_run(tmp_path / "run")
-    batches = data.batches(tmp_path / "data", schema, "test", 100)
+    train(settings, folder / "run")
+    export(folder / "run", folder / "models", "m")
+    model, _, _ = runs.load_run(folder / "run")
+    batches = data.batches(folder / "data", schema, "test", 100)
     parts = [model(features, training=False) for features, _ in batches]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def check_widths(version: pathlib.Path, raw: dict[str, list], ctr: np.ndarray) -> None:
+    """predict_raw takes lists of any number of columns, in Python and through a Session."""
+    lists = {"genres": "", "history": -(2**63), "history.weights": 0.0}
+    missing = lists | {"item": -(2**63), "price": np.nan, "image": [np.nan] * 2}
+    lengths = [max(map(len, row)) for row in zip(raw["genres"], raw["history"], strict=True)]
+    requests = []
+    for width in (1, 2, 9):
+        rows = [row for row, length in enumerate(lengths) if length <= width]
+        sent = {}
+        for name, filler in missing.items():
+            values = [raw[name][row] for row in rows]
+            if name in lists:
+                sent[name] = [value + [filler] * (width - len(value)) for value in values]
+            else:
+                sent[name] = [filler if value is None else value for value in values]
+        requests.append((sent, ctr[rows]))
+    predict_raw = tf.saved_model.load(str(version)).signatures["predict_raw"]
+    for sent, wanted in requests:
+        found = predict_raw(**{name.replace(".", "_"): values for name, values in sent.items()})
+        np.testing.assert_allclose(found["ctr"], wanted, rtol=1e-5)
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(version))
+        signature = loaded.signature_def["predict_raw"]
+        # What a client cuts and fills up to.
+        sizes = {name: signature.inputs[name].tensor_shape.dim[1].size for name in lists}
+        assert sizes == {"genres": 3, "history": 4, "history.weights": 4}
+
+        def run(sent):
+            feed = {signature.inputs[name].name: values for name, values in sent.items()}
+            return session.run(signature.outputs["ctr"].name, feed)
+
+        for sent, wanted in requests:
+            np.testing.assert_allclose(run(sent), wanted, rtol=1e-5)
+        # One column of weights would be broadcast.
+        sent["history.weights"] = [row[:1] for row in sent["history.weights"]]
+        with pytest.raises(tf.errors.InvalidArgumentError, match="history have another shape"):
+            run(sent)
+
+
+@contextlib.contextmanager
+def serving(folder: pathlib.Path):
+    """The port of a local server of the model."""
+    command = [sys.executable, "-m", "pwiser_serving.server", "--port=0", "--model_name=m"]
+    command += [f"--model_base_path={folder / 'models' / 'm'}"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as server:
+        try:
+            yield server.stdout.readline().split(":")[-1].strip()
+        finally:
+            server.terminate()
+
+
+def score_file(port: str, file: pathlib.Path, *flags: str) -> list[dict[str, str]]:
+    """The rows that the command writes."""
+    output = file.with_name("scores.csv")
+    command = "score", f"--server=localhost:{port}", "--model=m", f"--input={file}"
+    client.main([*command, f"--output={output}", *flags])
+    with open(output, newline="") as written:
+        return list(csv.DictReader(written))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("conversion", [True, False])
+def test_scores_do_not_depend_on_the_format(tmp_path, conversion):
+    columns = make_rows()
+    with open(tmp_path / "log.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, texts_of(columns)[0])
+        writer.writeheader()
+        writer.writerows(texts_of(columns))
+    wanted = make_model(tmp_path, FEATURES, conversion)
     outputs = ["ctr", "cvr", "ctcvr"] if conversion else ["ctr"]
-    assert list(parts[0]) == outputs
-    wanted = {name: np.concatenate([part[name] for part in parts]) for name in outputs}
+    assert list(wanted) == outputs
 
     raw = {name: v for name, v in columns.items() if name not in ("click", "buy")}
     with pwiser_serving.SavedModelScorer(
@@ -122,36 +194,85 @@ def test_scores_do_not_depend_on_the_format(tmp_path, conversion, capsys):
         assert list(scorer.score({name: [] for name in raw})) == outputs
     for name in outputs:
         np.testing.assert_allclose(scores[name], wanted[name], rtol=1e-5)
+    check_widths(tmp_path / "models" / "m" / "1", raw, scores["ctr"])
 
     pyarrow.parquet.write_table(pyarrow.table(raw), tmp_path / "rows.parquet")
     lines = (dict(zip(raw, row, strict=True)) for row in zip(*raw.values(), strict=True))
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
     packed = pyarrow.compress((tmp_path / "log.csv").read_bytes(), "zstd", asbytes=True)
     (tmp_path / "rows.csv").write_bytes(packed)
-    command = [sys.executable, "-m", "pwiser_serving.server", "--port=0", "--model_name=m"]
-    command += [f"--model_base_path={tmp_path / 'models' / 'm'}"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as server:
-        try:
-            port = server.stdout.readline().split(":")[-1].strip()
-            with pwiser_serving.Scorer(f"localhost:{port}", "m", newest_last=["history"]) as scorer:
-                again = scorer.score(raw)
-            for file in ("rows.csv", "rows.parquet", "rows.jsonl"):
-                client.main(
-                    [
-                        *("score", f"--server=localhost:{port}", "--model=m"),
-                        *(f"--input={tmp_path / file}", f"--output={tmp_path / 'scores.csv'}"),
-                        *("--newest_last=history", "--keep=item"),
-                    ]
-                )
-                with open(tmp_path / "scores.csv", newline="") as written:
-                    rows = list(csv.DictReader(written))
-                assert list(rows[0]) == ["item", *outputs]
-                for name in outputs:
-                    found = np.array([row[name] for row in rows], np.float32)
-                    np.testing.assert_array_equal(found, again[name], file)
-                    np.testing.assert_allclose(found, scores[name], rtol=1e-6)
-        finally:
-            server.terminate()
+    with serving(tmp_path) as port:
+        with pwiser_serving.Scorer(f"localhost:{port}", "m", newest_last=["history"]) as scorer:
+            again = scorer.score(raw)
+        for file in ("rows.csv", "rows.parquet", "rows.jsonl"):
+            rows = score_file(port, tmp_path / file, "--newest_last=history", "--keep=item")
+            assert list(rows[0]) == ["item", *outputs]
+            for name in outputs:
+                found = np.array([row[name] for row in rows], np.float32)
+                np.testing.assert_array_equal(found, again[name], file)
+                np.testing.assert_allclose(found, scores[name], rtol=1e-6)
     assert len(np.unique(again["ctr"])) > ROWS // 2
+
+
+RAW_FEATURES = """
+[columns]
+missing = ["", "-", "none"]
+[features.item]
+column = "article no"
+[features.price]
+type = "numerical"
+column = "p"
+[features.price_bucket]
+type = "numerical"
+column = "p"
+transform = "quantiles"
+buckets = 4
+[features.genres]
+type = "list"
+column = "kinds"
+separator = "/"
+max_length = 3
+[features.history]
+type = "sequence"
+column = "bought before"
+separator = " "
+weight_separator = "="
+vocabulary = "item"
+max_length = 4
+newest = "last"
+[features.image]
+type = "vector"
+length = 2
+separator = ";"
+"""
+
+
+@pytest.mark.slow
+def test_a_raw_log_is_scored_by_its_schema(tmp_path):
+    """Other names, separators that differ, weights, the newest last, marks of its own."""
+    columns = make_rows()
+    with open(tmp_path / "log.csv", "w", newline="", encoding="utf-8") as file:
+        names = ["article no", "p", "kinds", "bought before", "image", "click", "buy"]
+        writer = csv.writer(file, delimiter="\t")
+        writer.writerow(names)
+        for row in range(ROWS):
+            item, price, genres, history, weights, image, *labels = (
+                values[row] for values in columns.values()
+            )
+            pairs = zip(history, weights, strict=True)
+            history = " ".join(["-", *(f"{i}={w}" if w != 1 else str(i) for i, w in pairs)])
+            image = ";".join(map(str, image)) if image else "none"
+            cells = "-" if item is None else item, "none" if price is None else price
+            # NA is a value here.
+            writer.writerow([*cells, "/".join([*genres, "NA"]), history, image, *labels])
+    wanted = make_model(tmp_path, RAW_FEATURES, True, "--delimiter=\\t")
+    with serving(tmp_path) as port:
+        (version,) = (tmp_path / "models" / "m").iterdir()
+        for source in (version / "assets.extra", tmp_path / "run", tmp_path / "data/schema.json"):
+            flags = f"--schema={source}", "--delimiter=\\t", "--keep=article no"
+            rows = score_file(port, tmp_path / "log.csv", *flags)
+            assert [row["article no"] for row in rows][:2] == ["-", str(columns["item"][1])]
+            for name, scores in wanted.items():
+                found = np.array([row[name] for row in rows], np.float32)
+                np.testing.assert_allclose(found, scores, rtol=1e-5)
+    assert len(np.unique(found)) > ROWS // 2

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import shutil
 import signal
@@ -153,6 +154,29 @@ def test_patience_stops_the_run(settings, tmp_path):
     metrics = train(patient, tmp_path / "run")
     # Batch normalisation's statistics still move, so the best epoch may not be the first.
     assert len(metrics["epochs"]) == metrics["best_epoch"] + 2 < 9
+
+
+def test_clicks_only(settings, tmp_path, capsys):
+    """PWiseR, the default, is BCE there; losses that compare clicks are not."""
+    folder = tmp_path / "data"
+    schema = write_dataset(folder, {"train": 400, "validation": 100, "test": 100})
+    dataclasses.replace(schema, conversion=None).save(folder)
+    options = {"data_dir": str(folder), "model": "shared_bottom", "epochs": 1}
+    ctr = {}
+    for loss, told in (
+        ("bce", "loss: BCE\n"),
+        ("pwiser", "loss: BCE, since the data have CTR only: --loss=pwiser needs conversions\n"),
+        ("ranknet", "loss: BCE + 0.1 x ranknet on ctr\n"),
+    ):
+        metrics = train(settings.replace(loss=loss, **options), tmp_path / loss)
+        printed = capsys.readouterr()
+        assert told in printed.out
+        assert "convers" not in printed.out.lower().replace("needs conversions", "")
+        assert "cvr" not in printed.out.lower()
+        assert list(metrics["test"]) == ["ctr"]
+        assert ("ctr_ranking" in metrics["epochs"][0]["train"]) == (loss == "ranknet")
+        ctr[loss] = metrics["epochs"][0]["train"]["ctr_loss"], metrics["test"]["ctr"]["log_loss"]
+    assert ctr["bce"] == ctr["pwiser"] != ctr["ranknet"]
 
 
 def test_a_data_set_smaller_than_a_batch_trains(tmp_path, settings, capsys):

@@ -288,10 +288,10 @@ def _write(
 
 def report(schema: Schema) -> str:
     """What was made, as a table of its splits and a line for each kind of feature."""
-    lines = [
-        f"{'split':<11}{'rows':>12}{'clicks':>11}{'conversions':>13}{'dropped':>9}"
-        f"{'CTR %':>9}{'CTCVR %':>9}{'CVR %':>8}"
-    ]
+    ctr_only = not schema.conversion
+    header = f"{'split':<11}{'rows':>12}{'clicks':>11}"
+    header += "" if ctr_only else f"{'conversions':>13}{'dropped':>9}"
+    lines = [f"{header}{'CTR %':>9}" + ("" if ctr_only else f"{'CTCVR %':>9}{'CVR %':>8}")]
     for name, split in schema.splits.items():
         rate = [
             f"{100 * part / whole:.3f}" if whole else "-"
@@ -301,10 +301,9 @@ def report(schema: Schema) -> str:
                 (split.conversions, split.clicks),
             )
         ]
-        lines.append(
-            f"{name:<11}{split.rows:>12,}{split.clicks:>11,}{split.conversions:>13,}"
-            f"{split.dropped:>9,}{rate[0]:>9}{rate[1]:>9}{rate[2]:>8}"
-        )
+        line = f"{name:<11}{split.rows:>12,}{split.clicks:>11,}"
+        line += "" if ctr_only else f"{split.conversions:>13,}{split.dropped:>9,}"
+        lines.append(f"{line}{rate[0]:>9}" + ("" if ctr_only else f"{rate[1]:>9}{rate[2]:>8}"))
     listed = ", ".join(f"{f.name} ({f.dtype}, {f.size} ids)" for f in schema.categorical)
     lines.append(f"{len(schema.categorical)} categorical: {listed or '-'}")
     if schema.lists:

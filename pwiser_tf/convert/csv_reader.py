@@ -333,8 +333,10 @@ class CsvFile:
         return csv.reader(text, delimiter=self.delimiter, quotechar=self.quote, strict=strict)
 
 
-def check_columns(wanted: Iterable[str], names: Sequence[str], delimiter: str, file) -> None:
-    """DataError where a wanted column is absent, or twice among the names."""
+def check_columns(
+    wanted: Iterable[str], names: Sequence[str], delimiter: str, file, *, header: bool = True
+) -> None:
+    """DataError where a wanted column is absent, or twice among the names, which are a header."""
     for name in wanted:
         if (count := names.count(name)) == 1:
             continue
@@ -344,6 +346,9 @@ def check_columns(wanted: Iterable[str], names: Sequence[str], delimiter: str, f
         similar = [repr(other) for other in names if other.strip() == name.strip()]
         if count == 0 and similar:
             found += f" (but {similar[0]}: blanks count)"
+        if not header:
+            message = f"the file has {found}; found: {shown}"
+            raise DataError(message, file=file, column=name)
         raise DataError(
             f"found {found}, expected one in the header, which is: {shown}",
             file=file,

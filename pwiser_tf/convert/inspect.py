@@ -10,10 +10,12 @@ import dataclasses
 import json
 import pathlib
 import re
+import shlex
 import sys
 import tempfile
 
 import duckdb
+import pyarrow
 from absl import flags
 
 from pwiser_tf.command_line import run
@@ -47,8 +49,8 @@ class Column:
       name: the column's. rows: looked at. missing: of them, with a missing mark.
       marks: the missing marks found. distinct: different values. integers, numbers: values that
         are such. separator: between the values of a text that looks like a list. longest: values
-        in a cell. examples: some values. is_list: a Parquet column of lists. is_vector: every text
-      has as many numbers. weighted: most texts end in ":" and a number.
+        in a cell. examples: some values. is_list: a Parquet column of lists. is_vector: all cells
+        have as many numbers. weighted: most texts end in ":" and a number.
     """
 
     name: str
@@ -72,25 +74,34 @@ class Column:
 
 
 def inspect(
-    path: str, rows: int, delimiter: str | None = None, header: list[str] | None = None
+    path: str,
+    rows: int,
+    delimiter: str | None = None,
+    header: list[str] | None = None,
+    quote: str = '"',
 ) -> str:
     """The text of a feature file for the log in `path`.
 
     Args:
       path: a CSV or Parquet file, or a folder of them, of which the first is read.
-      rows: how many rows are looked at. delimiter, header: of a CSV; None: found out.
+      rows: how many rows are looked at. delimiter, header: of a CSV; None: found out. quote: of
+        a CSV; "": there is none.
 
     Raises:
       DataError: no file, or one that cannot be read.
     """
     first = source.paths([path])[0]
+    lists, floats, nested = set(), set(), {}
     if is_parquet(first):
-        names = ParquetFile(first, {}).names
+        whole = ParquetFile(first, {})
+        nested = {name: kind for name in whole.names if (kind := whole.nested(name))}
+        names = [name for name in whole.names if name not in nested]
         file = ParquetFile(first, dict.fromkeys(names, TEXT))
         lists = {name for name in names if file.is_list(name)}
+        floats = {name for name in lists if pyarrow.types.is_floating(file.element(name))}
     else:
-        delimiter = delimiter or _delimiter(first)
-        names = CsvFile(first, {}, delimiter=delimiter, names=header).names
+        delimiter = delimiter or _delimiter(first, quote)
+        names = CsvFile(first, {}, delimiter=delimiter, names=header, quote=quote).names
         for name in names:
             if names.count(name) > 1:
                 raise DataError(
@@ -100,12 +111,13 @@ def inspect(
                     row=1,
                 )
         kinds = dict.fromkeys(names, TEXT)
-        file = CsvFile(first, kinds, delimiter=delimiter, names=header)
-        lists = set()
+        file = CsvFile(first, kinds, delimiter=delimiter, names=header, quote=quote)
     with tempfile.TemporaryDirectory() as scratch:
         connection = duckdb.connect(str(pathlib.Path(scratch) / "inspect.duckdb"))
         selected = ", ".join(
-            f"CAST({file.column(name)} AS VARCHAR) AS c{k}" for k, name in enumerate(names)
+            f"CAST({file.column(name)} AS VARCHAR) AS c{k}"
+            + (f", len({file.column(name)}) AS length{k}" if name in lists else "")
+            for k, name in enumerate(names)
         )
         try:
             connection.execute(
@@ -113,24 +125,29 @@ def inspect(
             )
         except duckdb.Error as error:
             raise file.find_fault(connection) or DataError(str(error), file=first) from None
-        found = [_column(connection, k, name, name in lists) for k, name in enumerate(names)]
+        found = [
+            _column(connection, k, name, name in lists, name in floats)
+            for k, name in enumerate(names)
+        ]
         connection.close()
     if not found or not found[0].rows:
         raise DataError("found no rows", file=first)
     options = f" --delimiter='{_shown(delimiter)}'" if delimiter not in (None, ",") else ""
     if header:
         options += f" --header={','.join(header)}"
-    return _text(path, found, options, columns.partitions(first))
+    if quote != '"':
+        options += f" --quote={quote and shlex.quote(_shown(quote))}"
+    return _text(path, found, options, columns.partitions(first), nested)
 
 
-def _delimiter(path: str) -> str:
+def _delimiter(path: str, quote: str) -> str:
     """The delimiter that gives the header most columns."""
-    with CsvFile(path, {}, names=None)._open() as file:
+    with CsvFile(path, {}, names=None, quote=quote)._open() as file:
         line = file.readline().decode("utf-8", "replace")
     return max(_DELIMITERS, key=line.count)
 
 
-def _column(connection, k: int, name: str, is_list: bool) -> Column:
+def _column(connection, k: int, name: str, is_list: bool, of_floats: bool) -> Column:
     value = f"c{k}"
     marks = f"{literals(MISSING_MARKS)}"
     present = f"({value} IS NOT NULL AND NOT list_contains({marks}, {value}))"
@@ -148,7 +165,13 @@ def _column(connection, k: int, name: str, is_list: bool) -> Column:
         f"ORDER BY count(*) DESC, {value} LIMIT {_EXAMPLES}"
     ).fetchall()
     separator, longest, is_vector, weighted = None, 1, False, False
-    if not is_list and numbers < rows - missing:
+    if is_list:
+        # An empty list is a missing value, of a vector too.
+        least, most = connection.execute(
+            f"SELECT min(length{k}), max(length{k}) FROM log WHERE length{k} > 0"
+        ).fetchone()
+        longest, is_vector = most or 0, of_floats and least == most and most > 1
+    elif numbers < rows - missing:
         for candidate in _SEPARATORS:
             parts = f"string_split({value}, {literal(candidate)})"
             share, most, least, of_numbers, with_colon = connection.execute(
@@ -177,7 +200,13 @@ def _shown(character: str) -> str:
     return character if character.isprintable() else f"\\x{ord(character):02x}"
 
 
-def _text(path: str, found: list[Column], options: str, partitions: dict[str, str]) -> str:
+def _text(
+    path: str,
+    found: list[Column],
+    options: str,
+    partitions: dict[str, str],
+    nested: dict[str, str],
+) -> str:
     roles: dict[str, Column] = {}
     for role, pattern in _NAMES.items():
         for column in found:
@@ -219,6 +248,8 @@ def _text(path: str, found: list[Column], options: str, partitions: dict[str, st
     for column in found:
         if column not in roles.values():
             lines += ["", *_feature(column)]
+    for name, kind in nested.items():
+        lines += ["", f"# {name} is left out: the type {kind} is not read."]
     return "\n".join(lines) + "\n"
 
 
@@ -240,15 +271,20 @@ def _feature(column: Column) -> list[str]:
     left_out = f"# {column.name} is left out: nearly every row has another value. {reason[2:]}"
     if column.distinct <= 1:
         return [f"# {column.name} is left out: it is constant or empty. {reason[2:]}"]
-    if column.is_list:
-        return [table, reason, 'type = "list"  # a column of lists; or "sequence", "vector"']
     if column.is_vector:
         return [
             table,
             reason,
             f'type = "vector"  # {column.longest} numbers in every cell',
             f"length = {column.longest}",
-            f"separator = {_quoted(column.separator)}",
+            *([f"separator = {_quoted(column.separator)}"] if column.separator else []),
+        ]
+    if column.is_list:
+        return [
+            table,
+            reason,
+            f'type = "list"  # lists of up to {column.longest} values; "sequence" where their '
+            "order is time",
         ]
     if column.separator:
         weights = ['weight_separator = ":"  # a number behind it'] if column.weighted else []
@@ -302,12 +338,16 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list(
         "header", [], "The names of the columns of a CSV without a header.", flag_values=values
     )
+    flags.DEFINE_string(
+        "quote", '"', "Around cells of a CSV with delimiters; empty: none.", flag_values=values
+    )
 
 
 def main(path: str, values: flags.FlagValues = flags.FLAGS) -> None:
     """Writes the feature file, or prints it."""
     delimiter = columns.character("delimiter", values.delimiter) if values.delimiter else None
-    text = inspect(path, values.rows, delimiter, values.header or None)
+    quote = columns.character("quote", values.quote) if values.quote else ""
+    text = inspect(path, values.rows, delimiter, values.header or None, quote)
     if not values.output:
         sys.stdout.write(text)
         return

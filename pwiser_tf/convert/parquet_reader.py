@@ -29,7 +29,8 @@ class ParquetFile:
         they are read.
 
     Raises:
-      DataError: it is no whole Parquet file, or a wanted column is absent.
+      DataError: it is no whole Parquet file, or a wanted column is absent, or holds structs or
+        maps.
       OSError: it cannot be read.
     """
 
@@ -43,7 +44,11 @@ class ParquetFile:
             raise DataError(f"a whole Parquet file ({detail})", file=self.shown) from None
         self.names: Sequence[str] = schema.names
         self.types = dict(zip(schema.names, schema.types, strict=True))
-        check_columns(self.kinds, self.names, ", ", self.shown)
+        check_columns(self.kinds, self.names, ", ", self.shown, header=False)
+        for name in self.kinds:
+            if kind := self.nested(name):
+                message = f"found the type {kind}, expected numbers, texts or lists of them"
+                raise DataError(message, file=self.shown, column=name)
 
     @property
     def size(self) -> int:
@@ -58,6 +63,20 @@ class ParquetFile:
             or pyarrow.types.is_large_list(kind)
             or pyarrow.types.is_fixed_size_list(kind)
         )
+
+    def element(self, name: str) -> pyarrow.DataType:
+        """The type of a column's values; of lists, of what is in them."""
+        kind = self.types[name]
+        return kind.value_type if self.is_list(name) else kind
+
+    def nested(self, name: str) -> str | None:
+        """The type, in short, of a column of structs, maps, or lists of such or of lists, which is
+        not read; None of another."""
+        element = self.element(name)
+        if not pyarrow.types.is_nested(element):
+            return None
+        short = str(element).split("<")[0]
+        return f"list of {short}" if self.is_list(name) else short
 
     def is_number(self, name: str) -> bool:
         """Whether a column holds integers or floats."""

@@ -123,6 +123,7 @@ class ClickConversionModel(tfrs.Model):
                     f"have: choose one of {', '.join(able)}"
                 )
             self.towers = (CLICK,)
+            loss = loss and loss.without_conversions()
         self._schema = schema
         self._config = config
         self._loss = loss

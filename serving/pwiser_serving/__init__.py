@@ -12,6 +12,7 @@ import os
 # variable is read when gRPC is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+from pwiser_serving.base_scorer import Scores
 from pwiser_serving.connection import TLS
 from pwiser_serving.errors import (
     DeadlineExceeded,
@@ -24,7 +25,7 @@ from pwiser_serving.errors import (
 )
 from pwiser_serving.hedging import Hedge
 from pwiser_serving.saved_model_scorer import SavedModelScorer
-from pwiser_serving.scorer import Metadata, Scorer, Scores, VersionStatus
+from pwiser_serving.scorer import Metadata, Scorer, VersionStatus
 
 __all__ = [
     "TLS",

@@ -16,9 +16,9 @@ from typing import BinaryIO, Self
 import numpy as np
 
 from pwiser_serving import features, rules
+from pwiser_serving.base_scorer import RAW_SIGNATURE
 from pwiser_serving.errors import FeatureError, shorten
 from pwiser_serving.protos import tensor_pb2
-from pwiser_serving.scorer import RAW_SIGNATURE
 
 # Stands for standard input, or output, in place of a file's path.
 STANDARD = pathlib.Path("-")
@@ -112,7 +112,7 @@ def read_features(
     """
     try:
         columns = rules.columns(read, inputs, dialect)
-        arrays, _ = features.to_arrays(columns, inputs, newest_last=dialect.newest_last)
+        arrays, _ = features.to_arrays(columns, inputs, newest_last=dialect.newest_last_of(inputs))
         for name, array in arrays.items():
             infinite = np.isinf(array) if array.dtype.kind == "f" else np.zeros(1, bool)
             if infinite.any():
@@ -124,7 +124,8 @@ def read_features(
         if error.found is not None:
             text = f"found {error.found}, expected {text}"
         row = None if error.row is None else rows[error.row]
-        raise CandidateError(text, file=path, row=row, column=error.feature) from None
+        column = dialect.column(error.feature)
+        raise CandidateError(text, file=path, row=row, column=column) from None
     return arrays
 
 
@@ -168,10 +169,12 @@ class BaseFile:
     """A candidate file that is used in a `with`.
 
     Attributes:
-      path: the file; signature: the one that its rows go to; total: the number of rows, if known.
+      path: the file; dialect: how it writes its values; signature: the one that its rows go to;
+      total: the number of rows, if known.
     """
 
     path: pathlib.Path
+    dialect: rules.Dialect
     signature = RAW_SIGNATURE
     total: int | None = None
     _file: BinaryIO
@@ -194,7 +197,7 @@ class CandidateFile(BaseFile):
     """
 
     def __init__(self, path: pathlib.Path, dialect: rules.Dialect):
-        self.path, self._dialect = path, dialect
+        self.path, self.dialect = path, dialect
         self._file = open_file(path)
         self._reader = csv.reader(
             _lines(self._file, path),
@@ -217,7 +220,7 @@ class CandidateFile(BaseFile):
 
     def no_rows(self) -> Batch:
         """A batch without rows."""
-        return Batch(self.path, [], {}, self._dialect)
+        return Batch(self.path, [], {}, self.dialect)
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
         """The rows after the header and after the first `skip`, in batches of at most `rows`.
@@ -228,7 +231,7 @@ class CandidateFile(BaseFile):
         while found := list(itertools.islice(numbered, rows)):
             lines, cells = zip(*found, strict=True)
             columns = dict(zip(self.header, zip(*cells, strict=True), strict=True))
-            yield Batch(self.path, lines, columns, self._dialect)
+            yield Batch(self.path, lines, columns, self.dialect)
 
     def _numbered(self, skip: int) -> Iterator[tuple[int, list[str]]]:
         """The rows after the first `skip`, each with its line."""
@@ -237,7 +240,7 @@ class CandidateFile(BaseFile):
         for row in itertools.islice(rows, skip, None):
             line = self._reader.line_num
             # A delimiter at the end of a row begins no cell of its own.
-            if len(row) < wanted or any(text not in self._dialect.missing for text in row[wanted:]):
+            if len(row) < wanted or any(text not in self.dialect.missing for text in row[wanted:]):
                 raise CandidateError(
                     f"found {len(row)} columns, expected {wanted} as in the header",
                     file=self.path,
@@ -258,7 +261,7 @@ class JsonFile(BaseFile):
     """JSON lines: an object in each line; a key that is absent is a missing value."""
 
     def __init__(self, path: pathlib.Path, dialect: rules.Dialect):
-        self.path, self._dialect = path, dialect
+        self.path, self.dialect = path, dialect
         self._file = open_file(path)
         self._required: list[tuple[Sequence[str], str]] = []
 
@@ -268,7 +271,7 @@ class JsonFile(BaseFile):
 
     def no_rows(self) -> Batch:
         """A batch without rows."""
-        return Batch(self.path, [], {}, self._dialect)
+        return Batch(self.path, [], {}, self.dialect)
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
         """The rows after the first `skip`, in batches of at most `rows`. Blank lines are skipped.
@@ -284,7 +287,7 @@ class JsonFile(BaseFile):
                 require_columns(self.path, None, names, required, reason)
             self._required = []
             columns = {name: [_cell(row.get(name)) for row in objects] for name in names}
-            yield Batch(self.path, lines, columns, self._dialect)
+            yield Batch(self.path, lines, columns, self.dialect)
 
     def _objects(self) -> Iterator[tuple[int, dict]]:
         for line, text in enumerate(_lines(self._file, self.path), 1):

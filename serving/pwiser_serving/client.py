@@ -17,6 +17,10 @@ list or a vector is an array of JSON, a list of Parquet, or a text that --separa
 weights of list NAME are in column NAME.weights, or in the text itself behind --weight_separator; a
 value without one has weight 1. A list with more values than the model takes is cut.
 
+With --schema the file is a raw log: its columns have the names that the feature file gave them, and
+missing marks, separators (of each feature its own) and weights are those of the feature file. For
+simple files --missing, --separator, --weight_separator and --newest_last say the same.
+
 The output has a row for each row of the input, in its order: the columns of --keep, then the
 model's scores: ctr, cvr and ctcvr, or only ctr. Its suffix chooses the format: .jsonl, .parquet,
 otherwise CSV; .csv.gz and .jsonl.gz are compressed. `--output -` writes a CSV to standard output,
@@ -51,7 +55,8 @@ from collections.abc import Callable, Iterator, Sequence
 import grpc
 import numpy as np
 
-from pwiser_serving import command_line, features, outputs, rules
+from pwiser_serving import command_line, outputs, rules
+from pwiser_serving.base_scorer import OUTPUTS, RAW_SIGNATURE
 from pwiser_serving.candidates import (
     STANDARD,
     CandidateError,
@@ -61,7 +66,7 @@ from pwiser_serving.candidates import (
 )
 from pwiser_serving.connection import TLS
 from pwiser_serving.errors import FeatureError, ModelNotFound, RequestTooLarge, ScoringError
-from pwiser_serving.scorer import OUTPUTS, RAW_SIGNATURE, Scorer
+from pwiser_serving.scorer import Scorer
 
 # The rows of so many requests make a part of the output: a command that ends early loses no more.
 _REQUESTS_PER_PART = 16
@@ -127,9 +132,9 @@ def score_file(
     candidates.require(keep, "--keep names")
     inputs = scorer.inputs(candidates.signature)
     if candidates.signature == RAW_SIGNATURE:
-        optional = features.optional(inputs)
-        candidates.require(sorted(inputs.keys() - optional), f"model {scorer.model} needs")
-        for name in optional:
+        needed, useful = candidates.dialect.columns(inputs)
+        candidates.require(sorted(needed), f"model {scorer.model} needs")
+        for name in useful:
             candidates.use(name)
     elif inputs:
         candidates.names = sorted(scorer.inputs(RAW_SIGNATURE))
@@ -444,6 +449,13 @@ def _parser() -> command_line.Parser:
                 help=".parquet, .tfrecord, .jsonl, otherwise CSV, also in gzip or zstd; - is a CSV "
                 "on standard input",
             )
+            add(
+                "--schema",
+                type=pathlib.Path,
+                help="schema.json, or a folder that has it: a data set, a run, or assets.extra of "
+                "an exported model. The columns, separators, weights, missing marks and the end of "
+                "a list that is kept are then those of the feature file",
+            )
             default = rules.Dialect()
             add(
                 "--delimiter",
@@ -455,19 +467,25 @@ def _parser() -> command_line.Parser:
             add(
                 "--missing",
                 type=_marks,
-                default=",".join(default.missing),
-                help="the texts that stand for a missing value, a,b,c",
+                default=argparse.SUPPRESS,
+                help="the texts that stand for a missing value, a,b,c (default: "
+                f"{','.join(default.missing)})",
             )
-            add("--separator", default=default.separator, help="between the values of a list")
+            add(
+                "--separator",
+                default=argparse.SUPPRESS,
+                help=f"between the values of a list (default: {default.separator})",
+            )
             add(
                 "--weight_separator",
-                default=default.weight_separator,
-                help="between a value of a list and its weight",
+                default=argparse.SUPPRESS,
+                help="between a value of a list and its weight (default: "
+                f"{default.weight_separator})",
             )
             add(
                 "--newest_last",
                 type=_names,
-                default="",
+                default=argparse.SUPPRESS,
                 help="the lists, a,b,c, of which the last values are kept where there are more "
                 'than the model takes (newest = "last" in the feature file); of others the first',
             )
@@ -503,16 +521,33 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
             if len(character) != 1 or character in "\r\n" + '"' * (name == "delimiter"):
                 parser.error(f"--{name}: found {text!r}, expected one character")
             setattr(flags, name, character)
-    if not flags.separator or not flags.weight_separator:
-        parser.error("--separator and --weight_separator: expected at least one character")
-    fields = dataclasses.fields(rules.Dialect)
-    flags.dialect = rules.Dialect(**{field.name: getattr(flags, field.name) for field in fields})
+    flags.dialect = _dialect(parser, flags)
     flags.keep = [name for name in flags.keep.split(",") if name]
     for name in flags.keep:
         if name in OUTPUTS or flags.keep.count(name) > 1:
             reason = "a score's name" if name in OUTPUTS else "named twice"
             parser.error(f"--keep: {name} is {reason}, and the output has each column once")
     return flags
+
+
+def _dialect(parser: command_line.Parser, flags: argparse.Namespace) -> rules.Dialect:
+    """How the input is read: as --schema says, or as the flags do."""
+    fields = {field.name for field in dataclasses.fields(rules.Dialect)} - {"schema"}
+    stated = {name: value for name, value in vars(flags).items() if name in fields}
+    if flags.schema:
+        for name in ("missing", "separator", "weight_separator", "newest_last"):
+            if name in stated:
+                parser.error(f"--{name} beside --schema, which says it")
+        try:
+            stated |= rules.of_schema(flags.schema)
+        except OSError as error:
+            parser.error(f"--schema: {error.filename}: {error.strerror}")
+        except ValueError as error:
+            parser.error(f"--schema: {error}")
+    dialect = rules.Dialect(**stated)
+    if not dialect.separator or not dialect.weight_separator:
+        parser.error("--separator and --weight_separator: expected at least one character")
+    return dialect
 
 
 def _check_output(parser: command_line.Parser, flags: argparse.Namespace) -> None:

@@ -75,9 +75,9 @@ def to_arrays(
     weights = optional(inputs) if raw else set()
     if names | weights != inputs.keys():
         for name in sorted(inputs.keys() - weights - names):
-            raise FeatureError(name, f"missing; the model takes {_listed(inputs)}")
+            raise FeatureError(name, f"missing; the model takes {listed(inputs)}")
         for name in sorted(map(str, names - inputs.keys())):
-            raise FeatureError(name, f"unknown to the model, which takes {_listed(inputs)}")
+            raise FeatureError(name, f"unknown to the model, which takes {listed(inputs)}")
     arrays, rows, first = {}, None, None
     for name, info in sorted(inputs.items()):
         if name in weights:
@@ -320,7 +320,8 @@ def _check_shape(name: str, array: np.ndarray, info: tensor_pb2.TensorInfo) -> N
         )
 
 
-def _listed(inputs: Mapping[str, object]) -> str:
+def listed(inputs: Mapping[str, object]) -> str:
+    """The first names, for a message."""
     names = sorted(inputs)
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(names[:10]) + more

@@ -59,7 +59,7 @@ class CandidateFile(BaseFile):
     """A Parquet file. CandidateError: no such file, or not in Parquet."""
 
     def __init__(self, path: pathlib.Path, dialect: rules.Dialect):
-        self.path, self._dialect = path, dialect
+        self.path, self.dialect = path, dialect
         try:
             # Opened first: the system's error is shorter than Arrow's.
             with open(path, "rb"):
@@ -81,7 +81,7 @@ class CandidateFile(BaseFile):
 
     def no_rows(self) -> Batch:
         """A batch without rows."""
-        return Batch(self.path, 1, self._schema.empty_table(), self._dialect)
+        return Batch(self.path, 1, self._schema.empty_table(), self.dialect)
 
     def batches(self, rows: int, *, skip: int = 0) -> Iterator[Batch]:
         """The rows after the first `skip`, in batches of at most `rows`."""
@@ -99,7 +99,7 @@ class CandidateFile(BaseFile):
             # The first group that is read may hold rows to skip.
             first = ends[groups[0]] - sizes[groups[0]]
             for table in _regroup(tables, rows, skip=skip - first):
-                yield Batch(self.path, skip + 1, table, self._dialect)
+                yield Batch(self.path, skip + 1, table, self.dialect)
                 skip += len(table)
         except (OSError, pa.ArrowException) as error:
             raise _unreadable(self.path, error) from None

@@ -6,14 +6,16 @@ They are stated once for all formats. The project's tests hold them together wit
 import dataclasses
 import decimal
 import itertools
+import json
 import math
+import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from pwiser_serving.errors import FeatureError
-from pwiser_serving.features import MISSING_INTEGER, Ragged, optional, width
+from pwiser_serving.features import MISSING_INTEGER, Ragged, listed, optional, width
 from pwiser_serving.protos import tensor_pb2
 
 MISSING_MARKS = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None", r"\N")
@@ -38,6 +40,29 @@ _BLANKS = (
 )
 
 
+# schema.json's formats that are read, and the name that the file has in a folder.
+_SCHEMA_FORMATS, _SCHEMA_FILE = (1, 2), "schema.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """How a feature is read from a file.
+
+    Attributes:
+      column: the column.
+      separator: between the values of a list; None: the file has lists.
+      weights: the column of the weights of a list, or None. weight_separator: between a value and
+        its weight where the file has no such column; None: it must have one.
+      newest_last: whether the last values are kept, where a list is too long.
+    """
+
+    column: str
+    separator: str | None = "|"
+    weights: str | None = None
+    weight_separator: str | None = ":"
+    newest_last: bool = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Dialect:
     """How a file writes its rows and values.
@@ -48,6 +73,8 @@ class Dialect:
       missing: the texts that stand for a missing value.
       separator: between the values of a list. weight_separator: between a value and its weight.
       newest_last: the lists of which the last values are kept, where one is too long.
+      schema: how each feature is read, by its name; None: as these say, from the column of its
+        name, and weights from column NAME.weights.
     """
 
     delimiter: str = ","
@@ -57,6 +84,70 @@ class Dialect:
     separator: str = "|"
     weight_separator: str = ":"
     newest_last: tuple[str, ...] = ()
+    schema: Mapping[str, Feature] | None = None
+
+    def feature(self, name: str) -> Feature:
+        """How the feature of that name is read. FeatureError: the schema does not have it."""
+        if self.schema is None:
+            last = name in self.newest_last
+            marks = self.separator, f"{name}.weights", self.weight_separator
+            return Feature(name, *marks, last)
+        if name not in self.schema:
+            raise FeatureError(name, f"the model takes it; the schema has: {listed(self.schema)}")
+        return self.schema[name]
+
+    def columns(self, inputs: Mapping[str, tensor_pb2.TensorInfo]) -> tuple[set[str], set[str]]:
+        """The columns that a file must have, and those that it may have, for a signature."""
+        needed, useful = set(), set()
+        of_weights = optional(inputs)
+        for name in sorted(inputs.keys() - of_weights):
+            feature = self.feature(name)
+            needed.add(feature.column)
+            if f"{name}.weights" in of_weights and feature.weights:
+                (useful if feature.weight_separator else needed).add(feature.weights)
+        return needed, useful
+
+    def newest_last_of(self, inputs: Iterable[str]) -> set[str]:
+        """The inputs that are lists whose last values are kept."""
+        if self.schema is None:
+            return set(self.newest_last)
+        return {name for name in inputs if name in self.schema and self.schema[name].newest_last}
+
+    def column(self, name: str) -> str:
+        """The column that an input is read from, for messages."""
+        owner = name.removesuffix(".weights")
+        if self.schema is None or owner not in self.schema:
+            return name
+        feature = self.schema[owner]
+        return feature.column if owner == name else feature.weights or feature.column
+
+
+def of_schema(path: pathlib.Path) -> dict:
+    """What a schema.json, or the one in a folder, says of a file: Dialect's missing and schema.
+
+    One that says nothing (of format 1, or of a public data set) means the converter's defaults.
+
+    Raises:
+      ValueError: it is no such file; OSError: it cannot be read.
+    """
+    path = path / _SCHEMA_FILE if path.is_dir() else path
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if (version := content["format_version"]) not in _SCHEMA_FORMATS:
+            raise ValueError(f"found format_version {version}, expected 1 or 2")
+        found = {}
+        for kind in ("categorical", "numerical", "lists", "vectors"):
+            for entry in content.get(kind, ()):
+                newest_last = entry.get("newest") == "last"
+                found[entry["name"]] = Feature(entry["name"], newest_last=newest_last)
+        source = content.get("source") or {}
+        for entry in source.get("features", ()):
+            marks = (entry[key] for key in ("column", "separator", "weights", "weight_separator"))
+            found[entry["name"]] = Feature(*marks, found[entry["name"]].newest_last)
+        return {"missing": tuple(source.get("missing", MISSING_MARKS)), "schema": found}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        detail = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise ValueError(f"{path}: not a schema of pwiser convert ({detail})") from None
 
 
 # A text for each row, or for a list its texts, None where there is no value; or a column whose
@@ -73,7 +164,7 @@ def columns(
 
     Args:
       read: a column by its name and the data type that the model takes; None if there is none.
-      inputs: a signature's inputs by name.
+      inputs: a signature's inputs by name. dialect: says in which columns they are.
 
     Raises:
       FeatureError: a text that is not such a value.
@@ -83,17 +174,18 @@ def columns(
     for name, info in inputs.items():
         if name in weights_of_lists:
             continue
-        cells = read(name, info.dtype)
+        feature = dialect.feature(name)
+        cells = read(feature.column, info.dtype)
         if width(info) is None:
             found[name] = _scalars(name, cells, info.dtype, dialect.missing)
             continue
-        lists = cells if isinstance(cells, Ragged) else _split(cells, dialect)
+        lists = _lists(name, cells, feature, dialect.missing)
         if (name_of_weights := f"{name}.weights") in weights_of_lists:
-            weights = read(name_of_weights, tensor_pb2.DT_FLOAT)
-            if weights is None and isinstance(lists.values, list):
-                lists, weights = _weighted(lists, dialect)
-            elif not isinstance(weights, Ragged | None):
-                weights = _split(weights, dialect)
+            weights = read(feature.weights, tensor_pb2.DT_FLOAT) if feature.weights else None
+            if weights is not None:
+                weights = _lists(name_of_weights, weights, feature, dialect.missing)
+            elif isinstance(lists.values, list) and feature.weight_separator:
+                lists, weights = _weighted(lists, feature.weight_separator, dialect.missing)
             if weights is not None:
                 found[name_of_weights] = _elements(
                     name_of_weights, weights, tensor_pb2.DT_FLOAT, ()
@@ -146,25 +238,32 @@ def _scalars(name: str, cells: Cells, data_type: int, missing: Sequence[str]) ->
     raise FeatureError(name, "found lists, expected one value in each row")
 
 
-def _split(cells: Sequence, dialect: Dialect) -> Ragged:
-    """The texts of each cell's values."""
+def _lists(name: str, cells: Cells, feature: Feature, missing: Sequence[str]) -> Ragged:
+    """The values of each cell, where they are not known already the texts of them."""
+    if isinstance(cells, Ragged):
+        return cells
     rows = []
-    for cell in cells:
+    for row, cell in enumerate(cells):
         if isinstance(cell, str):
-            cell = None if cell in dialect.missing else cell.split(dialect.separator)
+            if cell in missing:
+                cell = None
+            elif feature.separator is None:
+                raise FeatureError(name, "a list: no separator is known", row=row, found=cell)
+            else:
+                cell = cell.split(feature.separator)
         rows.append(cell or [])
     lengths = np.fromiter(map(len, rows), np.int64, len(rows))
     return Ragged(list(itertools.chain.from_iterable(rows)), lengths)
 
 
-def _weighted(lists: Ragged, dialect: Dialect) -> tuple[Ragged, Ragged]:
+def _weighted(lists: Ragged, separator: str, missing: Sequence[str]) -> tuple[Ragged, Ragged]:
     """Texts of values and of their weights, from texts with both."""
     values, weights = [], []
     for text in lists.values:
-        value, mark, rest = (text or "").partition(dialect.weight_separator)
+        value, mark, rest = (text or "").partition(separator)
         values.append(value.strip(_BLANKS))
-        counted = mark and values[-1] not in dialect.missing
-        weights.append(rest.split(dialect.weight_separator)[0] if counted else "1")
+        counted = mark and values[-1] not in missing
+        weights.append(rest.split(separator)[0] if counted else "1")
     return Ragged(values, lists.lengths), Ragged(weights, lists.lengths)
 
 

@@ -8,8 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 import grpc
 
-from pwiser_serving.errors import ModelNotFound
-from pwiser_serving.scorer import (
+from pwiser_serving.base_scorer import (
     BaseScorer,
     Call,
     Model,
@@ -19,6 +18,7 @@ from pwiser_serving.scorer import (
     names_of_lists,
     require_types,
 )
+from pwiser_serving.errors import ModelNotFound
 from pwiser_serving.server.status import Status
 
 

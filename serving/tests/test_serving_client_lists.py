@@ -265,3 +265,115 @@ def test_a_model_of_ctr_only():
     assert model.seen[0]["history"][2] == [4, 5, 6]
     with pytest.raises(TypeError, match="newest_last: found 'history', expected a list of names"):
         Scorer("localhost:1", "m", newest_last="history")
+
+
+def _entry(name, column, **keys):
+    keys = {"separator": None, "weights": None, "weight_separator": None} | keys
+    return {"name": name, "column": column} | keys
+
+
+SCHEMA = {
+    "format_version": 2,
+    "categorical": [],
+    "numerical": [],
+    "lists": [{"name": "history", "newest": "last"}, {"name": "words", "newest": "first"}],
+    "vectors": [{"name": "image"}],
+    "source": {
+        "missing": ["", "-"],
+        "features": [
+            _entry("history", "last items", separator="; ", weight_separator="="),
+            _entry("words", "w", separator="|"),
+            _entry("image", "pixels", separator=","),
+        ],
+    },
+}
+RAW = 'id;last items;w;pixels\nx;"1=0.5; 2; -=9; A77=3; 4";a|-|NA|c;1,2\ny;-;;-\nz;7;|d;3,4\n'
+
+
+def _schema(tmp_path, **changes):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(SCHEMA | changes))
+    return f"--schema={path}"
+
+
+def test_a_schema_says_how_each_feature_is_read(score, tmp_path):
+    schema = _schema(tmp_path)
+    for flag in (schema, f"--schema={tmp_path}"):
+        code, err, seen, _ = score("c.csv", RAW, flag, "--delimiter=;")
+        assert code == 0, err
+        assert seen[0]["history"] == [[2, UNKNOWN, 4], [MISSING] * 3, [7, MISSING, MISSING]]
+        assert seen[0]["history.weights"] == [[1, 3, 1], [0] * 3, [1, 0, 0]]
+        assert seen[0]["words"] == [[b"a", b"NA"], [b"", b""], [b"d", b""]]
+        np.testing.assert_array_equal(seen[0]["image"], [[1, 2], [np.nan] * 2, [3, 4]])
+
+
+def test_a_schema_names_the_column_of_weights(score, tmp_path):
+    source = {"features": [_entry("history", "h", weights="hw"), *SCHEMA["source"]["features"][1:]]}
+    schema = _schema(tmp_path, source=source)
+    rows = [{"h": [1, 2, 3, 4], "hw": [4, 3, 2, 1], "w": "NA", "pixels": [1, 2]}]
+    code, err, seen, _ = score("c.jsonl", json.dumps(rows[0]), schema)
+    assert code == 0, err
+    assert seen[0]["history"] == [[2, 3, 4]]
+    assert seen[0]["history.weights"] == [[3, 2, 1]]
+    # No marks are stated: the usual ones.
+    assert seen[0]["words"] == [[b"", b""]]
+    del rows[0]["hw"]
+    code, err, *_ = score("c.jsonl", json.dumps(rows[0]), schema)
+    assert code == 2
+    assert "column hw: the file has no such column" in err
+    code, err, *_ = score("c.csv", "h,hw,w,pixels\n1|2,1|1,,\n", schema)
+    assert code == 2
+    assert "row 2, column h: found '1|2', expected a list: no separator is known" in err
+
+
+def test_a_schema_of_format_1_means_the_defaults(score, tmp_path):
+    old = {key: value for key, value in SCHEMA.items() if key not in ("source", "lists")}
+    names = [{"name": name} for name in ("history", "words")]
+    (tmp_path / "schema.json").write_text(
+        json.dumps(old | {"format_version": 1, "categorical": names})
+    )
+    text = TEXT.replace(",1:0.5", ",9|1:0.5").split("\n")[:2]
+    code, err, seen, _ = score("c.csv", "\n".join(text), f"--schema={tmp_path}")
+    assert code == 0, err
+    assert seen[0]["history"] == [[9, 1, UNKNOWN]]
+    assert seen[0]["history.weights"] == [[1, 0.5, 1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "flags", "told"),
+    [
+        ({}, ["--separator=|"], "--separator beside --schema, which says it"),
+        ({}, ["--missing="], "--missing beside --schema, which says it"),
+        ({}, ["--newest_last=history"], "--newest_last beside --schema, which says it"),
+        ({"format_version": 3}, [], "found format_version 3, expected 1 or 2"),
+        ({"lists": 7}, [], "not a schema of pwiser convert"),
+        (
+            {"lists": [], "source": {}},
+            [],
+            "feature history: the model takes it; the schema has: image",
+        ),
+        (
+            {"source": {"features": [{"name": "history"}]}},
+            [],
+            "not a schema of pwiser convert (no 'column')",
+        ),
+        ({}, ["--schema=absent.json"], "absent.json: No such file or directory"),
+    ],
+)
+def test_schemas_that_cannot_be_used(score, tmp_path, changes, flags, told):
+    code, err, _, written = score("c.csv", RAW, _schema(tmp_path, **changes), *flags)
+    assert (code, written) == (2, None)
+    assert told in err
+    assert err.count("\n") == 1
+
+
+def test_messages_name_the_column_of_the_file(score, tmp_path):
+    schema = _schema(tmp_path)
+    for found, wanted, told in (
+        ("3,4", "3,x", "row 4, column pixels: found 'x', expected a finite number"),
+        ("1=0.5", "1=y", "row 2, column last items: found 'y', expected a finite number"),
+        ("last items", "history", "row 1, column last items: the file has no such column"),
+    ):
+        code, err, *_ = score("c.csv", RAW.replace(found, wanted), schema, "--delimiter=;")
+        assert code == 2
+        assert told in err
