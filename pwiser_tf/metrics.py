@@ -48,6 +48,39 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return _area(_twice_below(negatives, positives), len(negatives))
 
 
+def expected_auc(probabilities: np.ndarray, scores: np.ndarray) -> float:
+    """The AUC of scores against known probabilities instead of drawn labels: no label noise.
+
+    Row i is positive with weight p_i and negative with weight 1 - p_i. A pair of rows (i, j), i
+    not j, is a positive and a negative with weight p_i * (1 - p_j); the result is the weighted
+    share of pairs in which i scores above j, ties counting one half. If every probability is 0 or
+    1 it is `auc`. O(n log n).
+
+    Args:
+      probabilities: [n] in [0, 1], of being positive.
+      scores: [n], any real numbers; higher means more likely positive.
+
+    Returns:
+      The area, or NaN when no pair has a weight.
+
+    Raises:
+      ValueError: shapes differ or are not [n], a probability outside [0, 1], a score is NaN.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    _, scores = _checked(np.zeros(probabilities.shape), scores)
+    _checked(np.zeros(probabilities.shape), probabilities, probability=True)
+    distinct, run = np.unique(scores, return_inverse=True)
+    positive = np.bincount(run, probabilities, len(distinct))
+    negative = np.bincount(run, 1 - probabilities, len(distinct))
+    below = np.cumsum(negative) - negative
+    # A row is no pair with itself; in the sums it would be a tie.
+    own = np.sum(probabilities * (1 - probabilities))
+    pairs = positive.sum() * negative.sum() - own
+    if not pairs > 0:
+        return math.nan
+    return float((np.sum(positive * (below + negative / 2)) - own / 2) / pairs)
+
+
 def auc_interval(
     labels: np.ndarray, scores: np.ndarray, level: float = 0.95
 ) -> tuple[float, float, float]:
