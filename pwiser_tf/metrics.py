@@ -282,6 +282,38 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[fl
     return float(np.sum(areas * rows) / np.sum(rows)), len(rows), group_count - len(rows)
 
 
+def top_mean(values: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
+    """The value of the row that the scores rank first in its group, averaged over the groups.
+
+    Rows of a group that share its highest score count equally. Every group has the same weight.
+
+    Args:
+      values: [n], any numbers, such as the probability of a purchase.
+      scores: [n].
+      groups: [n], integers or strings: the group of each row, in any order.
+
+    Returns:
+      The mean, or NaN without rows.
+
+    Raises:
+      ValueError: shapes differ or are not [n], a score is NaN.
+    """
+    values, groups = np.asarray(values, np.float64), np.asarray(groups)
+    _, scores = _checked(np.zeros(values.shape), scores)
+    if groups.shape != values.shape:
+        raise ValueError(
+            f"expected groups of shape {list(values.shape)}, found {list(groups.shape)}"
+        )
+    if not len(values):
+        return math.nan
+    distinct, code = np.unique(groups, return_inverse=True)
+    highest = np.full(len(distinct), -np.inf, scores.dtype)
+    np.maximum.at(highest, code, scores)
+    first = scores == highest[code]
+    tied = np.bincount(code[first])
+    return float((np.bincount(code[first], values[first]) / tied).mean())
+
+
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Mean binary cross-entropy in nats; NaN without rows.
 
@@ -465,8 +497,8 @@ def summary(
 
     Args:
       grade: integers [n] in {0, 1, 2}.
-      predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1]; "ctr" alone for data without
-        conversions.
+      predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1]; without the last two for data
+        without conversions. Other outputs are ignored.
       group: [n], the group of each row, or None if the data have no groups.
 
     Returns:
@@ -477,7 +509,7 @@ def summary(
     Raises:
       ValueError: predictions of a task are missing, or wrong arrays as in `auc`; names the task.
     """
-    tasks = TASKS if set(predictions) != {"ctr"} else ("ctr",)
+    tasks = TASKS if {"ctcvr", "cvr"} & set(predictions) else ("ctr",)
     return {task: _task_summary(grade, predictions, group, task) for task in tasks}
 
 
