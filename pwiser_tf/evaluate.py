@@ -32,6 +32,12 @@ def define_flags() -> None:
         "The folder for metrics and plots. Default: the workdir. Required for several runs: each "
         "gets a subfolder with its name, and comparison.png compares them.",
     )
+    flags.DEFINE_string(
+        "truth",
+        None,
+        "A file with the planted probabilities of a generated log, such as truth-test.parquet of "
+        "pwiser sample --world; predictions are then measured against them too.",
+    )
 
 
 def main() -> None:
@@ -45,7 +51,7 @@ def main() -> None:
             name = folder.resolve().name
             if name in evaluations:
                 raise DataError(f"two runs are named {name}; their folders need different names")
-            evaluations[name] = _evaluate_run(folder, name, args.split, args.data_dir)
+            evaluations[name] = _evaluate_run(folder, name)
         first, *others = evaluations.values()
         # Checked before anything is written.
         if any(not np.array_equal(first.grade, other.grade) for other in others):
@@ -59,21 +65,25 @@ def main() -> None:
             predictions = {name: evaluation.predictions for name, evaluation in evaluations.items()}
             print()
             print(report.difference_table(first.grade, predictions))
-            if plots := plots_module():
-                plots.plot_comparison(pathlib.Path(args.output_dir) / "comparison.png", summaries)
+        if args.truth:
+            print()
+            print(report.truth_table({name: e.truth for name, e in evaluations.items()}))
+        if others and (plots := plots_module()):
+            plots.plot_comparison(pathlib.Path(args.output_dir) / "comparison.png", summaries)
 
 
-def _evaluate_run(folder: pathlib.Path, name: str, split: str, data_dir: str | None) -> Evaluation:
+def _evaluate_run(folder: pathlib.Path, name: str) -> Evaluation:
     """Evaluates the best epoch of a run on its data set, or on another with the same schema."""
+    args = flags.FLAGS
     model, config, schema = runs.load_run(folder)
-    data_dir = data_dir or config.data_dir
+    data_dir = args.data_dir or config.data_dir
     found = Schema.load(data_dir)
     if found.fingerprint != schema.fingerprint:
         raise DataError(
             f"differs from {folder / 'schema.json'}, with which the model was trained",
             file=pathlib.Path(data_dir) / "schema.json",
         )
-    return evaluate(model, data_dir, found, split, name)
+    return evaluate(model, data_dir, found, args.split, name, args.truth)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from tqdm import tqdm
 
-from pwiser_tf import data, metrics, runs
+from pwiser_tf import data, metrics, planted, runs
 from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.schema import Schema
 
@@ -30,7 +30,7 @@ def plots_module():
 def predict(
     model: ClickConversionModel, data_dir: str | os.PathLike, schema: Schema, split: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
-    """Predictions {"ctr", "cvr", "ctcvr"}, grades, and groups if there are any, all [rows]."""
+    """Predictions (output to values), grades, and groups if there are any, all [rows]."""
     rows = data.check(data_dir, schema, split).rows
     predict_batch = tf.function(
         lambda features: model(features, training=False), reduce_retracing=True
@@ -56,13 +56,19 @@ def predict(
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """A model's predictions for a split, and their metrics (see `metrics.summary`)."""
+    """A model's predictions for a split, and their metrics.
+
+    Attributes:
+      name: the model's, in reports. grade: [rows]. predictions: output to values [rows].
+      summary: see `metrics.summary`. truth: see `planted.measure`; None without a truth file.
+    """
 
     name: str
     split: str
     grade: np.ndarray
     predictions: dict[str, np.ndarray]
     summary: dict[str, dict]
+    truth: dict[str, dict] | None = None
 
     def write(self, folder: str | os.PathLike) -> None:
         """Writes the split's entry in metrics.json and, if matplotlib is installed, its plots."""
@@ -74,7 +80,8 @@ class Evaluation:
         if plots := plots_module():
             path_of_plot = folder / f"report-{self.split}.png"
             plots.plot_evaluation(path_of_plot, self.grade, self.predictions, self.summary, title)
-        runs.write_json(path, {**content, self.split: self.summary})
+        truth = {} if self.truth is None else {"truth": self.truth}
+        runs.write_json(path, {**content, self.split: {**self.summary, **truth}})
 
 
 def evaluate(
@@ -83,8 +90,19 @@ def evaluate(
     schema: Schema,
     split: str,
     name: str,
+    truth_file: str | os.PathLike | None = None,
 ) -> Evaluation:
-    """Evaluates a model on one split; `name` is its name in reports."""
+    """Evaluates a model on one split; `name` is its name in reports.
+
+    Raises:
+      DataError: the records are damaged, or `truth_file` is not the truth of their rows.
+    """
+    # Before the predictions, which may take long.
+    truth = planted.Truth.read(truth_file, schema) if truth_file else None
     predictions, grade, group = predict(model, data_dir, schema, split)
     summary = metrics.summary(grade, predictions, group)
-    return Evaluation(name, split, grade, predictions, summary)
+    against = None
+    if truth:
+        rows = truth.of_records(group, grade, split)
+        against = planted.measure(predictions, rows, group)
+    return Evaluation(name, split, grade, predictions, summary, against)

@@ -48,6 +48,39 @@ def auc(labels: np.ndarray, scores: np.ndarray) -> float:
     return _area(_twice_below(negatives, positives), len(negatives))
 
 
+def expected_auc(probabilities: np.ndarray, scores: np.ndarray) -> float:
+    """The AUC of scores against known probabilities instead of drawn labels: no label noise.
+
+    Row i is positive with weight p_i and negative with weight 1 - p_i. A pair of rows (i, j), i
+    not j, is a positive and a negative with weight p_i * (1 - p_j); the result is the weighted
+    share of pairs in which i scores above j, ties counting one half. If every probability is 0 or
+    1 it is `auc`. O(n log n).
+
+    Args:
+      probabilities: [n] in [0, 1], of being positive.
+      scores: [n], any real numbers; higher means more likely positive.
+
+    Returns:
+      The area, or NaN when no pair has a weight.
+
+    Raises:
+      ValueError: shapes differ or are not [n], a probability outside [0, 1], a score is NaN.
+    """
+    probabilities = np.asarray(probabilities, np.float64)
+    _, scores = _checked(np.zeros(probabilities.shape), scores)
+    _checked(np.zeros(probabilities.shape), probabilities, probability=True)
+    distinct, run = np.unique(scores, return_inverse=True)
+    positive = np.bincount(run, probabilities, len(distinct))
+    negative = np.bincount(run, 1 - probabilities, len(distinct))
+    below = np.cumsum(negative) - negative
+    # A row is no pair with itself; in the sums it would be a tie.
+    own = np.sum(probabilities * (1 - probabilities))
+    pairs = positive.sum() * negative.sum() - own
+    if not pairs > 0:
+        return math.nan
+    return float((np.sum(positive * (below + negative / 2)) - own / 2) / pairs)
+
+
 def auc_interval(
     labels: np.ndarray, scores: np.ndarray, level: float = 0.95
 ) -> tuple[float, float, float]:
@@ -249,6 +282,38 @@ def gauc(labels: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> tuple[fl
     return float(np.sum(areas * rows) / np.sum(rows)), len(rows), group_count - len(rows)
 
 
+def top_mean(values: np.ndarray, scores: np.ndarray, groups: np.ndarray) -> float:
+    """The value of the row that the scores rank first in its group, averaged over the groups.
+
+    Rows of a group that share its highest score count equally. Every group has the same weight.
+
+    Args:
+      values: [n], any numbers, such as the probability of a purchase.
+      scores: [n].
+      groups: [n], integers or strings: the group of each row, in any order.
+
+    Returns:
+      The mean, or NaN without rows.
+
+    Raises:
+      ValueError: shapes differ or are not [n], a score is NaN.
+    """
+    values, groups = np.asarray(values, np.float64), np.asarray(groups)
+    _, scores = _checked(np.zeros(values.shape), scores)
+    if groups.shape != values.shape:
+        raise ValueError(
+            f"expected groups of shape {list(values.shape)}, found {list(groups.shape)}"
+        )
+    if not len(values):
+        return math.nan
+    distinct, code = np.unique(groups, return_inverse=True)
+    highest = np.full(len(distinct), -np.inf, scores.dtype)
+    np.maximum.at(highest, code, scores)
+    first = scores == highest[code]
+    tied = np.bincount(code[first])
+    return float((np.bincount(code[first], values[first]) / tied).mean())
+
+
 def log_loss(labels: np.ndarray, probabilities: np.ndarray) -> float:
     """Mean binary cross-entropy in nats; NaN without rows.
 
@@ -432,8 +497,8 @@ def summary(
 
     Args:
       grade: integers [n] in {0, 1, 2}.
-      predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1]; "ctr" alone for data without
-        conversions.
+      predictions: "ctr", "ctcvr" and "cvr", each float [n] in [0, 1]; without the last two for data
+        without conversions. Other outputs are ignored.
       group: [n], the group of each row, or None if the data have no groups.
 
     Returns:
@@ -444,7 +509,7 @@ def summary(
     Raises:
       ValueError: predictions of a task are missing, or wrong arrays as in `auc`; names the task.
     """
-    tasks = TASKS if set(predictions) != {"ctr"} else ("ctr",)
+    tasks = TASKS if {"ctcvr", "cvr"} & set(predictions) else ("ctr",)
     return {task: _task_summary(grade, predictions, group, task) for task in tasks}
 
 

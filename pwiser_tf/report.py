@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pwiser_tf import metrics
+from pwiser_tf import metrics, planted
 
 TABLE_WIDTH = 100
 
@@ -30,20 +30,12 @@ def table(summaries: dict[str, dict]) -> str:
         if all(task in summary for summary in summaries.values())
     }
     # The same widths in all blocks, so that the columns of all tasks are aligned.
-    rows = [row for block in blocks.values() for row in block]
-    widths = [max(map(len, column)) for column in zip(["", *header], *rows, strict=True)]
-    widths[0] = max(5, min(widths[0], TABLE_WIDTH - sum(widths[1:]) - 2 * len(header)))
-
-    def line(cells: list[str]) -> str:
-        name, *values = cells
-        name = name if len(name) <= widths[0] else name[: widths[0] - 2] + ".."
-        padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
-        return "  ".join([name.ljust(widths[0]), *padded])
-
+    aligned = iter(_aligned([["", *header], *(row for block in blocks.values() for row in block)]))
+    first = next(aligned)
     lines = []
     for task, block in blocks.items():
-        lines += ["", f"{task.upper()}: {_MEANING[task]}{_groups(summaries, task)}"]
-        lines += [line(["", *header]), *map(line, block)]
+        lines += ["", f"{task.upper()}: {_MEANING[task]}{_groups(summaries, task)}", first]
+        lines += [next(aligned) for _ in block]
     return "\n".join(lines[1:])
 
 
@@ -77,6 +69,58 @@ def difference_table(grade: np.ndarray, predictions: dict[str, dict[str, np.ndar
                 cells = f"{found[0]:+.4f} [      -,       -]  p     -"
             lines.append(f"{task.upper():<5}  {name:<{width}}  {cells}")
     return "\n".join(lines)
+
+
+_TRUTH_COLUMNS = {
+    "interest AUC": "interest_auc",
+    "genuine AUC": "genuine_auc",
+    "CTR AUC": "ctr_auc",
+    "CTCVR AUC": "ctcvr_auc",
+    "interest": "top1_interest",
+    "purchase": "top1_purchase",
+    "PCOC": "pcoc",
+}
+
+
+def truth_table(results: dict[str, dict[str, dict]]) -> str:
+    """The outputs of one or several models against the planted truth, as plain text.
+
+    Args:
+      results: model name to its `planted.measure`. Undefined values are shown as "-".
+
+    Returns:
+      The lines: one per output and model, and the best possible values.
+    """
+    rows = [["", *_TRUTH_COLUMNS]]
+    for name, measured in results.items():
+        for output in (output for output in measured if output != planted.BEST):
+            label = output if len(results) == 1 else f"{output} of {name}"
+            rows.append([label, *_truth_cells(measured[output])])
+    rows.append(["best possible", *_truth_cells(measured[planted.BEST])])
+    title = "Against the planted truth; interest and purchase: of the first row of each group, in %"
+    return "\n".join([title, *_aligned(rows)])
+
+
+def _truth_cells(measured: dict) -> list[str]:
+    cells = []
+    for key in _TRUTH_COLUMNS.values():
+        value = measured[key]
+        if key.startswith("top1") and value is not None:
+            value *= 100
+        cells.append(number(value, ".3f" if key == "pcoc" or key.startswith("top1") else ".4f"))
+    return cells
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Rows of cells, of which the first is a name, as lines; too long names are shortened."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths[0] = max(5, min(widths[0], TABLE_WIDTH - sum(widths[1:]) - 2 * len(widths[1:])))
+    lines = []
+    for name, *values in rows:
+        name = name if len(name) <= widths[0] else name[: widths[0] - 2] + ".."
+        padded = [value.rjust(width) for value, width in zip(values, widths[1:], strict=True)]
+        lines.append("  ".join([name.ljust(widths[0]), *padded]))
+    return lines
 
 
 def _cells(result: dict) -> list[str]:

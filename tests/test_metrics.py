@@ -663,3 +663,65 @@ def test_summary_names_the_task_of_an_error():
         metrics.summary(grade, {"ctr": good["ctr"], "ctcvr": good["ctcvr"]})
     with pytest.raises(ValueError, match=r"ctr: expected groups of shape \[3\], found \[2\]"):
         metrics.summary(grade, good, np.array([1, 2]))
+
+
+def expected_auc_by_pairs(probabilities, scores):
+    won = pairs = 0.0
+    for i, (p, score) in enumerate(zip(probabilities, scores, strict=True)):
+        for j, (q, other) in enumerate(zip(probabilities, scores, strict=True)):
+            if i != j:
+                pairs += p * (1 - q)
+                won += p * (1 - q) * ((score > other) + (score == other) / 2)
+    return won / pairs
+
+
+def test_expected_auc_is_that_of_all_pairs():
+    random = np.random.default_rng(4)
+    for size in (2, 7, 60):
+        for ties in (False, True):
+            probabilities = random.random(size) ** 3
+            scores = random.normal(size=size) if not ties else random.integers(3, size=size)
+            expected = expected_auc_by_pairs(probabilities, scores)
+            assert metrics.expected_auc(probabilities, scores) == pytest.approx(expected)
+
+
+def test_expected_auc_of_certain_labels_is_auc():
+    random = np.random.default_rng(5)
+    labels, scores = random.integers(2, size=200), random.integers(20, size=200)
+    assert metrics.expected_auc(labels, scores) == pytest.approx(metrics.auc(labels, scores))
+
+
+def test_expected_auc_is_the_mean_over_drawn_labels():
+    random = np.random.default_rng(6)
+    probabilities = random.random(3000) * 0.2
+    scores = probabilities + 0.1 * random.normal(size=3000)
+    drawn = [metrics.auc(random.random(3000) < probabilities, scores) for _ in range(100)]
+    error = np.std(drawn) / 10
+    assert abs(np.mean(drawn) - metrics.expected_auc(probabilities, scores)) < 4 * error
+
+
+def test_expected_auc_without_pairs_and_of_wrong_arrays():
+    for probabilities in ([], [0.0, 0.0], [1.0, 1.0], [0.3]):
+        assert math.isnan(metrics.expected_auc(probabilities, np.arange(len(probabilities))))
+    for probabilities, scores in (([0.1, 1.2], [1, 2]), ([0.1], [1, 2]), ([0.1, 0.2], [1, np.nan])):
+        with pytest.raises(ValueError, match="expected"):
+            metrics.expected_auc(probabilities, scores)
+
+
+def test_top_mean_by_hand():
+    groups = ["b", "a", "b", "a", "c"]
+    values = [1.0, 2.0, 3.0, 4.0, 5.0]
+    # a: row 3; b: rows 0 and 2 are tied; c: its only row.
+    assert metrics.top_mean(values, [7, 1, 7, 2, -9], groups) == pytest.approx((4 + 2 + 5) / 3)
+    assert math.isnan(metrics.top_mean([], [], []))
+    with pytest.raises(ValueError, match="expected groups"):
+        metrics.top_mean(values, values, ["a"])
+    with pytest.raises(ValueError, match="scores that are numbers"):
+        metrics.top_mean([1.0], [np.nan], [0])
+
+
+def test_summary_ignores_other_outputs():
+    grade, ctr = np.array([0, 1, 1, 0]), np.array([0.1, 0.4, 0.2, 0.3])
+    alone = metrics.summary(grade, {"ctr": ctr})
+    assert metrics.summary(grade, {"ctr": ctr, "interest": ctr, "score": 9 * ctr}) == alone
+    assert list(alone) == ["ctr"]

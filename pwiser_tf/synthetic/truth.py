@@ -62,7 +62,7 @@ class Side:
         for position, values in enumerate(self.values):
             vectors += values[categories[:, position]]
         noisy = vectors @ self.loadings + 0.7 * rng.normal(size=(size, self.loadings.shape[1]))
-        numbers = np.round(_sigmoid(noisy), 6)
+        numbers = np.round(sigmoid(noisy), 6)
         numbers[rng.random(numbers.shape) < self.zeros] = 0
         return vectors, categories, numbers
 
@@ -107,13 +107,13 @@ class Truth:
         population = truth.sample(rng, np.arange(_CALIBRATION_SEARCHES))
         utilities = [population.click_utility, population.conversion_utility]
         scales = [
-            spread / utility.std()
-            for spread, utility in zip((CLICK_SPREAD, CONVERSION_SPREAD), utilities, strict=True)
+            spread / values.std()
+            for spread, values in zip((CLICK_SPREAD, CONVERSION_SPREAD), utilities, strict=True)
         ]
-        click_intercept = _intercept(utilities[0] * scales[0], genuine)
+        click_intercept = intercept(utilities[0] * scales[0], genuine)
         # Only genuine clicks convert, so the rows are weighted with their probability.
-        weights = _sigmoid(utilities[0] * scales[0] + click_intercept)
-        conversion_intercept = _intercept(
+        weights = sigmoid(utilities[0] * scales[0] + click_intercept)
+        conversion_intercept = intercept(
             utilities[1] * scales[1], cvr / (1 - accidental_clicks), weights
         )
         return dataclasses.replace(
@@ -130,18 +130,16 @@ class Truth:
         search = np.repeat(np.arange(len(searches)), sizes)
         users = self.user.sample(rng, len(searches))
         items = self.item.sample(rng, len(search))
-        user_vector, item_vector = users[0][search], items[0]
-        views = (user_vector, item_vector, user_vector * item_vector)
         utilities = [
-            sum(view @ weights[i] for i, view in enumerate(views)) + intercept
-            for weights, intercept in (
+            utility(users[0][search], items[0], weights) + level
+            for weights, level in (
                 (self.click, self.click_intercept),
                 (self.conversion, self.conversion_intercept),
             )
         ]
-        genuine = rng.random(len(search)) < _sigmoid(utilities[0])
+        genuine = rng.random(len(search)) < sigmoid(utilities[0])
         accident = rng.random(len(search)) < self.accidental
-        bought = rng.random(len(search)) < _sigmoid(utilities[1])
+        bought = rng.random(len(search)) < sigmoid(utilities[1])
         return Rows(
             searches, search, users[1], users[2], items[1], items[2], *utilities,
             click=genuine | accident, accidental=accident & ~genuine, conversion=genuine & bought,
@@ -149,9 +147,9 @@ class Truth:
 
     def probabilities(self, rows: "Rows") -> tuple[np.ndarray, np.ndarray]:
         """P(click) and P(click and conversion) of each row, [n] each."""
-        genuine = _sigmoid(rows.click_utility)
+        genuine = sigmoid(rows.click_utility)
         click = genuine + (1 - genuine) * self.accidental
-        return click, genuine * _sigmoid(rows.conversion_utility)
+        return click, genuine * sigmoid(rows.conversion_utility)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,15 +186,22 @@ class Rows:
         return Rows(**cut)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def utility(user: np.ndarray, item: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The utility [n] of vectors [n, FACTORS]; weights [3, FACTORS] of both and their products."""
+    views = (user, item, user * item)
+    return sum(view @ weights[i] for i, view in enumerate(views))
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """The probabilities of logits."""
     return 1 / (1 + np.exp(-x))
 
 
-def _intercept(utility: np.ndarray, rate: float, weights: np.ndarray | None = None) -> float:
-    """The number to add to the utilities so that the mean probability is the rate. Bisection."""
+def intercept(logits: np.ndarray, rate: float, weights: np.ndarray | None = None) -> float:
+    """The number to add to logits so that their (weighted) mean probability is the rate."""
     low, high = -50.0, 50.0
     for _ in range(60):
         middle = (low + high) / 2
-        mean = np.average(_sigmoid(utility + middle), weights=weights)
+        mean = np.average(sigmoid(logits + middle), weights=weights)
         low, high = (middle, high) if mean < rate else (low, middle)
     return middle
