@@ -173,8 +173,9 @@ def define_flags(values: flags.FlagValues = flags.FLAGS) -> None:
             flags.DEFINE_string(**{**shared, "default": None}, required=True)
         else:
             flags.DEFINE_list(**{**shared, "default": list(map(str, field.default))})
-            valid, message = _list_validator(meta["choices"])
-            flags.register_validator(name, valid, message=message, flag_values=values)
+            if meta["choices"] or meta["low"]:
+                valid, message = _list_validator(meta["choices"])
+                flags.register_validator(name, valid, message=message, flag_values=values)
 
 
 def _list_validator(choices):
@@ -218,6 +219,7 @@ def config_from_flags(values: flags.FlagValues, given: Sequence[str] = ()) -> Co
       DataError: flags that contradict each other.
     """
     chosen = {name: values[name].value for name in OPTIONS}
+    chosen["click_noise_fields"] = tuple(chosen["click_noise_fields"])
     chosen["loss_tasks"] = tuple(task for task in TASKS if task in chosen["loss_tasks"])
     for name in ("bottom_units", "tower_units"):
         chosen[name] = tuple(int(size) for size in chosen[name])

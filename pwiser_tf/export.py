@@ -55,7 +55,7 @@ from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.records import PADDING, feature_shapes
 from pwiser_tf.schema import Categorical, Schema, missing_value
 
-OUTPUTS = ("ctr", "cvr", "ctcvr")
+OUTPUTS = ("ctr", "cvr", "ctcvr", "interest")
 # Prefix of a version that is being written. The next export removes one that a killed export left.
 _PARTIAL = "partial-"
 # Files next to the graph. TF Serving reads only the warm-up requests among them.

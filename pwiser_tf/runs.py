@@ -2,6 +2,7 @@
 
 flags.json         the options that define the run
 schema.json        the schema of the data set (and vocabularies/) when training started
+click_noise.json   the estimate of accidental clicks, with --click_noise_fields
 checkpoints/       the newest state, from which an interrupted run continues
 best/              the weights of the best epoch by validation
 logs/              TensorBoard
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 import tensorflow as tf
 import tf_keras as keras
 
+from pwiser_tf.click_noise import ClickNoise
 from pwiser_tf.config import VERSION, Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.files import write_text
@@ -29,14 +31,19 @@ from pwiser_tf.schema import Schema
 
 FLAGS_FILE = "flags.json"
 METRICS_FILE = "metrics.json"
+CLICK_NOISE_FILE = "click_noise.json"
 _CHECKPOINTS = "checkpoints"
 _EXTENDABLE = ("epochs", "patience")
 
 
-def build_model(config: Config, schema: Schema) -> ClickConversionModel:
-    """A model with all its variables, initialised from the seed."""
+def build_model(
+    config: Config, schema: Schema, noise: ClickNoise | None = None
+) -> ClickConversionModel:
+    """A model with all its variables, initialised from the seed; it corrects clicks by `noise`."""
     keras.utils.set_random_seed(config.training.seed)
     model = MODELS[config.model.name](schema, config.model, config.loss)
+    if noise:
+        model.correct_clicks(noise)
     model(empty_features(schema))
     return model
 
@@ -93,6 +100,23 @@ def load(workdir: str | os.PathLike) -> tuple[Config, Schema]:
     except DataError as error:
         raise DataError(f"not written by pwiser_tf.train ({error})", file=path) from None
     return config, Schema.load(workdir)
+
+
+def click_noise(workdir: str | os.PathLike, config: Config) -> ClickNoise | None:
+    """The estimate of click noise of a run; None if its config has no fields for it.
+
+    Raises:
+      DataError: the run's file is missing or not what training wrote.
+    """
+    if not config.loss.click_noise_fields:
+        return None
+    path = pathlib.Path(workdir) / CLICK_NOISE_FILE
+    try:
+        return ClickNoise.from_json(read_json(path))
+    except FileNotFoundError:
+        raise DataError("no such file; training writes it", file=path) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"not written by pwiser_tf.train ({error!r})", file=path) from None
 
 
 def state_checkpoint(workdir: str | os.PathLike, state: tf.train.Checkpoint):
@@ -164,7 +188,7 @@ def _newest_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
 def load_run(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Config, Schema]:
     """The model of a run with the weights of its best epoch."""
     config, schema = load(workdir)
-    model = build_model(config, schema)
+    model = build_model(config, schema, click_noise(workdir, config))
     restore_best(best_checkpoint(workdir, model))
     return model, config, schema
 

@@ -66,6 +66,13 @@ class Categorical:
         """The number of ids, id 0 included: the rows of an embedding table."""
         return (self.hash_buckets or len(self.vocabulary)) + 1
 
+    def texts(self) -> list[str]:
+        """What stands for each id, for tables."""
+        known = map(str, self.vocabulary)
+        if self.hash_buckets:
+            known = (f"bucket {k}" for k in range(1, self.size))
+        return ["(unknown)", *known]
+
     @functools.cached_property
     def _index(self) -> pd.Index:
         return pd.Index(self.vocabulary, dtype="int64" if self.dtype == "int64" else object)

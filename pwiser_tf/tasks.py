@@ -169,6 +169,12 @@ class LossConfig:
         "of conversions in the batch).",
         choices=losses.NORMALIZATIONS,
     )
+    click_noise_fields: tuple[str, ...] = option(
+        (),
+        "Categorical features that say how an exposure was shown, such as slot and device. "
+        "Accidental clicks that depend on them are estimated from the training counts, and the "
+        "output interest is added: P(genuine click).",
+    )
     ranking_weight: float = option(
         0.1,
         "The weight of the term of ranknet, combined_pair, jrc, listce.",

@@ -13,13 +13,14 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from pwiser_tf import data, machine, report, runs
+from pwiser_tf import click_noise, data, machine, report, runs
+from pwiser_tf.click_noise import ClickNoise
 from pwiser_tf.config import Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import evaluate, plots_module, predict
@@ -30,6 +31,8 @@ from pwiser_tf.schema import Schema
 from pwiser_tf.tasks import LOSSES, TASKS
 
 _LOG_EVERY_STEPS = 100
+# Click noise is estimated from about this many exposures without click, and numbers in these bins.
+_NOISE_ROWS, _NOISE_BATCH, _NOISE_BINS = 2_000_000, 65_536, 8
 # Above about this strength PWiseR did harm: docs/explain/when-pwiser-helps.md.
 _HARMFUL_STRENGTH = 1.0
 # Below this share of rows in an epoch, training warns.
@@ -203,7 +206,7 @@ def _fit(
     config, schema, folder, checkpoint_seconds, on_epoch
 ) -> tuple[ClickConversionModel, Progress]:
     """Trains until the last epoch or until patience ends, then restores the best epoch."""
-    model = runs.build_model(config, schema)
+    model = runs.build_model(config, schema, _click_noise(config, schema, folder))
     # The legacy optimiser is faster: one fused operation per variable.
     model.compile(optimizer=keras.optimizers.legacy.Adam(config.training.learning_rate))
     progress = Progress()
@@ -259,6 +262,67 @@ def _fit(
         manager.save()
     runs.restore_best(best)
     return model, progress
+
+
+def estimate_click_noise(
+    data_dir: str | os.PathLike, schema: Schema, features: Sequence[str]
+) -> ClickNoise:
+    """Estimates the click noise by these categorical features from the training split.
+
+    All clicks count; of a long log, exposures without a click are sampled. What is expected of a
+    cell's items follows from the other categorical features and the numbers, the latter in bins.
+
+    Raises:
+      DataError: a feature is not categorical, or the data have no conversions.
+    """
+    column = {feature.name: k for k, feature in enumerate(schema.categorical)}
+    if unknown := [name for name in features if name not in column]:
+        raise DataError(
+            f"--click_noise_fields={','.join(features)}: {', '.join(unknown)} is no categorical "
+            f"feature; these are: {', '.join(column)}"
+        )
+    if not schema.conversion:
+        raise DataError("--click_noise_fields needs conversions, which the data set does not have")
+    step = math.ceil(schema.split("train").rows / _NOISE_ROWS)
+    ids, numbers, grades = [], [], []
+    for inputs, grade in data.batches(data_dir, schema, "train", _NOISE_BATCH):
+        grade = grade.numpy()
+        kept = np.flatnonzero((grade >= 1) | (np.arange(len(grade)) % step == 0))
+        grades.append(grade[kept].astype(np.int8))
+        ids.append(inputs["categorical"].numpy()[kept].astype(np.int32))
+        if schema.value_features:
+            values = inputs["numerical"].numpy()[kept, : len(schema.value_features)]
+            numbers.append(values.astype(np.float32))
+    ids, grade = np.concatenate(ids), np.concatenate(grades)
+    chosen = [column[name] for name in features]
+    others = [ids[:, k] for k in range(ids.shape[1]) if k not in chosen]
+    for values in np.concatenate(numbers).T if numbers else ():
+        bounds = np.quantile(values, np.arange(1, _NOISE_BINS) / _NOISE_BINS)
+        others.append(np.searchsorted(bounds, values, side="right"))
+    return click_noise.estimate(
+        tuple(features),
+        ids[:, chosen],
+        [schema.categorical[k].size for k in chosen],
+        np.stack(others, axis=1) if others else np.empty((len(ids), 0), np.int32),
+        grade,
+        np.where(grade >= 1, 1.0, step),
+    )
+
+
+def _click_noise(config: Config, schema: Schema, folder: pathlib.Path) -> ClickNoise | None:
+    """The run's estimate of click noise, made where there is none yet, and printed."""
+    if not config.loss.click_noise_fields:
+        return None
+    path = folder / runs.CLICK_NOISE_FILE
+    if not path.exists():
+        noise = estimate_click_noise(config.data_dir, schema, config.loss.click_noise_fields)
+        runs.write_json(path, noise.to_json())
+    noise = runs.click_noise(folder, config)
+    values = {feature.name: feature.texts() for feature in schema.categorical}
+    print(noise.table(values), flush=True)
+    for warning in noise.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+    return noise
 
 
 def _evaluate_best(model, config, schema, folder, progress) -> dict:

@@ -15,8 +15,9 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 import tf_keras as keras
 
+from pwiser_tf.click_noise import ClickNoise
 from pwiser_tf.errors import DataError
-from pwiser_tf.layers import MLP, Encoder, Head
+from pwiser_tf.layers import MLP, AccidentalClicks, Encoder, Head, observed_logits
 from pwiser_tf.options import check, option
 from pwiser_tf.schema import Schema
 from pwiser_tf.tasks import LOSSES, TASKS, LossConfig, Task
@@ -139,6 +140,7 @@ class ClickConversionModel(tfrs.Model):
         if self.auxiliary_weight is not None:
             of_batch.append("auxiliary_loss")
         self._means = {name: keras.metrics.Mean(name) for name in of_batch} if tasks else {}
+        self._accidental_clicks: AccidentalClicks | None = None
 
     @classmethod
     def check_config(cls, config: ModelConfig) -> None:
@@ -153,6 +155,10 @@ class ClickConversionModel(tfrs.Model):
                 f"--auxiliary_weight={config.auxiliary_weight}: --model={config.name} has no "
                 "auxiliary loss"
             )
+
+    def correct_clicks(self, noise: ClickNoise) -> None:
+        """Makes the click tower learn genuine clicks: the output `interest` (see click_noise)."""
+        self._accidental_clicks = AccidentalClicks(noise, self._schema)
 
     def tower_inputs(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
         """Features to {tower: float32 [B, units]}, for each of `towers`."""
@@ -176,19 +182,35 @@ class ClickConversionModel(tfrs.Model):
 
     def call(self, features: dict[str, tf.Tensor], training: bool = False) -> dict[str, tf.Tensor]:
         """Features to probabilities {"ctr", "cvr", "ctcvr"}, float32 [B], ctcvr = ctr * cvr; to
-        {"ctr"} if the data set has no conversions."""
-        logits = self.tower_logits(features, training)
-        if CONVERSION not in logits:
-            return {"ctr": tf.sigmoid(logits[CLICK][:, 0])}
-        click, conversion = (logits[tower][:, 0] for tower in TOWERS)
-        ctr = tf.sigmoid(click)
-        if self._config.conversion_head == "product":
-            cvr = tf.sigmoid(conversion)
-        else:
-            # min(q, ctr) / ctr in log space, which is also defined if ctr underflows.
-            log_ratio = tf.math.log_sigmoid(conversion) - tf.math.log_sigmoid(click)
-            cvr = tf.exp(tf.minimum(log_ratio, 0.0))
-        return {"ctr": ctr, "cvr": cvr, "ctcvr": ctr * cvr}
+        {"ctr"} if the data set has no conversions. With `correct_clicks`, "interest" is added."""
+        genuine = self.tower_logits(features, training)
+        logits = self._observed(genuine, features)
+        click = logits[CLICK][:, 0]
+        outputs = {"ctr": tf.sigmoid(click)}
+        if CONVERSION in logits:
+            # In log space, which is also defined if ctr underflows.
+            log_cvr = tf.math.log_sigmoid(logits[CONVERSION][:, 0])
+            if self._config.conversion_head == "product":
+                # Only a genuine click converts.
+                log_genuine = tf.math.log_sigmoid(genuine[CLICK][:, 0])
+                log_cvr += log_genuine - tf.math.log_sigmoid(click)
+            else:
+                log_cvr -= tf.math.log_sigmoid(click)
+            cvr = tf.exp(tf.minimum(log_cvr, 0.0))
+            outputs |= {"cvr": cvr, "ctcvr": outputs["ctr"] * cvr}
+        if self._accidental_clicks:
+            outputs["interest"] = tf.sigmoid(genuine[CLICK][:, 0])
+        return outputs
+
+    def _observed(
+        self, logits: dict[str, tf.Tensor], features: dict[str, tf.Tensor]
+    ) -> dict[str, tf.Tensor]:
+        """The outputs of `tower_logits`, with the logit of P(click) for that of interest."""
+        if not self._accidental_clicks:
+            return logits
+        accidental = self._accidental_clicks(features)
+        click = observed_logits(logits[CLICK][:, :1], accidental[:, tf.newaxis])
+        return {**logits, CLICK: tf.concat([click, logits[CLICK][:, 1:]], axis=1)}
 
     def train_step(self, inputs) -> dict[str, tf.Tensor]:
         """A step of tfrs.Model that returns the mean losses of the epoch, not of the batch."""
@@ -206,8 +228,9 @@ class ClickConversionModel(tfrs.Model):
         paper's.
         """
         features, grade = inputs
-        logits = self.tower_logits(features, training)
-        predictions = self._task_predictions(logits)
+        genuine = self.tower_logits(features, training)
+        logits = self._observed(genuine, features)
+        predictions = self._task_predictions(logits, genuine)
         labels = {"grade": grade}
         if "group" in features:
             labels["group"] = features["group"]
@@ -223,8 +246,14 @@ class ClickConversionModel(tfrs.Model):
             terms.append(scale * auxiliary)
         return tf.add_n(terms)
 
-    def _task_predictions(self, logits: dict[str, tf.Tensor]) -> dict[str, dict[str, tf.Tensor]]:
-        """The inputs of each task's loss: {task: {"logits": [B], "energy": [B]}}."""
+    def _task_predictions(
+        self, logits: dict[str, tf.Tensor], genuine: dict[str, tf.Tensor]
+    ) -> dict[str, dict[str, tf.Tensor]]:
+        """The inputs of each task's loss: {task: {"logits": [B], "energy": [B]}}.
+
+        Args:
+          logits, genuine: the outputs of `tower_logits` with and without accidental clicks.
+        """
         predictions = {}
         for task in self._tasks:
             tower = TOWER_OF_TASK[task]
@@ -232,7 +261,8 @@ class ClickConversionModel(tfrs.Model):
             if tower in self._energies:
                 predictions[task]["energy"] = logits[tower][:, 1]
         if "ctcvr" in predictions and self._config.conversion_head == "product":
-            click, conversion = (logits[tower][:, 0] for tower in TOWERS)
+            # Only a genuine click converts.
+            click, conversion = (genuine[tower][:, 0] for tower in TOWERS)
             predictions["ctcvr"]["logits"] = _logit_of_product(click, conversion)
         return predictions
 
