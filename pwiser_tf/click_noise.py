@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
+from scipy import stats
 
 # Chance exceeds the bound of the evidence test with a probability of about 0.001.
 _STRICTNESS = 3.1
@@ -41,8 +42,8 @@ _STRICTNESS = 3.1
 _BEST_SHARE = 0.2
 # The guard's CVR is drawn towards the mean by as much as this many conversions.
 _GUARD_CONVERSIONS = 3.0
-# The guard's slope must be below 0 by as many standard errors.
-_GUARD_ERRORS = 2.5
+# The guard's slope must be below 0: so rarely would chance make it, if it were 0.
+_GUARD_LEVEL = 0.01
 # Fields are crossed into one as long as it has at most so many cells.
 _CROSSED_CELLS = 64
 # Rounds in which the multiplicative model fits each column in turn.
@@ -282,27 +283,28 @@ def _quality(conversions, expected, clicks, expected_clicks):
     # Fewer conversions per click must come with more clicks.
     clicked = (weights > 0) & (expected_clicks[held] > 0)
     w = weights[clicked]
-    slope, error = _slope(
+    slope, chance = _slope(
         np.log((m + _GUARD_CONVERSIONS)[clicked] / (e + _GUARD_CONVERSIONS)[clicked]),
         np.log(w / expected_clicks[held][clicked]),
         w,
     )
-    if slope < -_GUARD_ERRORS * error:
+    if chance < _GUARD_LEVEL:
         guard = float(np.clip(-slope, 0.0, 1.0))
     quality[held] = q**guard
     return quality, guard, statistic, bound
 
 
 def _slope(x: np.ndarray, y: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """The slope of the weighted regression of y on x, and its standard error; infinite for fewer
-    than three points."""
+    """The slope of the weighted regression of y on x, and the probability of one as far below 0 by
+    chance (t-test); 1 for fewer than three points."""
     x, y = (values - np.average(values, weights=weights) for values in (x, y))
     squares = np.sum(weights * x * x)
     if len(x) < 3 or squares <= 0:
-        return 0.0, math.inf
+        return 0.0, 1.0
     slope = np.sum(weights * x * y) / squares
-    variance = np.sum(weights * (y - slope * x) ** 2) / squares / (len(x) - 2)
-    return float(slope), math.sqrt(float(variance))
+    freedom = len(x) - 2
+    error = math.sqrt(np.sum(weights * (y - slope * x) ** 2) / squares / freedom)
+    return float(slope), float(stats.t.cdf(slope / max(error, 1e-12), freedom))
 
 
 def _spread(counts: np.ndarray, expected: np.ndarray) -> float:

@@ -153,7 +153,7 @@ def test_only_labels_are_optional(command, world):
         if column in ("genuine", "click", "conversion"):
             assert column not in Truth.read(world / "less.parquet", schema).columns
         else:
-            with pytest.raises(DataError, match=f"column {column}: found no such column"):
+            with pytest.raises(DataError, match=f"column {column}: the file has no such column"):
                 Truth.read(world / "less.parquet", schema)
 
 
