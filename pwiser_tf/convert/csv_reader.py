@@ -239,7 +239,7 @@ class CsvFile:
     def _first_record(self) -> list[str]:
         with self._open() as file:
             start = file.read(1 << 16)
-        if not start.strip():
+        if not start.removeprefix(b"\xef\xbb\xbf").strip():
             raise DataError("found an empty file, expected CSV", file=self.shown)
         for magic, kind in _NOT_CSV.items():
             if start.startswith(magic):
@@ -325,6 +325,10 @@ class CsvFile:
                 yield file
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise DataError(f"a whole gzip file ({error})", file=self.shown) from None
+            except OSError as error:
+                if self._compression != "zstd" or error.errno:
+                    raise
+                raise DataError(f"a whole zstd file ({error})", file=self.shown) from None
 
     def _reader(self, text: Iterable[str], strict: bool = False):
         """Python's reader of the same dialect."""
@@ -388,6 +392,8 @@ class Database:
                 "threads": min(os.cpu_count() or 1, 4),
             },
         )
+        # A time without an offset is taken as UTC, wherever the machine stands.
+        self._connection.execute("SET GLOBAL TimeZone = 'UTC'")
 
     def expect_columns(self, columns: int) -> None:
         """Raises the memory limit for wide files, unless a limit was given."""
