@@ -264,7 +264,7 @@ def test_parquet_faults_have_their_place(log):
     with pytest.raises(DataError, match=missing):
         convert(log / "out", f"--train={log / 'log.parquet'}", "--numerical=price", *flags)
     (log / "torn.parquet").write_bytes((log / "log.parquet").read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"torn\.parquet: a whole Parquet file"):
+    with pytest.raises(DataError, match=r"torn\.parquet: expected a whole Parquet file"):
         convert(log / "out", f"--train={log / 'torn.parquet'}", *flags)
 
 
@@ -274,7 +274,7 @@ def test_a_damaged_page_of_parquet_is_named(log):
     pyarrow.parquet.write_table(table, path, compression="none")
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
-    with pytest.raises(DataError, match=r"log\.parquet: a whole Parquet file"):
+    with pytest.raises(DataError, match=r"log\.parquet: expected a whole Parquet file"):
         convert(log / "out", f"--train={path}", "--categorical=item", "--click=clicked", *FLAGS)
 
 
@@ -374,7 +374,7 @@ def test_a_wrong_cell_is_named(log, column, cell, message):
         (b"\xef\xbb\xbf", "found an empty file, expected CSV"),
         (
             pyarrow.compress(b"item,clicked\n" + b"1,0\n" * 99, "zstd", asbytes=True)[:-9],
-            r"log\.csv: a whole zstd file",
+            r"log\.csv: expected a whole zstd file",
         ),
     ],
 )

@@ -354,7 +354,9 @@ def main(path: str, values: flags.FlagValues = flags.FLAGS) -> None:
         return
     output = pathlib.Path(values.output)
     if output.exists():
-        raise DataError("a file that does not exist yet: this one is not overwritten", file=output)
+        raise DataError(
+            "expected a file that does not exist yet: this one is not overwritten", file=output
+        )
     write_text(output, text)
     print("wrote", output)
 

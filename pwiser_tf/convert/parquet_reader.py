@@ -41,7 +41,7 @@ class ParquetFile:
             schema = pyarrow.parquet.read_schema(self.path)
         except pyarrow.ArrowException as error:
             detail = str(error).split("\n")[0]
-            raise DataError(f"a whole Parquet file ({detail})", file=self.shown) from None
+            raise DataError(f"expected a whole Parquet file ({detail})", file=self.shown) from None
         self.names: Sequence[str] = schema.names
         self.types = dict(zip(schema.names, schema.types, strict=True))
         check_columns(self.kinds, self.names, ", ", self.shown, header=False)
@@ -139,5 +139,5 @@ class ParquetFile:
                 cursor.execute(f"SELECT {wanted or 'count(*)'} FROM {self.table()}").fetchall()
             except duckdb.Error as error:
                 detail = str(error).strip().split("\n")[0]
-                return DataError(f"a whole Parquet file ({detail})", file=self.shown)
+                return DataError(f"expected a whole Parquet file ({detail})", file=self.shown)
         return None
