@@ -229,6 +229,11 @@ def test_lists_of_parquet(score, tmp_path):
         ),
         (
             "c.csv",
+            "words,image,history\na,,1:2:3\n",
+            "row 2, column history.weights: found '2:3', expected a finite",
+        ),
+        (
+            "c.csv",
             "words,image,history\na,,1:-1\n",
             "column history.weights: found -1.0, expected a number of at",
         ),
