@@ -63,6 +63,7 @@ from pwiser_serving.candidates import (
     CandidateFile,
     JsonFile,
     format_suffix,
+    partitions,
 )
 from pwiser_serving.connection import TLS
 from pwiser_serving.errors import FeatureError, ModelNotFound, RequestTooLarge, ScoringError
@@ -133,6 +134,7 @@ def score_file(
     inputs = scorer.inputs(candidates.signature)
     if candidates.signature == RAW_SIGNATURE:
         needed, useful = candidates.dialect.columns(inputs)
+        needed -= partitions(candidates.path).keys()
         candidates.require(sorted(needed), f"model {scorer.model} needs")
         for name in useful:
             candidates.use(name)
