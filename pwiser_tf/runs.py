@@ -5,6 +5,7 @@ schema.json        the schema of the data set (and vocabularies/) when training 
 checkpoints/       the newest state, from which an interrupted run continues
 best/              the weights of the best epoch by validation
 logs/              TensorBoard
+calibration.json   Platt scaling of the best epoch's outputs, if the run is calibrated
 metrics.json       epochs, validation and test metrics
 report-SPLIT.png   plots of an evaluation
 """
@@ -19,6 +20,7 @@ from collections.abc import Iterator
 import tensorflow as tf
 import tf_keras as keras
 
+from pwiser_tf.calibration import Calibration
 from pwiser_tf.config import VERSION, Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.files import write_text
@@ -29,6 +31,7 @@ from pwiser_tf.schema import Schema
 
 FLAGS_FILE = "flags.json"
 METRICS_FILE = "metrics.json"
+CALIBRATION_FILE = "calibration.json"
 _CHECKPOINTS = "checkpoints"
 _EXTENDABLE = ("epochs", "patience")
 
@@ -162,11 +165,33 @@ def _newest_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
 
 
 def load_run(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Config, Schema]:
-    """The model of a run with the weights of its best epoch."""
+    """The model of a run with the weights of its best epoch, and its calibration, if it has one."""
     config, schema = load(workdir)
     model = build_model(config, schema)
     restore_best(best_checkpoint(workdir, model))
+    model.calibration = load_calibration(workdir)
     return model, config, schema
+
+
+def load_calibration(workdir: str | os.PathLike) -> Calibration | None:
+    """The calibration of a run, or None if it has none; DataError for a damaged file."""
+    path = pathlib.Path(workdir) / CALIBRATION_FILE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        return Calibration.from_json(content)
+    except ValueError as error:
+        raise DataError(f"not written by pwiser_tf.train ({error})", file=path) from None
+
+
+def save_calibration(workdir: str | os.PathLike, calibration: Calibration | None) -> None:
+    """Writes the calibration of a run; None removes one that is there."""
+    path = pathlib.Path(workdir) / CALIBRATION_FILE
+    if calibration is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_json(path, calibration.to_json())
 
 
 @contextlib.contextmanager

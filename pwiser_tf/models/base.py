@@ -15,6 +15,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 import tf_keras as keras
 
+from pwiser_tf.calibration import Calibration
 from pwiser_tf.errors import DataError
 from pwiser_tf.layers import MLP, Encoder, Head
 from pwiser_tf.options import check, option
@@ -99,6 +100,9 @@ class ClickConversionModel(tfrs.Model):
       schema: the schema of the data set.
       config: the sizes.
       loss: the losses of the tasks; needed for training, not for prediction.
+
+    Attributes:
+      calibration: scales the outputs, except in training; None: they are as they were learnt.
     """
 
     conversion_heads: tuple[str, ...] = CONVERSION_HEADS
@@ -114,6 +118,7 @@ class ClickConversionModel(tfrs.Model):
         loss: LossConfig | None = None,
     ):
         super().__init__()
+        self.calibration: Calibration | None = None
         if schema.conversion is None:
             # CTR only: one tower, one task, one output.
             if self.needs_conversions:
@@ -176,7 +181,14 @@ class ClickConversionModel(tfrs.Model):
 
     def call(self, features: dict[str, tf.Tensor], training: bool = False) -> dict[str, tf.Tensor]:
         """Features to probabilities {"ctr", "cvr", "ctcvr"}, float32 [B], ctcvr = ctr * cvr; to
-        {"ctr"} if the data set has no conversions."""
+        {"ctr"} if the data set has no conversions. Calibrated, except in training."""
+        outputs = self._uncalibrated(features, training)
+        if training or self.calibration is None:
+            return outputs
+        return self.calibration.apply(outputs)
+
+    def _uncalibrated(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
+        """The outputs of `call` as they were learnt."""
         logits = self.tower_logits(features, training)
         if CONVERSION not in logits:
             return {"ctr": tf.sigmoid(logits[CLICK][:, 0])}
