@@ -206,6 +206,12 @@ def define_run_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "export_dir", None, "Where to export the model; default: no export.", flag_values=values
     )
     flags.DEFINE_string("model_name", "pwiser", "The exported model's name.", flag_values=values)
+    flags.DEFINE_string(
+        "score",
+        None,
+        "With --export_dir: an additional output of the exported model; see pwiser export.",
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "checkpoint_seconds",
         60,

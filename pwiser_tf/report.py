@@ -1,8 +1,13 @@
 """Text tables of the results of `metrics.summary`; `plots` draws them."""
 
+import typing
+
 import numpy as np
 
 from pwiser_tf import metrics, planted
+
+if typing.TYPE_CHECKING:
+    from pwiser_tf.evaluation import Evaluation
 
 TABLE_WIDTH = 100
 
@@ -109,6 +114,68 @@ def _truth_cells(measured: dict) -> list[str]:
             value *= 100
         cells.append(number(value, ".3f" if key == "pcoc" or key.startswith("top1") else ".4f"))
     return cells
+
+
+_SCORE_COLUMNS = ("click_auc", "click_gauc", "conversion_auc", "conversion_gauc")
+
+
+def score_table(evaluations: "dict[str, Evaluation]") -> str:
+    """The score of each model as a ranking for clicks and for conversions, beside ctr and ctcvr.
+
+    Args:
+      evaluations: model name to its evaluation, which has a score. After a search, the blends that
+        it has tried on validation come first.
+    """
+    blocks = []
+    for name, evaluation in evaluations.items():
+        of_model = "" if len(evaluations) == 1 else f" of {name}"
+        if "search" in evaluation.score:
+            best = f"best for conversions: {evaluation.score['formula']}"
+            rows = [["w", "click AUC", "conversion AUC"]]
+            for tried in evaluation.score["search"]:
+                found = (number(tried[f"{label}_auc"], ".4f") for label in ("click", "conversion"))
+                rows.append([f"{tried['weight']:g}", *found])
+            title = f"ctr^(1-w)*ctcvr^w{of_model} on the validation split; {best}"
+            blocks += [title, *_aligned(rows), ""]
+    rows = [["", "click AUC", "click GAUC", "conversion AUC", "conversion GAUC"]]
+    for name, evaluation in evaluations.items():
+        of_model = "" if len(evaluations) == 1 else f" of {name}"
+        measured = {f"{evaluation.score['formula']}{of_model}": evaluation.score}
+        measured |= {
+            f"{output}{of_model}": ranked for output, ranked in evaluation.score["outputs"].items()
+        }
+        for label, ranked in measured.items():
+            rows.append([label, *(number(ranked[key], ".4f") for key in _SCORE_COLUMNS)])
+    return "\n".join([*blocks, "The score as a ranking of all exposures", *_aligned(rows)])
+
+
+def segment_table(column: str, measured: dict, name: str = "") -> str:
+    """The metrics of each value of a segment, as plain text.
+
+    Args:
+      column: the segment. measured: its `segments.measure`. name: of the model; "" if it is alone.
+    """
+    of_model = f", {name}" if name else ""
+    header = ["", "rows", "clicks", "CTR AUC", "CTR PCOC"]
+    keys = [("clicks", ","), ("ctr_auc", ".4f"), ("ctr_pcoc", ".3f")]
+    entries = list(measured["values"])
+    if entries and "ctcvr_auc" in entries[0]:
+        header += ["conversions", "CTCVR AUC", "CTCVR PCOC"]
+        keys += [("conversions", ","), ("ctcvr_auc", ".4f"), ("ctcvr_pcoc", ".3f")]
+    if measured["rest"]:
+        count = measured["rest"]["value"]
+        rest = f"{plural(count, 'other value')}"
+        entries.append({**measured["rest"], "value": rest})
+    rows = [header]
+    for entry in entries:
+        cells = [number(entry[key], spec) for key, spec in keys]
+        rows.append([_printable(entry["value"]), f"{entry['rows']:,}", *cells])
+    return "\n".join([f"By {column}{of_model}", *_aligned(rows)])
+
+
+def _printable(value: str) -> str:
+    """A value of the log in a table: an empty one and control characters become visible."""
+    return value if value and value.isprintable() else repr(value)
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:

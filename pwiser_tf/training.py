@@ -222,6 +222,7 @@ def _fit(
     rows = schema.split("train").rows
     batch_size = min(config.training.batch_size, rows)
     options = config.training
+    extras = ("group",) if LOSSES[config.loss.name].needs_groups else ()
     while progress.epoch < options.epochs and not _patience_ended(progress, options.patience):
         batches = data.batches(
             config.data_dir,
@@ -232,6 +233,7 @@ def _fit(
             keep_groups=options.shuffle == "groups",
             skip_rows=progress.step * batch_size,
             drop_remainder=True,
+            extras=extras,
         )
         try:
             if progress.step < rows // batch_size:
