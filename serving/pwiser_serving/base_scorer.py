@@ -57,7 +57,8 @@ class Model:
     def outputs(self, signature: str) -> tuple[str, ...]:
         """The scores that a signature gives."""
         found = self.signatures.get(signature)
-        return tuple(name for name in OUTPUTS if found and name in found.outputs)
+        names = tuple(name for name in OUTPUTS if found and name in found.outputs)
+        return names if set(names) & set(PROBABILITIES) else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -133,7 +133,8 @@ def score_file(
     candidates.require(keep, "--keep names")
     for name in scorer.outputs(candidates.signature):
         if name in keep:
-            raise CandidateError(f"--keep={name}: model {scorer.model} has a score of this name")
+            reason = f"--keep={name}: model {scorer.model} has a score of this name"
+            raise CandidateError(reason, file=candidates.path)
     inputs = scorer.inputs(candidates.signature)
     if candidates.signature == RAW_SIGNATURE:
         needed, useful = candidates.dialect.columns(inputs)
