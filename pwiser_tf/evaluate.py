@@ -79,7 +79,7 @@ def main() -> None:
         print(report.table(summaries))
         if score:
             print()
-            print(report.score_table(evaluations))
+            print(report.score_table({name: e.score for name, e in evaluations.items()}))
         for name, evaluation in evaluations.items():
             for column, found in (evaluation.segments or {}).items():
                 print()

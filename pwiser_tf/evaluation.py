@@ -62,7 +62,6 @@ def _predict_with_segments(
                 group = features.pop("group", None)
                 for name in names:
                     columns[name].append(segments.column(schema, name, features))
-                features.pop("segments", None)
                 predictions.append({k: v.numpy() for k, v in predict_batch(features).items()})
                 grades.append(grade.numpy())
                 groups.append(None if group is None else group.numpy())

@@ -65,6 +65,9 @@ _EXTRA_ASSETS = "assets.extra"
 _WARM_UP_FILE = "tf_serving_warmup_requests"
 # The batch sizes of warm-up requests, which make a server's first answers as fast as later ones.
 _WARM_UP_BATCHES = (1, 64, 512)
+# The largest relative difference between the outputs of an export and the model. A logit or a power
+# of a probability magnifies its rounding errors.
+_TOLERANCE, _DERIVED_TOLERANCE = 1e-5, 1e-3
 # A variable with at most this many elements becomes a constant of the graph.
 _LARGEST_CONSTANT = 2**16
 
@@ -83,6 +86,8 @@ class ServedModel(tf.Module):
         super().__init__(name="served_model")
         self._schema = schema
         self._raw_features = RawFeatures(schema)
+        # Whether outputs are computed from the model's probabilities.
+        self.derived = bool(score or model.calibration)
         shapes = feature_shapes(schema)
         self.feature_aliases = _feature_aliases(shapes)
         features = {
@@ -272,7 +277,7 @@ def _write_version(base, expected, served, schema, model_name, row) -> pathlib.P
         extra.mkdir()
         schema.save(extra)
         _write_warm_up(extra / _WARM_UP_FILE, model_name, row)
-        _compare_with_model(partial, expected, row, served.python_names)
+        _compare_with_model(partial, expected, row, served)
         partial.rename(base / str(version))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -439,7 +444,7 @@ def _write_warm_up(path: pathlib.Path, model_name: str, row: dict) -> None:
 
 
 def _compare_with_model(
-    folder: pathlib.Path, expected: dict[str, tf.Tensor], row: dict, python_names: dict[str, str]
+    folder: pathlib.Path, expected: dict[str, tf.Tensor], row: dict, served: ServedModel
 ) -> None:
     """Loads an export through a Session, as TF Serving does, and compares every signature with the
     outputs that are expected for the row.
@@ -447,10 +452,12 @@ def _compare_with_model(
     tf.saved_model.load is not enough: it can succeed where a Session fails. It is used too, to
     check the parameters of predict_raw.
     """
+    tolerance = _DERIVED_TOLERANCE if served.derived else _TOLERANCE
 
     def compare(outputs: dict[str, np.ndarray], name: str) -> None:
         for key, found in outputs.items():
-            np.testing.assert_allclose(found, expected[key], rtol=1e-5, err_msg=f"{name} {key}")
+            message = f"{name} {key}"
+            np.testing.assert_allclose(found, expected[key], tolerance, err_msg=message)
 
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(folder))
@@ -460,7 +467,9 @@ def _compare_with_model(
             fetch = {key: value.name for key, value in signature.outputs.items()}
             compare(session.run(fetch, feed), name)
     predict_raw = tf.saved_model.load(str(folder)).signatures["predict_raw"]
-    arguments = {python_names[name]: tf.constant(v) for name, v in row["predict_raw"].items()}
+    arguments = {
+        served.python_names[name]: tf.constant(v) for name, v in row["predict_raw"].items()
+    }
     compare(predict_raw(**arguments), "predict_raw in Python")
 
 

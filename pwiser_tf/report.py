@@ -1,13 +1,8 @@
 """Text tables of the results of `metrics.summary`; `plots` draws them."""
 
-import typing
-
 import numpy as np
 
 from pwiser_tf import metrics, planted
-
-if typing.TYPE_CHECKING:
-    from pwiser_tf.evaluation import Evaluation
 
 TABLE_WIDTH = 100
 
@@ -119,31 +114,29 @@ def _truth_cells(measured: dict) -> list[str]:
 _SCORE_COLUMNS = ("click_auc", "click_gauc", "conversion_auc", "conversion_gauc")
 
 
-def score_table(evaluations: "dict[str, Evaluation]") -> str:
-    """The score of each model as a ranking for clicks and for conversions, beside ctr and ctcvr.
+def score_table(scores: dict[str, dict]) -> str:
+    """The score of each model as a ranking for clicks and for conversions, beside its outputs.
 
     Args:
-      evaluations: model name to its evaluation, which has a score. After a search, the blends that
-        it has tried on validation come first.
+      scores: model name to the `score` of its Evaluation. After a search, the blends that it has
+        tried on validation come first.
     """
     blocks = []
-    for name, evaluation in evaluations.items():
-        of_model = "" if len(evaluations) == 1 else f" of {name}"
-        if "search" in evaluation.score:
-            best = f"best for conversions: {evaluation.score['formula']}"
+    for name, score in scores.items():
+        of_model = "" if len(scores) == 1 else f" of {name}"
+        if "search" in score:
+            best = f"best for conversions: {score['formula']}"
             rows = [["w", "click AUC", "conversion AUC"]]
-            for tried in evaluation.score["search"]:
+            for tried in score["search"]:
                 found = (number(tried[f"{label}_auc"], ".4f") for label in ("click", "conversion"))
                 rows.append([f"{tried['weight']:g}", *found])
             title = f"ctr^(1-w)*ctcvr^w{of_model} on the validation split; {best}"
             blocks += [title, *_aligned(rows), ""]
     rows = [["", "click AUC", "click GAUC", "conversion AUC", "conversion GAUC"]]
-    for name, evaluation in evaluations.items():
-        of_model = "" if len(evaluations) == 1 else f" of {name}"
-        measured = {f"{evaluation.score['formula']}{of_model}": evaluation.score}
-        measured |= {
-            f"{output}{of_model}": ranked for output, ranked in evaluation.score["outputs"].items()
-        }
+    for name, score in scores.items():
+        of_model = "" if len(scores) == 1 else f" of {name}"
+        measured = {f"{score['formula']}{of_model}": score}
+        measured |= {f"{output}{of_model}": found for output, found in score["outputs"].items()}
         for label, ranked in measured.items():
             rows.append([label, *(number(ranked[key], ".4f") for key in _SCORE_COLUMNS)])
     return "\n".join([*blocks, "The score as a ranking of all exposures", *_aligned(rows)])
@@ -164,8 +157,7 @@ def segment_table(column: str, measured: dict, name: str = "") -> str:
         keys += [("conversions", ","), ("ctcvr_auc", ".4f"), ("ctcvr_pcoc", ".3f")]
     if measured["rest"]:
         count = measured["rest"]["value"]
-        rest = f"{plural(count, 'other value')}"
-        entries.append({**measured["rest"], "value": rest})
+        entries.append({**measured["rest"], "value": plural(count, "other value")})
     rows = [header]
     for entry in entries:
         cells = [number(entry[key], spec) for key, spec in keys]

@@ -34,6 +34,8 @@ METRICS_FILE = "metrics.json"
 CALIBRATION_FILE = "calibration.json"
 _CHECKPOINTS = "checkpoints"
 _EXTENDABLE = ("epochs", "patience")
+# What is done after training.
+_CHANGEABLE = ("calibration",)
 
 
 def build_model(config: Config, schema: Schema) -> ClickConversionModel:
@@ -49,7 +51,7 @@ def begin(workdir: str | os.PathLike, config: Config, schema: Schema) -> None:
 
     Raises:
       DataError: the folder holds a run with other options or data. More epochs or patience are
-        allowed: they extend the run.
+        allowed, since they extend the run, and another calibration, which follows the training.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / FLAGS_FILE
@@ -64,9 +66,11 @@ def begin(workdir: str | os.PathLike, config: Config, schema: Schema) -> None:
         write_json(path, {"version": VERSION, **config.read()})
         return
     old_config, old_schema = load(workdir)
-    # Options that are not read are not part of a run. More epochs or patience extend it.
+    # Options that are not read are not part of a run. More epochs or patience extend it, and the
+    # calibration may change.
     old, new = old_config.read(), config.read()
     extended = {name: new[name] for name in _EXTENDABLE if new[name] > old[name]}
+    extended |= {name: new[name] for name in _CHANGEABLE if new[name] != old[name]}
     for name in (name for name in new if name != "data_dir" and new[name] != old.get(name)):
         if name in extended:
             continue

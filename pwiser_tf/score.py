@@ -23,7 +23,7 @@ WEIGHTS = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
 FACTORS = ("ctr", "cvr", "ctcvr", "interest")
 
 _TERM = re.compile(r"(\w+)\s*(?:\^\s*([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?))?")
-_LARGEST_EXPONENT = 100.0
+_LARGEST_EXPONENT = 10.0
 # An output below it counts as it, so that its logarithm is finite.
 _LOWEST = 1e-30
 # The logarithm of a score is kept in this range, so that the score is finite and not 0 in float32.
@@ -42,7 +42,7 @@ class Score:
 
         Raises:
           DataError: text of another form, an unknown or repeated output, an exponent of 0 or
-            outside [-100, 100].
+            outside [-10, 10].
         """
         exponents: dict[str, float] = {}
         for term in text.split("*"):

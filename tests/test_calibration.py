@@ -210,8 +210,13 @@ def test_the_same_command_again_and_a_longer_run(weighted, tmp_path, capsys, unr
     assert "calibration on validation: ctr slope" in capsys.readouterr().out
     again = json.loads((copy / "metrics.json").read_text())
     assert again["test"] == json.loads((folder / "metrics.json").read_text())["test"]
+    # Another calibration needs no other training.
+    training.train(chosen.replace(calibration="none"), copy)
+    assert not (copy / runs.CALIBRATION_FILE).exists()
+    training.train(chosen.replace(calibration="platt"), copy)
+    assert (copy / runs.CALIBRATION_FILE).read_text() == before
     # A longer run with a new best epoch does not keep the calibration of the old one.
-    _, _, progress = training.fit(chosen.replace(epochs=6, patience=6), copy)
+    _, _, progress = training.fit(chosen.replace(calibration="platt", epochs=6, patience=6), copy)
     assert (copy / runs.CALIBRATION_FILE).exists() == (progress.best_epoch < 3)
 
 

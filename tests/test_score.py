@@ -70,7 +70,7 @@ def test_values_are_the_product_in_numpy_and_in_the_graph():
 
 def test_extreme_values_give_finite_scores_in_order():
     p = np.float32([0.0, 1e-38, 1e-20, 0.5, 1.0])
-    for text, sign in (("ctr^0.3", 1), ("ctr^100", 1), ("ctr^-100", -1)):
+    for text, sign in (("ctr^0.3", 1), ("ctr^10", 1), ("ctr^-10", -1)):
         for values in (
             Score.parse(text).values({"ctr": p}),
             Score.parse(text).add_to({"ctr": tf.constant(p)})["score"].numpy(),
@@ -126,12 +126,11 @@ def test_the_table_names_the_choice():
         "outputs": {"ctr": ranked},
         "search": tried,
     }
-    made = evaluation.Evaluation("a", "test", None, {}, {}, score=measured)
-    lines = report.score_table({"a": made}).split("\n")
+    lines = report.score_table({"a": measured}).split("\n")
     assert "on the validation split; best for conversions: ctr^0.5*ctcvr^0.5" in lines[0]
     assert [line.split()[0] for line in lines[2:8]] == ["0", "0.1", "0.25", "0.5", "0.75", "1"]
     assert lines[-2].split() == ["ctr^0.5*ctcvr^0.5", *["0.5000"] * 4]
-    assert "of b" in report.score_table({"a": made, "b": made})
+    assert "of b" in report.score_table({"a": measured, "b": measured})
 
 
 def test_the_command_measures_a_score_and_searches_one(command, trained, dataset, tmp_path):
