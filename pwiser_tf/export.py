@@ -87,7 +87,7 @@ class ServedModel(tf.Module):
         self._schema = schema
         self._raw_features = RawFeatures(schema)
         # Whether outputs are computed from the model's probabilities.
-        self.derived = bool(score or model.calibration)
+        self.derived = bool(score or getattr(model, "calibration", None))
         shapes = feature_shapes(schema)
         self.feature_aliases = _feature_aliases(shapes)
         features = {
