@@ -77,9 +77,9 @@ def main() -> None:
             evaluation.write(output / name if len(evaluations) > 1 else output)
         summaries = {name: evaluation.summary for name, evaluation in evaluations.items()}
         print(report.table(summaries))
-        if score:
+        if any(evaluation.score for evaluation in evaluations.values()):
             print()
-            print(report.score_table({name: e.score for name, e in evaluations.items()}))
+            print(report.score_table({name: e.score for name, e in evaluations.items() if e.score}))
         for name, evaluation in evaluations.items():
             for column, found in (evaluation.segments or {}).items():
                 print()

@@ -83,8 +83,9 @@ class Evaluation:
     Attributes:
       name: the model's, in reports. grade: [rows]. predictions: output to values [rows].
       summary: see `metrics.summary`. truth: see `planted.measure`; None without a truth file.
-      score: "formula"; `score.ranking` of the score; "outputs", the same of each output; after a
-        search "search", what it has tried on validation. None if no score was asked for.
+      score: "outputs", `score.ranking` of each output; with a score "formula" and `score.ranking`
+        of it; after a search "search", what it has tried on validation. None if the model has no
+        output `interest` and no score was asked for.
       segments: name to `segments.measure`; None if none was asked for.
     """
 
@@ -147,14 +148,18 @@ def evaluate(
         model, data_dir, schema, split, segment_names
     )
     scored = None
+    # Interest is no probability of a label, so it is measured as a ranking too.
+    if score or "interest" in predictions:
+        scored = {
+            "outputs": {
+                output: ranking(grade, predictions[output], group)
+                for output in ("ctr", "ctcvr", "interest")
+                if output in predictions
+            }
+        }
     if score:
         predictions["score"] = score.values(predictions)
-        scored = {"formula": str(score), **ranking(grade, predictions["score"], group)}
-        scored["outputs"] = {
-            output: ranking(grade, predictions[output], group)
-            for output in ("ctr", "ctcvr", "interest")
-            if output in predictions
-        }
+        scored |= {"formula": str(score), **ranking(grade, predictions["score"], group)}
         scored |= {} if tried is None else {"search": tried}
     summary = metrics.summary(grade, predictions, group)
     by_segment = {

@@ -115,7 +115,7 @@ _SCORE_COLUMNS = ("click_auc", "click_gauc", "conversion_auc", "conversion_gauc"
 
 
 def score_table(scores: dict[str, dict]) -> str:
-    """The score of each model as a ranking for clicks and for conversions, beside its outputs.
+    """Outputs of each model as rankings for clicks and for conversions, and its score, if any.
 
     Args:
       scores: model name to the `score` of its Evaluation. After a search, the blends that it has
@@ -135,11 +135,11 @@ def score_table(scores: dict[str, dict]) -> str:
     rows = [["", "click AUC", "click GAUC", "conversion AUC", "conversion GAUC"]]
     for name, score in scores.items():
         of_model = "" if len(scores) == 1 else f" of {name}"
-        measured = {f"{score['formula']}{of_model}": score}
+        measured = {f"{score['formula']}{of_model}": score} if "formula" in score else {}
         measured |= {f"{output}{of_model}": found for output, found in score["outputs"].items()}
         for label, ranked in measured.items():
             rows.append([label, *(number(ranked[key], ".4f") for key in _SCORE_COLUMNS)])
-    return "\n".join([*blocks, "The score as a ranking of all exposures", *_aligned(rows)])
+    return "\n".join([*blocks, "Outputs as rankings of all exposures", *_aligned(rows)])
 
 
 def segment_table(column: str, measured: dict, name: str = "") -> str:
