@@ -48,6 +48,8 @@ _GUARD_LEVEL = 0.01
 _CROSSED_CELLS = 64
 # Rounds in which the multiplicative model fits each column in turn.
 _ROUNDS = 5
+# Cells show different items if so large a share of the clicks would not be expected by chance.
+_DIFFERENT_ITEMS = 0.03
 _SHOWN_CELLS = 20
 
 
@@ -60,6 +62,7 @@ class NoisyField:
       sizes: the ids of each feature.
       exposures, clicks, conversions: of the training split.
       expected: conversions of its clicks, were the cell like the others; they sum to conversions.
+      expected_clicks: likewise the clicks of its exposures.
       statistic, bound: of the evidence test: the cells differ if the first exceeds the second.
       guard: the power, in [0, 1], to which q was raised.
       quality: q, the share of clicks that are genuine, in (0, 1].
@@ -73,6 +76,7 @@ class NoisyField:
     clicks: np.ndarray
     conversions: np.ndarray
     expected: np.ndarray
+    expected_clicks: np.ndarray
     statistic: float
     bound: float
     guard: float
@@ -178,6 +182,16 @@ class ClickNoise:
             )
         return f"corrected, guard b = {field.guard:.2f} ({test})"
 
+    @property
+    def items_differ(self) -> bool:
+        """Whether the cells of a field show items that are clicked more or less than others."""
+        far = [
+            np.sum(np.abs(field.expected_clicks - self.ctr * field.exposures))
+            / max(field.clicks.sum(), 1)
+            for field in self.fields
+        ]
+        return max(far, default=0.0) > _DIFFERENT_ITEMS
+
     def warnings(self) -> list[str]:
         """Where an estimate that ignores the items of a cell would be far from this one."""
         found = []
@@ -188,7 +202,7 @@ class ClickNoise:
                 found.append(
                     f"{field.name}: cells show different items: an estimate from counts alone is "
                     f"biased by {far:.2f} on average; q compares with the conversions expected "
-                    "from the other features"
+                    "of the items"
                 )
         return found
 
@@ -255,7 +269,7 @@ def estimate(
         fields.append(
             NoisyField(
                 tuple(features[i] for i in group), shape, n, clicks,
-                conversions, expected, statistic, bound, guard, quality, plain,
+                conversions, expected, expected_clicks, statistic, bound, guard, quality, plain,
                 np.maximum(ratio, 1e-6),
             )
         )  # fmt: skip

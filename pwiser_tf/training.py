@@ -268,12 +268,19 @@ def _fit(
 
 
 def estimate_click_noise(
-    data_dir: str | os.PathLike, schema: Schema, features: Sequence[str]
+    data_dir: str | os.PathLike,
+    schema: Schema,
+    features: Sequence[str],
+    expect: Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]] | None = None,
 ) -> ClickNoise:
     """Estimates the click noise by these categorical features from the training split.
 
     All clicks count; of a long log, exposures without a click are sampled. What is expected of a
     cell's items follows from the other categorical features and the numbers, the latter in bins.
+
+    Args:
+      expect: features of a batch to {"ctr", "cvr"} of a model that does not see `features`, from
+        which clicks and conversions are expected too.
 
     Raises:
       DataError: a feature is not categorical, or the data have no conversions.
@@ -293,13 +300,18 @@ def estimate_click_noise(
         kept = np.flatnonzero((grade >= 1) | (np.arange(len(grade)) % step == 0))
         grades.append(grade[kept].astype(np.int8))
         ids.append(inputs["categorical"].numpy()[kept].astype(np.int32))
+        values = np.empty((len(kept), 0), np.float32)
         if schema.value_features:
             values = inputs["numerical"].numpy()[kept, : len(schema.value_features)]
-            numbers.append(values.astype(np.float32))
+        if expect:
+            outputs = expect(inputs)
+            expected = np.stack([outputs[name].numpy()[kept] for name in ("ctr", "cvr")], axis=1)
+            values = np.concatenate([values, expected], axis=1)
+        numbers.append(values)
     ids, grade = np.concatenate(ids), np.concatenate(grades)
     chosen = [column[name] for name in features]
     others = [ids[:, k] for k in range(ids.shape[1]) if k not in chosen]
-    for values in np.concatenate(numbers).T if numbers else ():
+    for values in np.concatenate(numbers).T:
         bounds = np.quantile(values, np.arange(1, _NOISE_BINS) / _NOISE_BINS)
         others.append(np.searchsorted(bounds, values, side="right"))
     return click_noise.estimate(
@@ -312,13 +324,44 @@ def estimate_click_noise(
     )
 
 
+def _model_without(
+    config: Config, schema: Schema, fields: Sequence[str]
+) -> Callable[[dict[str, tf.Tensor]], dict[str, tf.Tensor]]:
+    """The run's architecture, trained for one epoch by cross-entropy, without these features."""
+    seen = np.array([feature.name not in fields for feature in schema.id_features], np.int64)
+
+    def hidden(features: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        # Id 0 is unknown.
+        return {**features, "categorical": features["categorical"] * seen}
+
+    options = config.training
+    plain = config.replace(loss="bce", conversion_weight=1.0, click_noise_fields=())
+    model = runs.build_model(plain, schema)
+    model.compile(optimizer=keras.optimizers.legacy.Adam(options.learning_rate))
+    batches = data.batches(
+        config.data_dir,
+        schema,
+        "train",
+        min(options.batch_size, schema.split("train").rows),
+        shuffle_seed=(options.seed, 0),
+        drop_remainder=True,
+    )
+    model.fit(batches.map(lambda features, grade: (hidden(features), grade)), verbose=0)
+    return tf.function(lambda features: model(hidden(features), training=False))
+
+
 def _click_noise(config: Config, schema: Schema, folder: pathlib.Path) -> ClickNoise | None:
     """The run's estimate of click noise, made where there is none yet, and printed."""
     if not config.loss.click_noise_fields:
         return None
     path = folder / runs.CLICK_NOISE_FILE
     if not path.exists():
-        noise = estimate_click_noise(config.data_dir, schema, config.loss.click_noise_fields)
+        fields = config.loss.click_noise_fields
+        noise = estimate_click_noise(config.data_dir, schema, fields)
+        if noise.items_differ:
+            print("click noise: cells show different items; a first model expects what they do")
+            expect = _model_without(config, schema, fields)
+            noise = estimate_click_noise(config.data_dir, schema, fields, expect)
         runs.write_json(path, noise.to_json())
     noise = runs.click_noise(folder, config)
     values = {feature.name: feature.texts() for feature in schema.categorical}

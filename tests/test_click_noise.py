@@ -322,19 +322,51 @@ def test_a_run_keeps_its_estimate(dataset, tmp_path, capsys):
         runs.load_run(tmp_path / "run")
 
 
-def test_interest_is_closer_to_genuine_clicks(tmp_path, capsys):
-    """From a log with planted accidents to the tables of evaluate."""
-    make_world(tmp_path, "slot", rows=30_000, seed=3, ctr=0.2, cvr=0.2)
+def _world_run(folder, **kwargs) -> Config:
+    """A converted world and the config of a small run on it."""
+    make_world(folder, rows=30_000, ctr=0.2, cvr=0.2, **{"seed": 3, **kwargs})
     convert(
-        tmp_path / "data",
+        folder / "data",
         "--format=columns",
-        f"--features={tmp_path / 'log.toml'}",
-        f"--train={tmp_path / 'train.csv'}",
-        f"--test={tmp_path / 'test.csv'}",
+        f"--features={folder / 'log.toml'}",
+        f"--train={folder / 'train.csv'}",
+        f"--test={folder / 'test.csv'}",
     )
     options = {"model": "shared_bottom", "loss": "bce", "learning_rate": 0.02, "epochs": 2}
     sizes = {"embedding_dim": 4, "bottom_units": (16,), "tower_units": (8,), "batch_size": 512}
-    plain = Config.of(data_dir=str(tmp_path / "data"), **options, **sizes)
+    return Config.of(data_dir=str(folder / "data"), **options, **sizes)
+
+
+def test_a_model_expects_what_items_in_chosen_slots_do(tmp_path, capsys):
+    plain = _world_run(tmp_path, name="clean", slots="chosen", seed=1)
+    config = plain.replace(click_noise_fields=("slot",), epochs=1)
+    train(config, tmp_path / "run")
+    assert "cells show different items; a first model" in capsys.readouterr().out
+    noise = runs.click_noise(tmp_path / "run", config)
+    assert noise.items_differ
+    schema = runs.Schema.load(tmp_path / "data")
+    counted = estimate_click_noise(tmp_path / "data", schema, ("slot",))
+    # What the items of each slot deserve is planted: their interest without the slot's effect.
+    world = World.draw("clean", 1, ctr=0.2, cvr=0.2, slots="chosen")
+    drawn = world.sample(np.random.default_rng(0), np.arange(20_000))
+    slot, device = drawn.log["slot"], drawn.log["device"]
+    logit = drawn.logits[0] - world.places[0][slot, device]
+    planted = np.bincount(slot, 1 / (1 + np.exp(-logit))) / np.bincount(slot)
+    feature = next(feature for feature in schema.categorical if feature.name == "slot")
+    ids = feature.ids(np.arange(6))
+    errors = []
+    for (field,) in (noise.fields, counted.fields):
+        expected = field.expected_clicks[ids] / field.exposures[ids] / planted
+        errors.append(np.std(np.log(expected)))
+    assert errors[0] < 0.9 * errors[1]
+    random = _world_run(tmp_path / "random", name="slot")
+    schema = runs.Schema.load(random.data_dir)
+    assert not estimate_click_noise(random.data_dir, schema, ("slot", "device")).items_differ
+
+
+def test_interest_is_closer_to_genuine_clicks(tmp_path):
+    """From a log with planted accidents to the tables of evaluate."""
+    plain = _world_run(tmp_path, name="slot")
     found = {}
     for name, fields in (("plain", ()), ("corrected", ("slot", "device"))):
         config = plain.replace(click_noise_fields=fields)

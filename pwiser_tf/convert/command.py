@@ -196,7 +196,11 @@ def convert(
             if known is None or grow:
                 log = source.log if features is None else learn.typed(source.log, features)
                 learnt = source.learn(database, _training_rows(source, cut), log)
-                features = learn.grown(features, learnt) if features else learnt
+                if features:
+                    # What was odd is of new statistics, which are not used: the old ones stay.
+                    database.warnings.clear()
+                    learnt = learn.grown(features, learnt)
+                features = learnt
             encoder = Encoder(source, features)
             if shards is None:
                 wanted = sum(part.size for part in source.parts) // _BYTES_A_SHARD
