@@ -1,9 +1,9 @@
 """What each loss is worth on worlds with a planted truth: losses x worlds x seeds, in memory.
 
     python -m pwiser_tf.study.worlds --protocol=one_pass --output_dir=worlds/one_pass
-    python -m pwiser_tf.study.worlds --protocol=early_stopping --worlds=clean,slot,mixed --seeds=10 \\
+    python -m pwiser_tf.study.worlds --protocol=early_stopping --worlds=clean,mixed \\
         --output_dir=worlds/early_stopping
-    python -m pwiser_tf.study.worlds --protocol=paper --worlds=clean,mixed --seeds=4 \\
+    python -m pwiser_tf.study.worlds --protocol=paper --worlds=clean,mixed \\
         --output_dir=worlds/paper
 
 The worlds are those of `pwiser sample` (synthetic/worlds.py). A seed draws world, data and first
@@ -54,7 +54,8 @@ from pwiser_tf.models import ModelConfig
 from pwiser_tf.models.shared_bottom import SharedBottom
 from pwiser_tf.records import empty_features
 from pwiser_tf.schema import Categorical, Numerical, Schema, Split
-from pwiser_tf.synthetic.worlds import SEARCH_ROWS, WORLDS, World
+from pwiser_tf.synthetic.truth import SEARCH_ROWS
+from pwiser_tf.synthetic.worlds import CATEGORIES, DEVICES, SLOTS, STYLES, WORLDS, World
 from pwiser_tf.tasks import LossConfig
 
 PROTOCOLS = ("one_pass", "early_stopping", "paper")
@@ -186,9 +187,9 @@ def draw(world: str, seed: int, rows: int) -> Data:
     searches = -(-sum(counts) // SEARCH_ROWS)
     sample = drawn.sample(np.random.default_rng([seed, 1]), np.arange(1, searches + 1))
     sizes = {"user_segment": len(drawn.users[0]), "user_city": len(drawn.users[1])}
-    names = (*sizes, "item", "category", "style", "slot", "device")
-    sizes |= {name: int(sample.log[name].max()) + 1 for name in names if name not in sizes}
-    categorical = tuple(Categorical(name, "int64", range(sizes[name])) for name in names)
+    sizes |= {"item": len(drawn.items), "category": CATEGORIES, "style": STYLES}
+    sizes |= {"slot": SLOTS, "device": DEVICES}
+    categorical = tuple(Categorical(name, "int64", range(size)) for name, size in sizes.items())
     # Numbers are in [0, 1].
     numerical = tuple(
         Numerical(name, "standardize", 0.5, 0.25, 0.5) for name in sample.log if "number" in name
@@ -490,9 +491,7 @@ def tuning_job(
         if name == FORWARD and not used.train.features["accidental"].any():
             found[name] = found[BASELINE]
             continue
-        found[name] = [
-            train(name, used, settings, weights, rate, seed).monitored for rate in grid
-        ]
+        found[name] = [train(name, used, settings, weights, rate, seed).monitored for rate in grid]
     return found
 
 
@@ -604,9 +603,7 @@ def define_flags() -> None:
     )
     flags.DEFINE_integer("tuning_seeds", 2, "Seeds for the learning rates.", lower_bound=1)
     flags.DEFINE_string("output_dir", None, "Where results go.", required=True)
-    flags.DEFINE_integer(
-        "parallel", None, "Processes. Default: one a core.", lower_bound=1
-    )
+    flags.DEFINE_integer("parallel", None, "Processes. Default: one a core.", lower_bound=1)
 
 
 def main() -> None:
@@ -638,9 +635,7 @@ def main() -> None:
     output.mkdir(parents=True, exist_ok=True)
     parallel = args.parallel or len(os.sched_getaffinity(0))
     with runs.locked(output):
-        found = study(
-            settings, args.worlds, args.seeds, grid, args.tuning_seeds, output, parallel
-        )
+        found = study(settings, args.worlds, args.seeds, grid, args.tuning_seeds, output, parallel)
         found["command"] = "python -m pwiser_tf.study.worlds " + shlex.join(sys.argv[1:])
         worlds_report.write(found, output)
     print((output / "table.md").read_text(encoding="utf-8"))
