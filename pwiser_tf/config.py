@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from pwiser_tf.calibration import METHODS
 from pwiser_tf.errors import DataError
 from pwiser_tf.models import MODELS, ModelConfig
 from pwiser_tf.options import check, flag_of, kind_of, option
@@ -47,6 +48,13 @@ class TrainingConfig:
         "rows: shuffle single rows; groups: shuffle whole groups, so that the rows of a search are "
         "in one batch. Default: what --loss needs.",
         choices=SHUFFLES,
+    )
+    calibration: str = option(
+        METHODS[0],
+        "Platt scaling of the outputs after training, fitted on validation (two numbers a head). "
+        "auto: if the loss is not cross-entropy alone (another --loss than bce, a "
+        "--conversion_weight other than 1); platt: always; none: never.",
+        choices=METHODS,
     )
     seed: int = option(
         0, "The seed of initialization, shuffling and dropout.", low=0, high=2**31 - 1
@@ -199,6 +207,12 @@ def define_run_flags(values: flags.FlagValues = flags.FLAGS) -> None:
         "export_dir", None, "Where to export the model; default: no export.", flag_values=values
     )
     flags.DEFINE_string("model_name", "pwiser", "The exported model's name.", flag_values=values)
+    flags.DEFINE_string(
+        "score",
+        None,
+        "With --export_dir: an additional output of the exported model; see pwiser export.",
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "checkpoint_seconds",
         60,

@@ -9,6 +9,7 @@ before it.
 
 import os
 import pathlib
+from collections.abc import Collection
 
 import numpy as np
 import tensorflow as tf
@@ -28,6 +29,7 @@ def batches(
     keep_groups: bool = False,
     skip_rows: int = 0,
     drop_remainder: bool = False,
+    extras: Collection[str] = ("group",),
 ) -> tf.data.Dataset:
     """The batches of one pass over a split.
 
@@ -40,12 +42,14 @@ def batches(
       keep_groups: shuffle whole groups, so that the rows of a group follow each other. A batch may
         still end inside a group. The schema must have a group.
       skip_rows: leave out this many rows at the start of the order.
+      extras: which of "group", "weight" and "segments" the caller uses; see records.parse_spec.
 
     Returns:
       A dataset of (features, grade): features {"categorical": int64 [B, C], "numerical":
       float32 [B, N], "ids/NAME": int64 [B, L] filled up with -1, L being the longest list in the
       batch, "weights/NAME": float32 [B, L], "group": int64 [B], "weight": float32 [B],
-      "segments": int64 [B, S]} (those that the schema has), grade int64 [B].
+      "segments": int64 [B, S]} (those that the schema has; the last three: and `extras`), grade
+      int64 [B].
     """
     shards = schema.split(split).shards
     order, seeds = np.arange(len(shards)), np.zeros([len(shards), 2], np.int64)
@@ -62,14 +66,15 @@ def batches(
         skip_rows -= skips[-1]
     # Shards with only skipped rows are not read.
     first = sum(skip == count for skip, count in zip(skips, rows, strict=True))
-    spec = records.parse_spec(schema)
+    spec = records.parse_spec(schema, extras)
+    group_spec = {"group": tf.io.FixedLenFeature([], tf.int64)}
 
     def load(file, rows, skip, seed):
         dataset = tf.data.TFRecordDataset(file, buffer_size=8 << 20).batch(rows)
         serialized = dataset.get_single_element()
         chosen = tf.range(rows)
         if keep_groups and shuffle_seed is not None:
-            group = tf.io.parse_example(serialized, {"group": spec["group"]})["group"]
+            group = tf.io.parse_example(serialized, group_spec)["group"]
             chosen = _shuffled(group, seed)
         elif shuffle_seed is not None:
             chosen = tf.random.experimental.stateless_shuffle(chosen, seed)

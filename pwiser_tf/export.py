@@ -3,7 +3,8 @@
     python -m pwiser_tf.export --workdir=runs/us --export_dir=models --model_name=us
 
 It writes <export_dir>/<model_name>/<version>/; the version is the highest one there plus 1. The
-model has three signatures, which all return ctr, cvr and ctcvr, float [batch]:
+model has three signatures, which all return ctr, cvr and ctcvr, float [batch], and with --score a
+score:
 
     serving_default  examples: string [batch], serialized tf.train.Examples of raw features
     predict_raw      one tensor [batch] per raw feature: int64, string or float; of a list [batch,
@@ -52,10 +53,11 @@ from pwiser_tf import runs
 from pwiser_tf.command_line import run
 from pwiser_tf.layers import RawFeatures
 from pwiser_tf.models import ClickConversionModel
-from pwiser_tf.records import PADDING, feature_shapes
+from pwiser_tf.records import PADDING, empty_features, feature_shapes
 from pwiser_tf.schema import Categorical, Schema, missing_value
+from pwiser_tf.score import Score
 
-OUTPUTS = ("ctr", "cvr", "ctcvr", "interest")
+OUTPUTS = ("ctr", "cvr", "ctcvr", "interest", "score")
 # Prefix of a version that is being written. The next export removes one that a killed export left.
 _PARTIAL = "partial-"
 # Files next to the graph. TF Serving reads only the warm-up requests among them.
@@ -63,6 +65,9 @@ _EXTRA_ASSETS = "assets.extra"
 _WARM_UP_FILE = "tf_serving_warmup_requests"
 # The batch sizes of warm-up requests, which make a server's first answers as fast as later ones.
 _WARM_UP_BATCHES = (1, 64, 512)
+# The largest relative difference between the outputs of an export and the model. A logit or a power
+# of a probability magnifies its rounding errors.
+_TOLERANCE, _DERIVED_TOLERANCE = 1e-5, 1e-3
 # A variable with at most this many elements becomes a constant of the graph.
 _LARGEST_CONSTANT = 2**16
 
@@ -77,10 +82,12 @@ class ServedModel(tf.Module):
     would trace every layer again, also in training mode.
     """
 
-    def __init__(self, model: ClickConversionModel, schema: Schema):
+    def __init__(self, model: ClickConversionModel, schema: Schema, score: Score | None = None):
         super().__init__(name="served_model")
         self._schema = schema
         self._raw_features = RawFeatures(schema)
+        # Whether outputs are computed from the model's probabilities.
+        self.derived = bool(score or getattr(model, "calibration", None))
         shapes = feature_shapes(schema)
         self.feature_aliases = _feature_aliases(shapes)
         features = {
@@ -89,7 +96,7 @@ class ServedModel(tf.Module):
         }
         self._widths = {name: spec.shape[1] for name, spec in features.items()}
         self._call_model, self.read_variables = _with_constants(
-            lambda inputs: model(inputs, training=False), features
+            lambda inputs: _outputs(model, score, inputs), features
         )
         # Of predict_raw's lists and weights. The graph takes any; a client cuts and fills up
         # to this one, which the SignatureDef states.
@@ -158,6 +165,14 @@ class ServedModel(tf.Module):
         return {name: outputs[name] for name in OUTPUTS if name in outputs}
 
 
+def _outputs(
+    model: ClickConversionModel, score: Score | None, features: dict[str, tf.Tensor]
+) -> dict[str, tf.Tensor]:
+    """The model's outputs and, if one is asked for, the score."""
+    outputs = model(features, training=False)
+    return score.add_to(outputs) if score else outputs
+
+
 def _with_constants(
     function: Function, inputs: dict[str, tf.TensorSpec]
 ) -> tuple[Function, list[tf.Variable]]:
@@ -213,7 +228,10 @@ def _constant(name: str, value: np.ndarray) -> tf.compat.v1.NodeDef:
 
 
 def export(
-    folder: str | os.PathLike, export_dir: str | os.PathLike, model_name: str
+    folder: str | os.PathLike,
+    export_dir: str | os.PathLike,
+    model_name: str,
+    score: Score | None = None,
 ) -> pathlib.Path:
     """Exports the best epoch of the run in `folder` as the model's next version.
 
@@ -221,19 +239,29 @@ def export(
     does, and in Python, and its outputs are compared with those of the Keras model. Then the
     folder appears in one rename.
 
+    Args:
+      score: what to export as the additional output `score`.
+
     Returns:
       The new version's folder, <export_dir>/<model_name>/<version>.
+
+    Raises:
+      DataError: the folder holds no run, or the score needs an output that the model lacks.
     """
     model, _, schema = runs.load_run(folder)
-    served = ServedModel(model, schema)
+    if score:
+        score.require(model(empty_features(schema)))
+    served = ServedModel(model, schema, score)
     row = _one_row(schema)
     base = pathlib.Path(export_dir) / model_name
     base.mkdir(parents=True, exist_ok=True)
     with runs.locked(base):
-        return _write_version(base, model, served, schema, model_name, row)
+        expected = {name: tf.constant(value) for name, value in row["predict"].items()}
+        expected = _outputs(model, score, expected)
+        return _write_version(base, expected, served, schema, model_name, row)
 
 
-def _write_version(base, model, served, schema, model_name, row) -> pathlib.Path:
+def _write_version(base, expected, served, schema, model_name, row) -> pathlib.Path:
     """Writes the folder of the next version; see `export`. The caller holds the lock of `base`."""
     for abandoned in base.glob(f"{_PARTIAL}*"):
         shutil.rmtree(abandoned)
@@ -249,7 +277,7 @@ def _write_version(base, model, served, schema, model_name, row) -> pathlib.Path
         extra.mkdir()
         schema.save(extra)
         _write_warm_up(extra / _WARM_UP_FILE, model_name, row)
-        _compare_with_model(partial, model, row, served.python_names)
+        _compare_with_model(partial, expected, row, served)
         partial.rename(base / str(version))
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -416,19 +444,20 @@ def _write_warm_up(path: pathlib.Path, model_name: str, row: dict) -> None:
 
 
 def _compare_with_model(
-    folder: pathlib.Path, model: ClickConversionModel, row: dict, python_names: dict[str, str]
+    folder: pathlib.Path, expected: dict[str, tf.Tensor], row: dict, served: ServedModel
 ) -> None:
-    """Loads an export through a Session, as TF Serving does, and compares every signature.
+    """Loads an export through a Session, as TF Serving does, and compares every signature with the
+    outputs that are expected for the row.
 
     tf.saved_model.load is not enough: it can succeed where a Session fails. It is used too, to
     check the parameters of predict_raw.
     """
-    features = {name: tf.constant(value) for name, value in row["predict"].items()}
-    expected = model(features, training=False)
+    tolerance = _DERIVED_TOLERANCE if served.derived else _TOLERANCE
 
     def compare(outputs: dict[str, np.ndarray], name: str) -> None:
         for key, found in outputs.items():
-            np.testing.assert_allclose(found, expected[key], rtol=1e-5, err_msg=f"{name} {key}")
+            message = f"{name} {key}"
+            np.testing.assert_allclose(found, expected[key], tolerance, err_msg=message)
 
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         loaded = tf.compat.v1.saved_model.loader.load(session, ["serve"], str(folder))
@@ -438,7 +467,9 @@ def _compare_with_model(
             fetch = {key: value.name for key, value in signature.outputs.items()}
             compare(session.run(fetch, feed), name)
     predict_raw = tf.saved_model.load(str(folder)).signatures["predict_raw"]
-    arguments = {python_names[name]: tf.constant(v) for name, v in row["predict_raw"].items()}
+    arguments = {
+        served.python_names[name]: tf.constant(v) for name, v in row["predict_raw"].items()
+    }
     compare(predict_raw(**arguments), "predict_raw in Python")
 
 
@@ -447,13 +478,20 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", None, "The folder of a run of pwiser_tf.train.", required=True)
     flags.DEFINE_string("export_dir", None, "The folder of exported models.", required=True)
     flags.DEFINE_string("model_name", "pwiser", "The name of the model and of its folder.")
+    flags.DEFINE_string(
+        "score",
+        None,
+        "An additional output, score, to rank by: a product of powers of ctr, cvr, ctcvr and, if "
+        "the model has it, interest, such as ctr^0.75*ctcvr^0.25.",
+    )
 
 
 def main() -> None:
     """Exports the run that the flags name."""
     args = flags.FLAGS
+    score = Score.parse(args.score) if args.score else None
     with runs.file_errors():
-        print("exported", export(args.workdir, args.export_dir, args.model_name))
+        print("exported", export(args.workdir, args.export_dir, args.model_name, score))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import dataclasses
 import functools
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import crc32c
 import numpy as np
@@ -36,6 +36,8 @@ MAX_ID = 2 ** (7 * _ID_BYTES) - 1
 MAX_GROUP = 2 ** (7 * _GROUP_BYTES) - 1
 # The id that fills up shorter lists of a batch; no record holds it.
 PADDING = -1
+# The features of a record that no model takes.
+EXTRAS = ("group", "weight", "segments")
 
 # TFRecord frame: length (uint64), its masked CRC32C, the data, the data's masked CRC32C.
 _HEADER = struct.Struct("<QI")
@@ -99,8 +101,12 @@ class Rows:
         return Rows(**taken, lists={name: each.take(rows) for name, each in self.lists.items()})
 
 
-def parse_spec(schema: Schema) -> dict:
-    """The spec for tf.io.parse_example, by feature name. Imports TensorFlow."""
+def parse_spec(schema: Schema, extras: Collection[str] = EXTRAS) -> dict:
+    """The spec for tf.io.parse_example, by feature name. Imports TensorFlow.
+
+    Args:
+      extras: which of EXTRAS to read, where the schema has them. Reading costs time.
+    """
     import tensorflow as tf
 
     spec = {
@@ -119,7 +125,11 @@ def parse_spec(schema: Schema) -> dict:
         if feature.weighted:
             spec[f"weights/{feature.name}"] = of_list(tf.float32, default_value=0.0)
     # An array of no columns is not written, and cannot be required.
-    return {name: feature for name, feature in spec.items() if 0 not in feature.shape}
+    return {
+        name: feature
+        for name, feature in spec.items()
+        if 0 not in feature.shape and (name in extras or name not in EXTRAS)
+    }
 
 
 def feature_shapes(schema: Schema) -> dict[str, tuple[type, int | None]]:

@@ -111,6 +111,65 @@ def _truth_cells(measured: dict) -> list[str]:
     return cells
 
 
+_SCORE_COLUMNS = ("click_auc", "click_gauc", "conversion_auc", "conversion_gauc")
+
+
+def score_table(scores: dict[str, dict]) -> str:
+    """Outputs of each model as rankings for clicks and for conversions, and its score, if any.
+
+    Args:
+      scores: model name to the `score` of its Evaluation. After a search, the blends that it has
+        tried on validation come first.
+    """
+    blocks = []
+    for name, score in scores.items():
+        of_model = "" if len(scores) == 1 else f" of {name}"
+        if "search" in score:
+            best = f"best for conversions: {score['formula']}"
+            rows = [["w", "click AUC", "conversion AUC"]]
+            for tried in score["search"]:
+                found = (number(tried[f"{label}_auc"], ".4f") for label in ("click", "conversion"))
+                rows.append([f"{tried['weight']:g}", *found])
+            title = f"ctr^(1-w)*ctcvr^w{of_model} on the validation split; {best}"
+            blocks += [title, *_aligned(rows), ""]
+    rows = [["", "click AUC", "click GAUC", "conversion AUC", "conversion GAUC"]]
+    for name, score in scores.items():
+        of_model = "" if len(scores) == 1 else f" of {name}"
+        measured = {f"{score['formula']}{of_model}": score} if "formula" in score else {}
+        measured |= {f"{output}{of_model}": found for output, found in score["outputs"].items()}
+        for label, ranked in measured.items():
+            rows.append([label, *(number(ranked[key], ".4f") for key in _SCORE_COLUMNS)])
+    return "\n".join([*blocks, "Outputs as rankings of all exposures", *_aligned(rows)])
+
+
+def segment_table(column: str, measured: dict, name: str = "") -> str:
+    """The metrics of each value of a segment, as plain text.
+
+    Args:
+      column: the segment. measured: its `segments.measure`. name: of the model; "" if it is alone.
+    """
+    of_model = f", {name}" if name else ""
+    header = ["", "rows", "clicks", "CTR AUC", "CTR PCOC"]
+    keys = [("clicks", ","), ("ctr_auc", ".4f"), ("ctr_pcoc", ".3f")]
+    entries = list(measured["values"])
+    if entries and "ctcvr_auc" in entries[0]:
+        header += ["conversions", "CTCVR AUC", "CTCVR PCOC"]
+        keys += [("conversions", ","), ("ctcvr_auc", ".4f"), ("ctcvr_pcoc", ".3f")]
+    if measured["rest"]:
+        count = measured["rest"]["value"]
+        entries.append({**measured["rest"], "value": plural(count, "other value")})
+    rows = [header]
+    for entry in entries:
+        cells = [number(entry[key], spec) for key, spec in keys]
+        rows.append([_printable(entry["value"]), f"{entry['rows']:,}", *cells])
+    return "\n".join([f"By {column}{of_model}", *_aligned(rows)])
+
+
+def _printable(value: str) -> str:
+    """A value of the log in a table: an empty one and control characters become visible."""
+    return value if value and value.isprintable() else repr(value)
+
+
 def _aligned(rows: list[list[str]]) -> list[str]:
     """Rows of cells, of which the first is a name, as lines; too long names are shortened."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -6,6 +6,7 @@ click_noise.json   the estimate of accidental clicks, with --click_noise_fields
 checkpoints/       the newest state, from which an interrupted run continues
 best/              the weights of the best epoch by validation
 logs/              TensorBoard
+calibration.json   Platt scaling of the best epoch's outputs, if the run is calibrated
 metrics.json       epochs, validation and test metrics
 report-SPLIT.png   plots of an evaluation
 """
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 import tensorflow as tf
 import tf_keras as keras
 
+from pwiser_tf.calibration import Calibration
 from pwiser_tf.click_noise import ClickNoise
 from pwiser_tf.config import VERSION, Config
 from pwiser_tf.errors import DataError
@@ -32,8 +34,11 @@ from pwiser_tf.schema import Schema
 FLAGS_FILE = "flags.json"
 METRICS_FILE = "metrics.json"
 CLICK_NOISE_FILE = "click_noise.json"
+CALIBRATION_FILE = "calibration.json"
 _CHECKPOINTS = "checkpoints"
 _EXTENDABLE = ("epochs", "patience")
+# What is done after training.
+_CHANGEABLE = ("calibration",)
 
 
 def build_model(
@@ -53,7 +58,7 @@ def begin(workdir: str | os.PathLike, config: Config, schema: Schema) -> None:
 
     Raises:
       DataError: the folder holds a run with other options or data. More epochs or patience are
-        allowed: they extend the run.
+        allowed, since they extend the run, and another calibration, which follows the training.
     """
     workdir = pathlib.Path(workdir)
     path = workdir / FLAGS_FILE
@@ -68,9 +73,11 @@ def begin(workdir: str | os.PathLike, config: Config, schema: Schema) -> None:
         write_json(path, {"version": VERSION, **config.read()})
         return
     old_config, old_schema = load(workdir)
-    # Options that are not read are not part of a run. More epochs or patience extend it.
+    # Options that are not read are not part of a run. More epochs or patience extend it, and the
+    # calibration may change.
     old, new = old_config.read(), config.read()
     extended = {name: new[name] for name in _EXTENDABLE if new[name] > old[name]}
+    extended |= {name: new[name] for name in _CHANGEABLE if new[name] != old[name]}
     for name in (name for name in new if name != "data_dir" and new[name] != old.get(name)):
         if name in extended:
             continue
@@ -186,11 +193,33 @@ def _newest_checkpoint(manager: tf.train.CheckpointManager) -> Iterator[str]:
 
 
 def load_run(workdir: str | os.PathLike) -> tuple[ClickConversionModel, Config, Schema]:
-    """The model of a run with the weights of its best epoch."""
+    """The model of a run with the weights of its best epoch, and its calibration, if it has one."""
     config, schema = load(workdir)
     model = build_model(config, schema, click_noise(workdir, config))
     restore_best(best_checkpoint(workdir, model))
+    model.calibration = load_calibration(workdir)
     return model, config, schema
+
+
+def load_calibration(workdir: str | os.PathLike) -> Calibration | None:
+    """The calibration of a run, or None if it has none; DataError for a damaged file."""
+    path = pathlib.Path(workdir) / CALIBRATION_FILE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        return Calibration.from_json(content)
+    except ValueError as error:
+        raise DataError(f"not written by pwiser_tf.train ({error})", file=path) from None
+
+
+def save_calibration(workdir: str | os.PathLike, calibration: Calibration | None) -> None:
+    """Writes the calibration of a run; None removes one that is there."""
+    path = pathlib.Path(workdir) / CALIBRATION_FILE
+    if calibration is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_json(path, calibration.to_json())
 
 
 @contextlib.contextmanager

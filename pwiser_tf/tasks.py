@@ -197,7 +197,15 @@ class LossConfig:
         conversions."""
         tasks = tuple(task for task in self.loss_tasks if task == "ctr")
         name = "bce" if LOSSES[self.name].needs_conversions or not tasks else self.name
-        return dataclasses.replace(self, name=name, loss_tasks=tasks)
+        # No row has a conversion, whatever it would weigh.
+        return dataclasses.replace(self, name=name, loss_tasks=tasks, conversion_weight=1.0)
+
+    @property
+    def is_cross_entropy(self) -> bool:
+        """Whether every task learns by cross-entropy alone, in which each row has weight 1."""
+        entry = LOSSES[self.name]
+        changes = entry.of_rows or (entry.term and getattr(self, entry.weight))
+        return self.conversion_weight == 1 and not (changes and self.loss_tasks)
 
     def weight_of(self, task: str) -> float:
         """The weight of a task's loss in the sum over the tasks."""

@@ -16,6 +16,9 @@ from absl import flags
 
 from pwiser_tf import config, runs
 from pwiser_tf.command_line import run
+from pwiser_tf.errors import DataError
+from pwiser_tf.schema import Schema
+from pwiser_tf.score import FACTORS, Score
 from pwiser_tf.training import share_cores, train
 
 
@@ -29,6 +32,7 @@ def main() -> None:
     """Trains, evaluates and, with --export_dir, exports a run."""
     args = flags.FLAGS
     chosen = config.config_from_flags(args, given=sys.argv[1:])
+    score = _score(args.score, args.export_dir, chosen.data_dir)
     share_cores()
     with runs.file_errors():
         train(chosen, args.workdir, args.checkpoint_seconds)
@@ -36,7 +40,20 @@ def main() -> None:
             # Imported here, because training does not need the packages for serving.
             from pwiser_tf.export import export
 
-            print("exported", export(args.workdir, args.export_dir, args.model_name))
+            print("exported", export(args.workdir, args.export_dir, args.model_name, score))
+
+
+def _score(text: str | None, export_dir: str | None, data_dir: str) -> Score | None:
+    """The score to export; DataError before training if it cannot be one."""
+    if not text:
+        return None
+    if not export_dir:
+        raise DataError(f"--score={text}: it is only read with --export_dir")
+    score = Score.parse(text)
+    # What only the trained model knows, export checks.
+    unknown = () if Schema.load(data_dir).conversion else ("cvr", "ctcvr")
+    score.require([name for name in FACTORS if name not in unknown])
+    return score
 
 
 if __name__ == "__main__":

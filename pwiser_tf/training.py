@@ -19,13 +19,12 @@ import numpy as np
 import tensorflow as tf
 import tf_keras as keras
 
-from pwiser_tf import click_noise, data, machine, report, runs
+from pwiser_tf import calibration, click_noise, data, machine, metrics, report, runs
 from pwiser_tf.click_noise import ClickNoise
 from pwiser_tf.config import Config
 from pwiser_tf.errors import DataError
 from pwiser_tf.evaluation import evaluate, plots_module, predict
 from pwiser_tf.losses import strength
-from pwiser_tf.metrics import summary
 from pwiser_tf.models import ClickConversionModel
 from pwiser_tf.schema import Schema
 from pwiser_tf.tasks import LOSSES, TASKS
@@ -155,6 +154,7 @@ def train(
         data.check(config.data_dir, schema, "test")
     with _locked_run(config, folder) as schema:
         model, progress = _fit(config, schema, folder, checkpoint_seconds, on_epoch)
+        _calibrate(model, config, schema, folder)
         return _evaluate_best(model, config, schema, folder, progress)
 
 
@@ -164,7 +164,8 @@ def fit(
     checkpoint_seconds: float = 60,
     on_epoch: OnEpoch | None = None,
 ) -> tuple[ClickConversionModel, Schema, Progress]:
-    """Trains without the final evaluation: does not read the test split or write metrics.json.
+    """Trains without calibration and final evaluation: does not read the test split or write
+    metrics.json.
 
     Args:
       on_epoch: called with the model and the epoch's entry in the history ({"epoch", "monitored",
@@ -224,6 +225,7 @@ def _fit(
     rows = schema.split("train").rows
     batch_size = min(config.training.batch_size, rows)
     options = config.training
+    extras = ("group",) if LOSSES[config.loss.name].needs_groups else ()
     while progress.epoch < options.epochs and not _patience_ended(progress, options.patience):
         batches = data.batches(
             config.data_dir,
@@ -234,6 +236,7 @@ def _fit(
             keep_groups=options.shuffle == "groups",
             skip_rows=progress.step * batch_size,
             drop_remainder=True,
+            extras=extras,
         )
         try:
             if progress.step < rows // batch_size:
@@ -325,6 +328,30 @@ def _click_noise(config: Config, schema: Schema, folder: pathlib.Path) -> ClickN
     return noise
 
 
+def _calibrate(model, config, schema, folder) -> None:
+    """Calibrates the best epoch on validation, if the config asks for it; stores it in the run."""
+    loss = config.loss if schema.conversion else config.loss.without_conversions()
+    method = config.training.calibration
+    if method == "none" or (method == "auto" and loss.is_cross_entropy):
+        runs.save_calibration(folder, None)
+        return
+    predictions, grade, _ = predict(model, config.data_dir, schema, "validation")
+    fitted, reasons = calibration.fit_heads(grade, predictions)
+    shown = [f"{head} not calibrated: {reason} in validation" for head, reason in reasons.items()]
+    if fitted.heads:
+        calibrated = {k: np.asarray(v) for k, v in fitted.apply(predictions).items()}
+        for head, platt in fitted.heads.items():
+            _, labels = metrics.task_labels(grade, head)
+            before, after = (metrics.pcoc(labels, p[head]) for p in (predictions, calibrated))
+            shown.append(
+                f"{head} slope {platt.slope:.3f}, intercept {platt.intercept:+.3f}, PCOC "
+                f"{before:.3f} -> {after:.3f}"
+            )
+        model.calibration = fitted
+    runs.save_calibration(folder, model.calibration)
+    print(f"calibration on validation: {'; '.join(shown)}", flush=True)
+
+
 def _evaluate_best(model, config, schema, folder, progress) -> dict:
     """Evaluates the best epoch on validation and, if there is one, test; returns metrics.json."""
     content = {"best_epoch": progress.best_epoch + 1, "epochs": progress.history}
@@ -348,7 +375,7 @@ def _finish_epoch(model, config, schema, progress, best, writer) -> None:
             f"training diverged: after epoch {progress.epoch + 1} the model predicts NaN; lower "
             "--learning_rate and use another --workdir"
         )
-    validation = summary(grade, predictions, group)
+    validation = metrics.summary(grade, predictions, group)
     value = _monitored_value(validation)
     epoch = progress.epoch
     with writer.as_default(int(model.optimizer.iterations)):
@@ -359,6 +386,8 @@ def _finish_epoch(model, config, schema, progress, best, writer) -> None:
     writer.flush()
     if value > progress.best_value:
         progress.best_epoch, progress.best_value = epoch, value
+        # Of an earlier best epoch, where the run was extended.
+        runs.save_calibration(pathlib.Path(best.directory).parent, None)
         best.save(checkpoint_number=epoch + 1)
     progress.history.append(
         {

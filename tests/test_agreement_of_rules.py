@@ -1,14 +1,18 @@
 """One log of odd texts, as the converter, NumPy, the served graph and the client read it."""
 
 import csv
+import datetime
+import decimal
 import gzip
 import itertools
 
 import duckdb
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
-from pwiser_serving import rules
+from pwiser_serving import parquet, rules
 from pwiser_serving.candidates import CandidateError, CandidateFile
 from pwiser_serving.protos import tensor_pb2
 
@@ -133,7 +137,7 @@ def rows_of(texts: list[str]) -> list[dict[str, str]]:
         weighted = "|".join(
             f"{value.replace(':', ';').replace('|', '/')}{mark}"
             for value, mark in zip(
-                [text, "18", *others], itertools.cycle((":0.5", "", ":2:9", ": 1 "))
+                [text, "18", *others], itertools.cycle((":0.5", "", ":2", ": 1 "))
             )
         )
         parts = [part for part in (text, "1") if is_number(part) and part not in ("", "NA")]
@@ -282,6 +286,46 @@ def test_files_are_read_alike(name, pack, tmp_path):
     except CandidateError:
         pass
     assert converted == found == texts
+
+
+def test_types_of_parquet_are_read_alike(tmp_path):
+    """As texts: for whoever trains on times, decimals or short floats as categories."""
+    moments = [datetime.datetime(2026, 1, 1, 0, 0, s, f) for s, f in ((0, 0), (1, 500), (59, 0))]
+    floats = [0.1, 16777216.0, None, 1e10, 3.4e38, 1e-5, -0.0, 1e16, 123456.79, 2.0]
+    arrays = {
+        "moment": pa.array(moments, pa.timestamp("us")),
+        "of_millis": pa.array([0, 1500, None], pa.timestamp("ms")),
+        "in_utc": pa.array(moments, pa.timestamp("us", "UTC")),
+        "in_paris": pa.array(moments, pa.timestamp("us", "Europe/Paris")),
+        "hour": pa.array([moment.time() for moment in moments]),
+        "day": pa.array([datetime.date(2026, 1, day) for day in (1, 2, 31)]),
+        "short": pa.array(floats, pa.float32()),
+        "half": pa.array(np.array([0.1, 2.0, 600.0], np.float16)),
+        "double": pa.array([*floats, 1.5e300, float("nan")]),
+        "decimal": pa.array([decimal.Decimal("1.50"), None, decimal.Decimal("-0.25")]),
+        "large": pa.array([2**64 - 1, 2, None], pa.uint64()),
+        "flag": pa.array([True, None, False]),
+        "dictionary": pa.array(["a", None, "b"]).dictionary_encode(),
+    }
+    rows = max(map(len, arrays.values()))
+    kinds = "".join(f'[features.{name}]\ndtype = "string"\nmin_count = 1\n' for name in arrays)
+    (tmp_path / "log.toml").write_text('[labels]\nclick = "click"\n' + kinds)
+    columns = {name: pa.concat_arrays([array] * rows)[:rows] for name, array in arrays.items()}
+    pq.write_table(pa.table({"click": [0, 1] * (rows // 2), **columns}), tmp_path / "log.parquet")
+    schema = convert(
+        *(tmp_path / "out", f"--features={tmp_path / 'log.toml'}"),
+        *(f"--train={tmp_path / 'log.parquet'}", "--validation_fraction=0", "--test_fraction=0"),
+    )
+    wanted = read(tmp_path / "out", schema, "train")["categorical"]
+    file = parquet.CandidateFile(tmp_path / "log.parquet", rules.Dialect())
+    for name in arrays:
+        file.use(name)
+    (batch,) = file.batches(rows)
+    found = batch.features(inputs_of(schema))
+    for feature, ids in zip(schema.categorical, wanted.T, strict=True):
+        texts = np.array([text.decode() for text in found[feature.name]], object)
+        np.testing.assert_array_equal(feature.ids(texts), ids, feature.name)
+        assert len(set(ids)) >= 2
 
 
 def test_marks_are_the_converters():

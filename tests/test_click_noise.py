@@ -11,15 +11,16 @@ from pwiser_tf import runs
 from pwiser_tf.click_noise import ClickNoise, crossed, estimate
 from pwiser_tf.config import Config
 from pwiser_tf.errors import DataError
+from pwiser_tf.evaluation import evaluate
 from pwiser_tf.export import export
 from pwiser_tf.layers import AccidentalClicks, observed_logits
 from pwiser_tf.models import MODELS
-from pwiser_tf.synthetic.worlds import World
+from pwiser_tf.report import score_table
+from pwiser_tf.synthetic.worlds import World, make_world
 from pwiser_tf.training import estimate_click_noise, train
 from tests.conftest import SCHEMA
+from tests.test_convert import convert
 from tests.test_models import CASES, FEATURES, GRADE, _shaken_model
-
-NOTHING = np.empty((0, 0), int)
 
 
 def _rows(counts):
@@ -319,6 +320,34 @@ def test_a_run_keeps_its_estimate(dataset, tmp_path, capsys):
     (tmp_path / "run" / "click_noise.json").write_text("{}")
     with pytest.raises(DataError, match=r"click_noise\.json: not written by"):
         runs.load_run(tmp_path / "run")
+
+
+def test_interest_is_closer_to_genuine_clicks(tmp_path, capsys):
+    """From a log with planted accidents to the tables of evaluate."""
+    make_world(tmp_path, "slot", rows=30_000, seed=3, ctr=0.2, cvr=0.2)
+    convert(
+        tmp_path / "data",
+        "--format=columns",
+        f"--features={tmp_path / 'log.toml'}",
+        f"--train={tmp_path / 'train.csv'}",
+        f"--test={tmp_path / 'test.csv'}",
+    )
+    options = {"model": "shared_bottom", "loss": "bce", "learning_rate": 0.02, "epochs": 2}
+    sizes = {"embedding_dim": 4, "bottom_units": (16,), "tower_units": (8,), "batch_size": 512}
+    plain = Config.of(data_dir=str(tmp_path / "data"), **options, **sizes)
+    found = {}
+    for name, fields in (("plain", ()), ("corrected", ("slot", "device"))):
+        config = plain.replace(click_noise_fields=fields)
+        train(config, tmp_path / name)
+        model, _, schema = runs.load_run(tmp_path / name)
+        truth = tmp_path / "truth-test.parquet"
+        found[name] = evaluate(model, config.data_dir, schema, "test", name, truth)
+    gain = found["corrected"].truth["interest"]["interest_auc"]
+    gain -= found["plain"].truth["ctr"]["interest_auc"]
+    assert gain > 0.03
+    assert found["corrected"].truth["ctr"]["pcoc"] == pytest.approx(1, abs=0.15)
+    assert found["plain"].score is None
+    assert "interest" in score_table({"corrected": found["corrected"].score})
 
 
 def test_fields_that_cannot_be_used_are_refused(dataset, tmp_path):

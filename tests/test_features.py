@@ -82,7 +82,7 @@ ITEM = '[labels]\nclick = "c"\n[features.item]\n'
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[labels]\nclick = ", "expected a feature file in TOML|a feature file in TOML"),
+        ("[labels]\nclick = ", "expected a feature file in TOML"),
         ("[features.a]\n", r"table \[labels\], key click: expected a column's name"),
         ('[labels]\nclick = "c"\n', "expected at least one feature"),
         ("[label]\n", "table the top level, key label: unknown; expected one of labels, columns"),

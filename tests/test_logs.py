@@ -1,6 +1,7 @@
 """Logs as they are: lists, Parquet, dirt, a second day; from files to ids and back."""
 
 import json
+import time
 import tomllib
 
 import numpy as np
@@ -263,8 +264,39 @@ def test_parquet_faults_have_their_place(log):
     with pytest.raises(DataError, match=missing):
         convert(log / "out", f"--train={log / 'log.parquet'}", "--numerical=price", *flags)
     (log / "torn.parquet").write_bytes((log / "log.parquet").read_bytes()[:-9])
-    with pytest.raises(DataError, match=r"torn\.parquet: a whole Parquet file"):
+    with pytest.raises(DataError, match=r"torn\.parquet: expected a whole Parquet file"):
         convert(log / "out", f"--train={log / 'torn.parquet'}", *flags)
+
+
+def test_a_damaged_page_of_parquet_is_named(log):
+    path = log / "log.parquet"
+    table = pyarrow.table({"item": ["a", "b", "c"] * 99, "clicked": [0, 1, 0] * 99})
+    pyarrow.parquet.write_table(table, path, compression="none")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * 60 + whole[64:])
+    with pytest.raises(DataError, match=r"log\.parquet: expected a whole Parquet file"):
+        convert(log / "out", f"--train={path}", "--categorical=item", "--click=clicked", *FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "found"),
+    [
+        ("price", 1e300, r"column price: found 1e\+300, expected a finite number"),
+        ("weights", [1e300, 1], r"column weights: found \[1e\+300, 1.0\], expected weights"),
+        ("weights", [1.0], r"column weights: found \[1.0\], expected weights .*, one for each"),
+        ("weights", [1.0, 1, 1], r"column weights: found \[1.0, 1.0, 1.0\], expected weights"),
+    ],
+)
+def test_wrong_numbers_of_parquet_have_their_place(log, column, cell, found):
+    columns = {"price": [1.0, 2.0], "tags": [["a", "b"]] * 2, "weights": [[0.5, 1.0]] * 2}
+    columns[column][1] = cell
+    pyarrow.parquet.write_table(pyarrow.table({"c": [0, 1], **columns}), log / "log.parquet")
+    (log / "log.toml").write_text(
+        '[labels]\nclick = "c"\n[features.price]\ntype = "numerical"\n'
+        '[features.tags]\ntype = "list"\nweights = "weights"\n'
+    )
+    with pytest.raises(DataError, match=rf"log\.parquet, row 2, {found}"):
+        _convert(log, f"--train={log / 'log.parquet'}")
 
 
 @pytest.mark.parametrize(
@@ -314,6 +346,7 @@ def test_a_conversion_without_a_click_can_be_refused(log):
     [
         (1, "1:x", "column history: found '1:x', expected weights that are numbers of at least 0"),
         (1, "1:-2", "column history: found '1:-2', expected weights"),
+        (1, "1:2:3", "column history: found '1:2:3', expected weights"),
         (3, "12 EUR", "column price: found '12 EUR', expected a number"),
         (5, "1;2;3", "column point: found '1;2;3', expected 2 numbers"),
         (5, "1;x", "column point: found '1;x', expected finite numbers"),
@@ -338,6 +371,11 @@ def test_a_wrong_cell_is_named(log, column, cell, message):
         ("item ,clicked\n1,0\n", r"column item: found no such column \(but 'item ': blanks count"),
         (b"PK\x03\x04....", "found a zip or Excel file, expected CSV"),
         (b"BZh91AY", "found a bzip2 file"),
+        (b"\xef\xbb\xbf", "found an empty file, expected CSV"),
+        (
+            pyarrow.compress(b"item,clicked\n" + b"1,0\n" * 99, "zstd", asbytes=True)[:-9],
+            r"log\.csv: expected a whole zstd file",
+        ),
     ],
 )
 def test_messages_name_the_cause(tmp_path, content, message):
@@ -424,12 +462,14 @@ def test_one_dirty_cell_does_not_change_the_type(tmp_path, capsys):
     assert "feature item: 1 of 100 values are no integers: 'n.a.' (1)" in told
     text = _simple(tmp_path, [*lines, *["A7,2,0,1,1"] * 30]).categorical[0]
     assert text.dtype == "string"
+    told = capsys.readouterr().err
+    assert "30 of 129 values are no integers: 'A7' (30); all are read as texts" in told
     assert "A7" in text.vocabulary
 
 
 def test_a_constant_number_contributes_nothing_and_is_named(tmp_path, capsys):
     schema = _simple(tmp_path, [f"{k % 9},{'' if k % 2 else '33'},{k % 2},1,1" for k in range(50)])
-    assert "feature price: 33 in every training row that has a value" in capsys.readouterr().err
+    assert "feature price: 33 or no value in every training row" in capsys.readouterr().err
     (price,) = schema.numerical
     assert price.apply(np.array([33, 1e9, -1e9, np.nan])).tolist() == [0, 0, 0, 0]
 
@@ -456,6 +496,21 @@ def test_few_days_give_whole_days_to_every_split(tmp_path):
         _simple(tmp_path, lines[:40], *by_time)
 
 
+def test_validation_has_its_share_though_many_rows_have_the_last_time(tmp_path):
+    lines = [f"1,2,{k % 2},{min(k, 70)},1" for k in range(100)]
+    schema = _simple(tmp_path, lines, "--time=day", "--conversion=")
+    assert [split.rows for split in schema.splits.values()] == [60, 10, 30]
+
+
+def test_lists_that_are_read_as_one_category_are_told(tmp_path, capsys):
+    # Words with such a sign here and there are no lists.
+    _simple(tmp_path, [f"a{'|' * (k % 9 == 0)}{k % 9},{k},{k % 2},1,1" for k in range(30)])
+    assert "look like lists" not in capsys.readouterr().err
+    _simple(tmp_path, [f"a|{k % 9},{k},{k % 2},1,1" for k in range(30)])
+    told = capsys.readouterr().err
+    assert "feature item: its values look like lists, as 'a|0': each is one category" in told
+
+
 def test_utc_offsets_are_respected(tmp_path):
     # The second is the earliest of these moments, the third the latest.
     times = ["2024-01-01T10:00:00Z", "2024-01-01T11:00:00+05:00", "2024-01-01T09:00:00-08:00"]
@@ -466,6 +521,20 @@ def test_utc_offsets_are_respected(tmp_path):
         "validation from 2024-01-01 10:00:00, test from 2024-01-01 17:00:00"
         in (schema.notes["held_out"])
     )
+
+
+def test_a_time_without_offset_is_in_utc_wherever_the_machine_stands(tmp_path, monkeypatch):
+    moments = ["2024-01-01T10:00:00Z", "2024-01-01T09:00:00", "2024-01-01T14:00:00"]
+    lines = [f"{k},2,{k % 2},{m},1" for k, m in enumerate(moments) for _ in range(5)]
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        schema = _simple(tmp_path, lines, "--time=day", "--min_count=1")
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert schema.categorical[0].vocabulary == (1,)
+    assert "test from 2024-01-01 14:00:00" in schema.notes["held_out"]
 
 
 def test_a_split_without_rows_is_an_error_and_not_a_warning(tmp_path):

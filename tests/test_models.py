@@ -238,7 +238,8 @@ def test_outputs_are_nested_even_at_extreme_logits(name, head):
 def test_product_heads_task_logit_is_that_of_the_product():
     model = _shaken_model("shared_bottom", "product")
     outputs = model(FEATURES)
-    predictions = model._task_predictions(model.tower_logits(FEATURES, training=False))
+    logits = model.tower_logits(FEATURES, training=False)
+    predictions = model._task_predictions(logits, logits)
     for task, prediction in predictions.items():
         np.testing.assert_allclose(tf.sigmoid(prediction["logits"]), outputs[task], rtol=1e-5)
 
@@ -460,7 +461,7 @@ def test_an_energy_is_there_for_jrc_and_changes_no_output(name, task):
             np.testing.assert_array_equal(value, expected[key])
     with tf.GradientTape() as tape:
         logits = model.tower_logits(FEATURES, training=False)
-        predictions = model._task_predictions(logits)
+        predictions = model._task_predictions(logits, logits)
         energy = tf.reduce_sum(predictions[task]["energy"])
     assert {t: logits[t].shape[1] for t in TOWERS} == {t: 1 + (t == tower) for t in TOWERS}
     assert [other for other in predictions if "energy" in predictions[other]] == [task]

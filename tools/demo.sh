@@ -18,12 +18,13 @@ step "2. Convert the raw CSV files to TFRecord files and schema.json"
 say python -m tools.csv_to_tfrecord --format=aliexpress --input="$folder/csv" \
     --output_dir="$folder/data"
 
+# Not calibrated: the comparison shows what a loss does to the probabilities.
 step "3. Train: BCE, BCE with weighted conversions, BCE + PWiseR (configs/sample.flags)"
 train() {
     local name=$1
     shift
     say python -m pwiser_tf.train --flagfile=configs/sample.flags --data_dir="$folder/data" \
-        --workdir="$folder/runs/$name" "$@"
+        --workdir="$folder/runs/$name" --calibration=none "$@"
 }
 train bce --loss=bce
 train bce_weighted --loss=bce --conversion_weight=4

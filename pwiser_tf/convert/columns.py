@@ -181,7 +181,8 @@ class _Expressions:
         """A column as text, NULL where it is missing."""
         if column in self._partitions:
             value = self._partitions[column]
-            return "NULL" if value == _NO_PARTITION else literal(value)
+            is_missing = value == _NO_PARTITION or value in self._log.missing
+            return "NULL" if is_missing else literal(value)
         text = self._file.column(column)
         if isinstance(self._file, ParquetFile):
             if self._file.is_list(column):
@@ -204,7 +205,8 @@ class _Expressions:
             return self._file.column(column)
         is_parquet = isinstance(self._file, ParquetFile) and column not in self._partitions
         if is_parquet and self._file.is_number(column):
-            return f"CAST({self._file.column(column)} AS FLOAT)"
+            # A double may be too large.
+            return _parsed(self._file.column(column))
         return _parsed(self._text(column))
 
     def _label(self, column: str) -> str:
@@ -252,7 +254,8 @@ class _Expressions:
         if feature.weight_separator:
             mark = literal(feature.weight_separator)
             # A value without a weight counts once.
-            weight = f"CASE WHEN contains(x, {mark}) THEN split_part(x, {mark}, 2) ELSE '1' END"
+            rest = f"substr(x, strpos(x, {mark}) + length({mark}))"
+            weight = f"CASE WHEN contains(x, {mark}) THEN {rest} ELSE '1' END"
             pair = f"{{'value': trim(split_part(x, {mark}, 1)), 'weight': {_parsed(weight)}}}"
             pairs = f"list_transform({elements}, lambda x: {pair})"
         else:
@@ -263,7 +266,10 @@ class _Expressions:
                     file=file.shown,
                     column=feature.weights,
                 )
-            weights = f"coalesce(CAST({file.column(feature.weights)} AS FLOAT[]), [])"
+            weights = f"coalesce({file.column(feature.weights)}, [])"
+            parsed = f"list_transform({weights}, lambda x: {_parsed('x')})"
+            # Another number of weights is no weight of any value, which is refused.
+            weights = f"CASE WHEN len({weights}) = len({elements}) THEN {parsed} ELSE [] END"
             pairs = (
                 f"list_transform(list_zip({elements}, {weights}), "
                 "lambda x: {'value': x[1], 'weight': x[2]})"
@@ -284,7 +290,7 @@ class _Expressions:
 
 
 def _parsed(text: str) -> str:
-    """SQL: a text as FLOAT, NULL where it is NULL, infinity where it is no number."""
+    """SQL: a text or number as FLOAT, NULL where it is NULL, infinity where it is no number."""
     return f"CASE WHEN {text} IS NOT NULL THEN coalesce(TRY_CAST({text} AS FLOAT), 'inf') END"
 
 

@@ -239,7 +239,7 @@ class CsvFile:
     def _first_record(self) -> list[str]:
         with self._open() as file:
             start = file.read(1 << 16)
-        if not start.strip():
+        if not start.removeprefix(b"\xef\xbb\xbf").strip():
             raise DataError("found an empty file, expected CSV", file=self.shown)
         for magic, kind in _NOT_CSV.items():
             if start.startswith(magic):
@@ -274,7 +274,7 @@ class CsvFile:
             found = self.delimiter.join(record).encode("utf-8", "surrogateescape")
             raise DataError("UTF-8 text", file=self.shown, row=1, found=found) from None
         except csv.Error as error:
-            raise DataError(f"a CSV file ({error})", file=self.shown, row=1) from None
+            raise DataError(f"expected a CSV file ({error})", file=self.shown, row=1) from None
         return record
 
     def _check_quotes(self) -> None:
@@ -324,7 +324,11 @@ class CsvFile:
             try:
                 yield file
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise DataError(f"a whole gzip file ({error})", file=self.shown) from None
+                raise DataError(f"expected a whole gzip file ({error})", file=self.shown) from None
+            except OSError as error:
+                if self._compression != "zstd" or error.errno:
+                    raise
+                raise DataError(f"expected a whole zstd file ({error})", file=self.shown) from None
 
     def _reader(self, text: Iterable[str], strict: bool = False):
         """Python's reader of the same dialect."""
@@ -377,7 +381,9 @@ class Database:
         folder = pathlib.Path(folder)
         self._is_given, self._memory_mb = memory_mb is not None, memory_mb or MEMORY_MB
         if "?" in str(folder):
-            raise DataError("an output path without '?', which DuckDB cannot open", file=folder)
+            raise DataError(
+                "expected an output path without '?', which DuckDB cannot open", file=folder
+            )
         self.files: list[CsvFile] = []
         self.warnings: list[str] = []
         self._connection = duckdb.connect(
@@ -388,6 +394,8 @@ class Database:
                 "threads": min(os.cpu_count() or 1, 4),
             },
         )
+        # A time without an offset is taken as UTC, wherever the machine stands.
+        self._connection.execute("SET GLOBAL TimeZone = 'UTC'")
 
     def expect_columns(self, columns: int) -> None:
         """Raises the memory limit for wide files, unless a limit was given."""

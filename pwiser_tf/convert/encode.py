@@ -278,7 +278,8 @@ class Encoder:
                 row = int(np.searchsorted(np.cumsum(lengths), int(np.argmax(bad)), side="right"))
                 named = self._columns[feature.name]
                 column = named.weights or named.column
-                raise part.fault(first_row + row, column, "weights that are numbers of at least 0")
+                expected = "weights that are numbers of at least 0, one for each value"
+                raise part.fault(first_row + row, column, expected)
         return records.Lists(ids, lengths, weights)
 
     def _vector(self, vector, column: pyarrow.Array, refuse_where) -> np.ndarray:

@@ -156,7 +156,7 @@ def read(path: str | os.PathLike) -> Log:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"a feature file in TOML ({error})", file=path) from None
+        raise DataError(f"expected a feature file in TOML ({error})", file=path) from None
     _check_keys(content, (*_TABLES, "features"), path, "the top level")
     values = {}
     for table, keys in _TABLES.items():

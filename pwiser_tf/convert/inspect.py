@@ -114,6 +114,7 @@ def inspect(
         file = CsvFile(first, kinds, delimiter=delimiter, names=header, quote=quote)
     with tempfile.TemporaryDirectory() as scratch:
         connection = duckdb.connect(str(pathlib.Path(scratch) / "inspect.duckdb"))
+        connection.execute("SET GLOBAL TimeZone = 'UTC'")
         selected = ", ".join(
             f"CAST({file.column(name)} AS VARCHAR) AS c{k}"
             + (f", len({file.column(name)}) AS length{k}" if name in lists else "")
@@ -353,7 +354,9 @@ def main(path: str, values: flags.FlagValues = flags.FLAGS) -> None:
         return
     output = pathlib.Path(values.output)
     if output.exists():
-        raise DataError("a file that does not exist yet: this one is not overwritten", file=output)
+        raise DataError(
+            "expected a file that does not exist yet: this one is not overwritten", file=output
+        )
     write_text(output, text)
     print("wrote", output)
 

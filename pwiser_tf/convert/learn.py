@@ -16,6 +16,8 @@ _COLUMNS_A_SCAN = 64
 # Boundaries of quantile buckets come from about this many rows.
 _QUANTILE_ROWS = 500_000
 _EXAMPLES = 3
+# If most of the frequent texts hold one of these, they are likely lists.
+_SEPARATORS, _LOOKED_AT = ("|", "\x02"), 1000
 # The text of an integer: digits without leading zeros, for 007 and 7 may be two codes; and ".0", as
 # pandas writes integers beside a gap.
 INTEGER_PATTERN = r"-?(0|[1-9][0-9]*)(\.0*)?"
@@ -47,6 +49,13 @@ def of_log(database: Database, rows: str, log: Log) -> Features:
             database.warnings.append(
                 f"feature {feature.name}: training has one value, {feature.vocabulary[0]!r}"
             )
+        for separator in _SEPARATORS if feature in found.categorical else ():
+            like_lists = [v for v in feature.vocabulary[:_LOOKED_AT] if separator in str(v)]
+            if len(like_lists) > len(feature.vocabulary[:_LOOKED_AT]) / 2:
+                database.warnings.append(
+                    f"feature {feature.name}: its values look like lists, as {like_lists[0]!r}: "
+                    'each is one category. A feature file can state type = "list" and a separator'
+                )
     return found
 
 
@@ -185,10 +194,9 @@ def _integer_shares(database: Database) -> dict[int, tuple[int, int]]:
 
 def _guessed(database: Database, name: str, position: int, share: tuple[int, int] | None) -> str:
     """The dtype of a feature that states none; warns where its values are of two kinds."""
-    if share is None or share[0] < _INTEGER_SHARE * share[1]:
-        return "string"
-    integers, total = share
-    if integers < total:
+    integers, total = share or (0, 1)
+    dtype = "int64" if integers >= _INTEGER_SHARE * total else "string"
+    if total / 2 <= integers < total:
         examples = database.query(
             f"SELECT value, sum(count) AS total FROM seen WHERE position = {position} AND "
             f"({integer('value')}) IS NULL GROUP BY value ORDER BY total DESC, value "
@@ -196,11 +204,14 @@ def _guessed(database: Database, name: str, position: int, share: tuple[int, int
             name,
         )
         shown = ", ".join(f"{value!r} ({count})" for value, count in examples)
+        meaning, other = "they are unknown (id 0)", "string"
+        if dtype == "string":
+            meaning, other = "all are read as texts", "int64"
         database.warnings.append(
             f"feature {name}: {total - integers:,} of {total:,} values are no integers: {shown}; "
-            'they are unknown (id 0). A feature file can state dtype = "string"'
+            f'{meaning}. A feature file can state dtype = "{other}"'
         )
-    return "int64"
+    return dtype
 
 
 def _listed(
@@ -233,11 +244,12 @@ def numbers(database: Database, rows: str, features: Sequence[Feature]) -> tuple
     for i, feature in enumerate(features):
         mean, std, low, high = values[4 * i : 4 * i + 4]
         mean, std = settled(mean, std)
+        shown = "no value" if low is None else f"{low:g} or no value"
         low, high = (0.0, 0.0) if low is None else (low, high)
         if low == high:
             database.warnings.append(
-                f"feature {feature.name}: {low:g} in every training row that has a value: it "
-                "contributes nothing, whatever is served"
+                f"feature {feature.name}: {shown} in every training row: it contributes nothing, "
+                "whatever is served"
             )
         fill = math.copysign(math.expm1(abs(mean)), mean) if feature.transform == "log" else mean
         boundaries: tuple[float, ...] = ()

@@ -79,14 +79,16 @@ def _check_free(path: pathlib.Path, overwrite: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir():
-        raise DataError("a folder, or nothing, to write to; it is a file", file=path)
+        raise DataError("expected a folder, or nothing, to write to; it is a file", file=path)
     if not any(path.iterdir()):
         return
     if not overwrite:
-        raise DataError("an empty or absent folder; --overwrite replaces it", file=path)
+        raise DataError("expected an empty or absent folder; --overwrite replaces it", file=path)
     # A folder of anything else may be the user's raw data.
     if not (path / schema.FILE_NAME).exists():
-        raise DataError(f"an earlier data set to overwrite, with {schema.FILE_NAME}", file=path)
+        raise DataError(
+            f"expected an earlier data set to overwrite, with {schema.FILE_NAME}", file=path
+        )
 
 
 def _make_parents(path: pathlib.Path) -> list[pathlib.Path]:

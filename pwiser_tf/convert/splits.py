@@ -172,8 +172,8 @@ def _starts(
 ) -> tuple:
     """The times at which validation and test begin: each split has whole times, and some rows.
 
-    A split that would be empty, since too many rows share a time, gets the last time before the
-    next split instead. Exact; sorts on disk.
+    Where too many rows share a time, test may have more than its share; validation has its share
+    of the rows before. Exact; sorts on disk.
     """
     union = " UNION ALL ".join(part.relation() for part in source.train)
     times = f"SELECT {moment} AS moment FROM ({union})"
@@ -187,15 +187,15 @@ def _starts(
             f"{needed}, one for each split: use --validation_split=group or random"
         )
 
-    def before(limit) -> object:
-        """The last time before the limit."""
-        query = f"SELECT max(moment) FROM ({times}) WHERE moment < {limit!r}"
-        return database.query(query, "times")[0][0]
-
-    def at(share: float) -> object:
-        """The time at which the last `share` of the rows begins, or the second of all times."""
-        offset = min(int((1 - share) * rows), rows - 1)
-        query = f"SELECT moment FROM ({times}) ORDER BY moment LIMIT 1 OFFSET {offset}"
+    def at(share: float, limit=None) -> object:
+        """The time at which the last `share` of all rows begins, of those before the limit; or the
+        second of all times."""
+        count, earlier = rows, times
+        if limit is not None:
+            earlier = f"SELECT * FROM ({times}) WHERE moment < {limit!r}"
+            ((count,),) = database.query(f"SELECT count(*) FROM ({earlier})", "times")
+        offset = min(max(int(count - share * rows), 0), count - 1)
+        query = f"SELECT moment FROM ({earlier}) ORDER BY moment LIMIT 1 OFFSET {offset}"
         found = database.query(query, "sorting times")[0][0]
         if found == first:
             query = f"SELECT min(moment) FROM ({times}) WHERE moment > {first!r}"
@@ -205,10 +205,9 @@ def _starts(
     test_start = at(test) if test else None
     start = at(validation + test)
     if validation and test and start >= test_start:
-        start = before(test_start)
-        if start == first:
-            # Then test begins one time later.
-            start = test_start
+        start = at(validation, test_start)
+        if start >= test_start:
+            # There is one time before: test begins one time later.
             query = f"SELECT min(moment) FROM ({times}) WHERE moment > {start!r}"
             test_start = database.query(query, "times")[0][0]
     return start, (test_start if test else start)

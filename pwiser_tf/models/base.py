@@ -15,6 +15,7 @@ import tensorflow as tf
 import tensorflow_recommenders as tfrs
 import tf_keras as keras
 
+from pwiser_tf.calibration import Calibration
 from pwiser_tf.click_noise import ClickNoise
 from pwiser_tf.errors import DataError
 from pwiser_tf.layers import MLP, AccidentalClicks, Encoder, Head, observed_logits
@@ -100,6 +101,9 @@ class ClickConversionModel(tfrs.Model):
       schema: the schema of the data set.
       config: the sizes.
       loss: the losses of the tasks; needed for training, not for prediction.
+
+    Attributes:
+      calibration: scales the outputs, except in training; None: they are as they were learnt.
     """
 
     conversion_heads: tuple[str, ...] = CONVERSION_HEADS
@@ -115,6 +119,7 @@ class ClickConversionModel(tfrs.Model):
         loss: LossConfig | None = None,
     ):
         super().__init__()
+        self.calibration: Calibration | None = None
         if schema.conversion is None:
             # CTR only: one tower, one task, one output.
             if self.needs_conversions:
@@ -182,7 +187,15 @@ class ClickConversionModel(tfrs.Model):
 
     def call(self, features: dict[str, tf.Tensor], training: bool = False) -> dict[str, tf.Tensor]:
         """Features to probabilities {"ctr", "cvr", "ctcvr"}, float32 [B], ctcvr = ctr * cvr; to
-        {"ctr"} if the data set has no conversions. With `correct_clicks`, "interest" is added."""
+        {"ctr"} if the data set has no conversions. With `correct_clicks`, "interest" is added.
+        Calibrated, except in training."""
+        outputs = self._uncalibrated(features, training)
+        if training or self.calibration is None:
+            return outputs
+        return self.calibration.apply(outputs)
+
+    def _uncalibrated(self, features: dict[str, tf.Tensor], training: bool) -> dict[str, tf.Tensor]:
+        """The outputs of `call` as they were learnt."""
         genuine = self.tower_logits(features, training)
         logits = self._observed(genuine, features)
         click = logits[CLICK][:, 0]

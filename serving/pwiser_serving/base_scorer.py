@@ -14,7 +14,9 @@ from pwiser_serving.errors import FeatureError, ScoringError, UsageError
 from pwiser_serving.protos import tensor_pb2
 
 # A model has these, or of a log without conversions the first one alone.
-OUTPUTS = ("ctr", "cvr", "ctcvr")
+PROBABILITIES = ("ctr", "cvr", "ctcvr")
+# It may also have these: corrected for accidental clicks; what `pwiser export --score` asked for.
+OUTPUTS = (*PROBABILITIES, "interest", "score")
 RAW_SIGNATURE = "predict_raw"
 ID_SIGNATURE = "predict"
 
@@ -23,7 +25,8 @@ _SIGNATURES = (RAW_SIGNATURE, ID_SIGNATURE, services.DEFAULT_SIGNATURE)
 
 
 class Scores(dict[str, np.ndarray]):
-    """The scores of one call: "ctr", "cvr" and "ctcvr", or only "ctr", float32 [n].
+    """The scores of one call: "ctr", "cvr" and "ctcvr", or only "ctr", float32 [n]; "interest"
+    and "score", where the model has them.
 
     Attributes:
       versions: the versions of the model that answered, in order; several only if the server
@@ -54,7 +57,8 @@ class Model:
     def outputs(self, signature: str) -> tuple[str, ...]:
         """The scores that a signature gives."""
         found = self.signatures.get(signature)
-        return tuple(name for name in OUTPUTS if found and name in found.outputs)
+        names = tuple(name for name in OUTPUTS if found and name in found.outputs)
+        return names if set(names) & set(PROBABILITIES) else ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,9 @@ import io
 import itertools
 import json
 import pathlib
+import re
 import sys
+import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO, Self
@@ -25,6 +27,8 @@ STANDARD = pathlib.Path("-")
 # The first bytes of a compressed file; no text in UTF-8 begins with them.
 _GZIP, _ZSTD = b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd"
 NO_PYARROW = "needs pyarrow: pip install 'pwiser-serving[parquet]'"
+# A folder's name that is a column (Hive), and its value where there is none.
+_PARTITION, _NO_PARTITION = re.compile(r"([^=/]+)=([^/]*)"), "__HIVE_DEFAULT_PARTITION__"
 # No limit for the length of a text: the converter has none either.
 csv.field_size_limit(sys.maxsize)
 
@@ -98,6 +102,13 @@ def open_file(path: pathlib.Path) -> BinaryIO:
     return io.BufferedReader(_Unpacked(content, file, path, format), 2**16)
 
 
+def partitions(path: pathlib.Path) -> dict[str, str]:
+    """The columns that stand in the names of a file's folders, as dt=2026-01-01, and their texts;
+    they come before columns in the file, as for the converter."""
+    found = {n: urllib.parse.unquote(text) for n, text in _PARTITION.findall(str(path.parent))}
+    return {name: "" if text == _NO_PARTITION else text for name, text in found.items()}
+
+
 def read_features(
     read: Callable[[str, int], rules.Cells | None],
     inputs: Mapping[str, tensor_pb2.TensorInfo],
@@ -110,8 +121,13 @@ def read_features(
     Raises:
       CandidateError: a column or value of another type; `rows` are their numbers.
     """
+    of_folders = partitions(path)
+
+    def cells(name: str, data_type: int) -> rules.Cells | None:
+        return [of_folders[name]] * len(rows) if name in of_folders else read(name, data_type)
+
     try:
-        columns = rules.columns(read, inputs, dialect)
+        columns = rules.columns(cells, inputs, dialect)
         arrays, _ = features.to_arrays(columns, inputs, newest_last=dialect.newest_last_of(inputs))
         for name, array in arrays.items():
             infinite = np.isinf(array) if array.dtype.kind == "f" else np.zeros(1, bool)

@@ -22,9 +22,10 @@ missing marks, separators (of each feature its own) and weights are those of the
 simple files --missing, --separator, --weight_separator and --newest_last say the same.
 
 The output has a row for each row of the input, in its order: the columns of --keep, then the
-model's scores: ctr, cvr and ctcvr, or only ctr. Its suffix chooses the format: .jsonl, .parquet,
-otherwise CSV; .csv.gz and .jsonl.gz are compressed. `--output -` writes a CSV to standard output,
-as the scores arrive. Without --output a table is printed.
+model's scores: ctr, cvr and ctcvr, or only ctr; interest and score, if the model has them. Its
+suffix chooses the format: .jsonl, .parquet, otherwise CSV; .csv.gz and .jsonl.gz are compressed.
+`--output -` writes a CSV to standard output, as the scores arrive. Without --output a table is
+printed.
 
 An output file appears whole or not at all. A command that ends early leaves OUTPUT.partial, and the
 same command continues after it: no row is lost or there twice. All rows are scored by the version
@@ -56,13 +57,14 @@ import grpc
 import numpy as np
 
 from pwiser_serving import command_line, outputs, rules
-from pwiser_serving.base_scorer import OUTPUTS, RAW_SIGNATURE
+from pwiser_serving.base_scorer import PROBABILITIES, RAW_SIGNATURE
 from pwiser_serving.candidates import (
     STANDARD,
     CandidateError,
     CandidateFile,
     JsonFile,
     format_suffix,
+    partitions,
 )
 from pwiser_serving.connection import TLS
 from pwiser_serving.errors import FeatureError, ModelNotFound, RequestTooLarge, ScoringError
@@ -130,9 +132,14 @@ def score_file(
       ScoringError: the server did not answer, or refused.
     """
     candidates.require(keep, "--keep names")
+    for name in scorer.outputs(candidates.signature):
+        if name in keep:
+            reason = f"--keep={name}: model {scorer.model} has a score of this name"
+            raise CandidateError(reason, file=candidates.path)
     inputs = scorer.inputs(candidates.signature)
     if candidates.signature == RAW_SIGNATURE:
         needed, useful = candidates.dialect.columns(inputs)
+        needed -= partitions(candidates.path).keys()
         candidates.require(sorted(needed), f"model {scorer.model} needs")
         for name in useful:
             candidates.use(name)
@@ -524,8 +531,8 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     flags.dialect = _dialect(parser, flags)
     flags.keep = [name for name in flags.keep.split(",") if name]
     for name in flags.keep:
-        if name in OUTPUTS or flags.keep.count(name) > 1:
-            reason = "a score's name" if name in OUTPUTS else "named twice"
+        if name in PROBABILITIES or flags.keep.count(name) > 1:
+            reason = "a score's name" if name in PROBABILITIES else "named twice"
             parser.error(f"--keep: {name} is {reason}, and the output has each column once")
     return flags
 

@@ -175,12 +175,26 @@ def _values(column: pa.ChunkedArray, data_type: int) -> np.ndarray | list[str | 
         plain = whole and not column.null_count
         return (column if plain else column.cast(pa.float64(), safe=False)).to_numpy()
     if floating:
-        # As 18.0, not 18.
-        array = column.cast(pa.float64() if kind != pa.float32() else kind).to_numpy()
+        # As 18.0, not 18. A short float has the fewest digits that tell it from other short ones.
+        array = column.to_numpy()
+        if kind != pa.float64():
+            array = array.astype(np.float32).astype(str).astype(np.float64)
         return array.astype(str).tolist()
+    if pa.types.is_timestamp(kind) or pa.types.is_time(kind):
+        return _times(column)
     if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
         return column.cast(pa.binary()).cast(pa.string()).to_pylist()
     return column.cast(pa.string()).to_pylist()
+
+
+def _times(column: pa.ChunkedArray) -> list[str | None]:
+    """Texts of times, in UTC if they have an offset, and without zeros behind the last digit."""
+    zone = getattr(column.type, "tz", None)
+    if zone:
+        column = pc.local_timestamp(column.cast(pa.timestamp(column.type.unit, "UTC")))
+    text = pc.replace_substring_regex(column.cast(pa.string()), r"(\.[0-9]*?)0+$", r"\1")
+    text = pc.replace_substring_regex(text, r"\.$", "")
+    return (pc.binary_join_element_wise(text, "+00", "") if zone else text).to_pylist()
 
 
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)

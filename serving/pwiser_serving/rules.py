@@ -263,7 +263,7 @@ def _weighted(lists: Ragged, separator: str, missing: Sequence[str]) -> tuple[Ra
         value, mark, rest = (text or "").partition(separator)
         values.append(value.strip(_BLANKS))
         counted = mark and values[-1] not in missing
-        weights.append(rest.split(separator)[0] if counted else "1")
+        weights.append(rest if counted else "1")
     return Ragged(values, lists.lengths), Ragged(weights, lists.lengths)
 
 

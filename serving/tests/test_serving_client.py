@@ -294,6 +294,21 @@ def test_status_without_an_available_version(capsys):
     assert out.splitlines()[1:] == ["99       END    NOT_FOUND: no such file"]
 
 
+def test_a_model_with_a_score(tmp_path, capsys):
+    model = FakeModel()
+    for name in ("score", "other"):
+        model.signatures["predict_raw"].outputs[name].dtype = tensor_pb2.DT_FLOAT
+    path = tmp_path / "c.csv"
+    path.write_text("x,score,interest\n0.5,3,4\n")
+    with serve(model) as port:
+        good = ["score", f"--server=localhost:{port}", "--model=m", "--input", path, "--output=-"]
+        code, out, _ = run(capsys, *good, "--keep=interest")
+        assert (code, out) == (0, "interest,ctr,cvr,ctcvr,score\n4,0.5,0.5,0.5,0.5\n")
+        code, out, err = run(capsys, *good, "--keep=score")
+    assert (code, out) == (2, "")
+    assert "--keep=score: model m has a score of this name" in err
+
+
 def test_tls_by_flags(certificates):
     ours = certificates / "ours-client"
     client_flags = [f"--private_key={ours}-key.pem", f"--certificate_chain={ours}.pem"]

@@ -7,6 +7,7 @@ import gzip
 import json
 import math
 import os
+import pathlib
 import struct
 import subprocess
 import sys
@@ -389,7 +390,7 @@ def test_large_decimals_are_exact_ids():
     info = tensor_pb2.TensorInfo(dtype=tensor_pb2.DT_INT64)
     info.tensor_shape.dim.add(size=-1)
     column = pa.array([decimal.Decimal(2**53 + 1), None], pa.decimal128(20, 0))
-    batch = parquet.Batch("c.parquet", 1, pa.table({"id": column}), rules.Dialect())
+    batch = parquet.Batch(pathlib.Path("c.parquet"), 1, pa.table({"id": column}), rules.Dialect())
     assert batch.features({"id": info})["id"].tolist() == [2**53 + 1, -(2**63)]
 
 

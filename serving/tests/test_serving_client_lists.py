@@ -229,6 +229,11 @@ def test_lists_of_parquet(score, tmp_path):
         ),
         (
             "c.csv",
+            "words,image,history\na,,1:2:3\n",
+            "row 2, column history.weights: found '2:3', expected a finite",
+        ),
+        (
+            "c.csv",
             "words,image,history\na,,1:-1\n",
             "column history.weights: found -1.0, expected a number of at",
         ),
@@ -324,6 +329,16 @@ def test_a_schema_names_the_column_of_weights(score, tmp_path):
     code, err, *_ = score("c.csv", "h,hw,w,pixels\n1|2,1|1,,\n", schema)
     assert code == 2
     assert "row 2, column h: found '1|2', expected a list: no separator is known" in err
+
+
+def test_names_of_folders_are_columns(score, tmp_path):
+    folder = tmp_path / "w=a%7Cb" / "pixels=__HIVE_DEFAULT_PARTITION__"
+    folder.mkdir(parents=True)
+    path = f"{folder.relative_to(tmp_path)}/c.csv"
+    code, err, seen, _ = score(path, "last items,x\n1,2\n", _schema(tmp_path))
+    assert code == 0, err
+    assert seen[0]["words"] == [[b"a", b"b"]]
+    assert np.isnan(seen[0]["image"]).all()
 
 
 def test_a_schema_of_format_1_means_the_defaults(score, tmp_path):

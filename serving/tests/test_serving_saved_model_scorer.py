@@ -245,6 +245,20 @@ def test_a_model_that_fails_or_answers_otherwise(outputs, code, message, tmp_pat
     assert message in str(raised.value)
 
 
+def test_the_scores_of_a_model_with_more_outputs(tmp_path):
+    module = tf.Module()
+    module.predict_raw = tf.function(
+        lambda price: {"score": price * 4, "ctr": price, "interest": price * 2, "other": price},
+        input_signature=[tf.TensorSpec([None], tf.float32, "price")],
+    )
+    tf.saved_model.save(module, str(tmp_path), signatures={"predict_raw": module.predict_raw})
+    with SavedModelScorer(tmp_path) as scorer:
+        scores = scorer.score({"price": [0.125, 0.25]})
+        assert list(scores) == ["ctr", "interest", "score"]
+        np.testing.assert_array_equal(scores["score"], [0.5, 1])
+        assert list(scorer.score({"price": []})) == ["ctr", "interest", "score"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
