@@ -131,14 +131,14 @@ def test_metrics_are_those_of_the_planted_truth(data):
     assert found["top1_interest"] == pytest.approx(searches.max(axis=1).mean())
 
 
-def test_platt_repairs_level_and_spread():
-    rng = np.random.default_rng(0)
-    p = 1 / (1 + np.exp(-rng.normal(-2, 1, 200_000)))
-    label = (rng.random(len(p)) < p).astype(np.float64)
-    logit = np.log(p / (1 - p))
-    shifted = 1 / (1 + np.exp(-(2 * logit + 1)))
-    slope, intercept = worlds.platt(shifted, label)
-    assert (slope, intercept) == pytest.approx((0.5, -0.5), abs=0.03)
+def test_pcoc_by_hand_before_and_after_platt(data):
+    validation, test = (
+        {task: (2 * rows.truth[task]).clip(0, 0.99).astype(np.float32) for task in ("ctr", "ctcvr")}
+        for rows in (data.validation, data.test)
+    )
+    found = worlds.calibrated(data, worlds.Trained(validation, test, 0.0, 1))
+    assert found["ctr_pcoc"] == pytest.approx(2, abs=0.02)
+    assert found["ctr_pcoc_platt"] == pytest.approx(1, abs=0.25)
 
 
 def test_differences_by_hand():

@@ -45,7 +45,7 @@ import tensorflow as tf
 import tf_keras as keras
 from absl import flags
 
-from pwiser_tf import click_noise, metrics, runs
+from pwiser_tf import calibration, click_noise, metrics, runs
 from pwiser_tf.click_noise import ClickNoise
 from pwiser_tf.command_line import run
 from pwiser_tf.errors import DataError
@@ -56,7 +56,7 @@ from pwiser_tf.records import empty_features
 from pwiser_tf.schema import Categorical, Numerical, Schema, Split
 from pwiser_tf.synthetic.truth import SEARCH_ROWS
 from pwiser_tf.synthetic.worlds import CATEGORIES, DEVICES, SLOTS, STYLES, WORLDS, World
-from pwiser_tf.tasks import LossConfig
+from pwiser_tf.tasks import POSITIVE_GRADE, TASKS, LossConfig
 
 PROTOCOLS = ("one_pass", "early_stopping", "paper")
 BASELINE = "bce"
@@ -319,7 +319,7 @@ def _monitored(rows: Rows, outputs: dict[str, np.ndarray]) -> float:
     """The mean AUC of ctr and ctcvr on drawn labels, as training monitors it."""
     aucs = [
         metrics.auc((rows.grade >= grade).astype(np.int64), outputs[task])
-        for task, grade in (("ctr", 1), ("ctcvr", 2))
+        for task, grade in POSITIVE_GRADE.items()
     ]
     return float(np.nanmean(aucs))
 
@@ -377,28 +377,6 @@ def blend(outputs: dict[str, np.ndarray], share: float) -> np.ndarray:
     return (1 - share) * logs["ctr"] + share * logs["ctcvr"]
 
 
-def platt(probability: np.ndarray, label: np.ndarray) -> tuple[float, float]:
-    """(slope, intercept) of the logit, by Newton's method on the log loss.
-
-    To be replaced by pwiser_tf.calibration, once that exists.
-    """
-    x = np.stack([_logit(probability), np.ones(len(probability))], axis=1)
-    found = np.array([1.0, 0.0])
-    for _ in range(25):
-        p = 1 / (1 + np.exp(-x @ found))
-        hessian = (x * (p * (1 - p))[:, None]).T @ x + 1e-9 * np.eye(2)
-        step = np.linalg.solve(hessian, x.T @ (label - p))
-        found += np.clip(step, -1, 1)
-        if np.abs(step).max() < 1e-9:
-            break
-    return float(found[0]), float(found[1])
-
-
-def _logit(probability: np.ndarray) -> np.ndarray:
-    p = np.clip(probability.astype(np.float64), 1e-12, 1 - 1e-7)
-    return np.log(p) - np.log1p(-p)
-
-
 def measure(
     rows: Rows, outputs: dict[str, np.ndarray], score: np.ndarray | None = None
 ) -> dict[str, float]:
@@ -420,16 +398,19 @@ def measure(
     }
 
 
-def calibration(data: Data, trained: Trained) -> dict[str, float]:
-    """Predicted / planted on test, before and after Platt on validation."""
+def calibrated(data: Data, trained: Trained) -> dict[str, float]:
+    """PCOC on test, predicted / planted, before and after Platt on validation."""
+    outputs = {task: trained.test[task] for task in TASKS}
+    fitted, _ = calibration.fit_heads(
+        data.validation.grade, {task: trained.validation[task] for task in TASKS}
+    )
+    after = fitted.apply({task: tf.constant(values) for task, values in outputs.items()})
     found = {}
-    for task, grade in (("ctr", 1), ("ctcvr", 2)):
+    for task in TASKS:
         planted = data.test.truth[task].sum()
-        found[f"{task}_pcoc"] = float(trained.test[task].sum(dtype=np.float64) / planted)
-        label = (data.validation.grade >= grade).astype(np.float64)
-        slope, intercept = platt(trained.validation[task], label)
-        after = 1 / (1 + np.exp(-(slope * _logit(trained.test[task]) + intercept)))
-        found[f"{task}_pcoc_platt"] = float(after.sum() / planted)
+        found[f"{task}_pcoc"] = float(outputs[task].sum(dtype=np.float64) / planted)
+        scaled = after[task].numpy().sum(dtype=np.float64)
+        found[f"{task}_pcoc_platt"] = float(scaled / planted)
     return found
 
 
@@ -449,7 +430,7 @@ def job(world: str, seed: int, settings: Settings, rates: dict[str, float]) -> d
         else:
             trained[name] = train(name, used, settings, weights, rates[name], seed)
         found[name] = measure(data.test, trained[name].test)
-        found[name] |= calibration(data, trained[name]) | {"epoch": trained[name].epoch}
+        found[name] |= calibrated(data, trained[name]) | {"epoch": trained[name].epoch}
         if noise:
             found[name]["guards"] = [field.guard for field in noise.fields]
     for name, share in BLENDS.items():
@@ -473,7 +454,7 @@ def _paper_job(data: Data, seed: int, settings: Settings, rates) -> dict[str, di
         trained = train(name, data, settings, weights, rates[name], 1000 * rerun + seed)
         row = f"{name}, rerun {rerun}" if rerun else name
         found[row] = measure(data.test, trained.test) | {"epoch": trained.epoch}
-        for task, grade in (("ctr", 1), ("ctcvr", 2)):
+        for task, grade in POSITIVE_GRADE.items():
             label = (data.test.grade >= grade).astype(np.int64)
             found[row][f"{task}_drawn"] = metrics.auc(label, trained.test[task])
     return found
