@@ -137,7 +137,7 @@ def test_pcoc_by_hand_before_and_after_platt(data):
         for rows in (data.validation, data.test)
     )
     found = worlds.calibrated(data, worlds.Trained(validation, test, 0.0, 1))
-    assert found["ctr_pcoc"] == pytest.approx(2, abs=0.02)
+    assert found["ctr_pcoc"] == pytest.approx(2, abs=0.05)
     assert found["ctr_pcoc_platt"] == pytest.approx(1, abs=0.25)
 
 
