@@ -153,9 +153,9 @@ def draw(path: pathlib.Path, worlds: dict[str, list[dict]], found: list[dict]) -
         plots.tidy(axes)
     panels[0].set_yticks(range(len(rows)), rows)
     panels[0].invert_yaxis()
-    for (name, (color, marker)), axes in zip(styles.items(), [panels[0]] * 3, strict=True):
-        axes.plot([], [], marker, color=color, label=AUCS[name])
-    figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    for name, (color, marker) in styles.items():
+        panels[0].plot([], [], marker, color=color, label=AUCS[name])
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
     figure.supxlabel("AUC less that of bce, x 1e-4, 95 percent over seeds", fontsize="medium")
     plots.save(figure, path)
 
