@@ -538,9 +538,14 @@ def test_a_time_without_offset_is_in_utc_wherever_the_machine_stands(tmp_path, m
 
 
 def test_a_split_without_rows_is_an_error_and_not_a_warning(tmp_path):
-    with pytest.raises(DataError, match="no row is in the validation split: raise --validation_fr"):
-        _simple(tmp_path, [f"1,2,{k % 2},1,1" for k in range(50)], "--group=g")
+    lines = [f"1,2,{k % 2},1,1" for k in range(50)]
+    with pytest.raises(DataError, match="no row is in the validation split: there are few groups"):
+        _simple(tmp_path, lines, "--group=g")
     assert not (tmp_path / "out").exists()
+    # The advice works.
+    _simple(tmp_path, lines, "--group=g", "--validation_split=random")
+    with pytest.raises(DataError, match="found 1 training rows, expected at least 2"):
+        _simple(tmp_path, lines[:1], "--test_fraction=0", "--validation_fraction=0")
 
 
 def test_rows_that_are_there_twice_are_told(tmp_path, capsys):

@@ -118,10 +118,10 @@ def test_every_setting_changes_the_result(loss, field, value):
 
 
 def test_every_setting_except_task_weights_is_tested():
-    # The model applies the task weights; tests of models cover them.
+    # The model applies the task weights and corrects clicks; tests of models cover them.
     tested = test_every_setting_changes_the_result.pytestmark[0].args[1]
     fields = {field.name for field in dataclasses.fields(LossConfig)}
-    elsewhere = {"ctr_weight", "ctcvr_weight", "normalization"}
+    elsewhere = {"ctr_weight", "ctcvr_weight", "normalization", "click_noise_fields"}
     assert {field for _, field, _ in tested} == fields - elsewhere
 
 

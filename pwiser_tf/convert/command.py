@@ -207,17 +207,22 @@ def convert(
                 warnings += splits.groups_in_several(database, source, cut)
         shutil.rmtree(scratch)
         train = written["train"]
-        if not train.rows and source.train:
+        # Training refuses a single row too.
+        if train.rows < 2 and source.train:
             raise DataError(
-                f"found no training rows: {train.dropped} have a conversion without a click and "
-                "are dropped, the others are held out",
+                f"found {train.rows} training rows, expected at least 2: {train.dropped} have a "
+                "conversion without a click and are dropped, the others are held out",
                 file=source.train[0].name,
             )
         for name, fraction in (("validation", validation_fraction), ("test", test_fraction)):
             if source.train and fraction and not written[name].rows:
+                # One group stays one group.
+                more = f"raise --{name}_fraction, choose another --validation_split"
+                if cut.rule == "group":
+                    more = "there are few groups: choose --validation_split=random or time"
                 raise DataError(
-                    f"no row is in the {name} split: raise --{name}_fraction, choose another "
-                    f"--validation_split, or give files by --{name} (0: no such split)"
+                    f"no row is in the {name} split: {more}, or give files by --{name} "
+                    f"(--{name}_fraction=0: no such split)"
                 )
         coverage = encoder.coverage.shares()
         warnings += encoder.coverage.warnings(coverage if known is None else known.coverage)
