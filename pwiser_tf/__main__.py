@@ -22,6 +22,7 @@ COMMANDS = {
     "tune": ("pwiser_tf.tune", [], "search a loss's settings on the validation split"),
     "export": ("pwiser_tf.export", [], "export a run as a SavedModel for TF Serving"),
     "study": ("pwiser_tf.study.paper_table", [], "compare models and losses over several seeds"),
+    "worlds": ("pwiser_tf.study.worlds", [], "compare losses where the truth is known"),
     "serve": ("pwiser_serving.server", [], "run a local server with TF Serving's APIs"),
     "score": ("pwiser_serving.client", ["score"], "score a file of candidates over gRPC"),
 }

@@ -226,6 +226,7 @@ def estimate(
     others: np.ndarray,
     grade: np.ndarray,
     weights: np.ndarray | None = None,
+    guarded: bool = True,
 ) -> ClickNoise:
     """The click noise of training rows.
 
@@ -236,6 +237,7 @@ def estimate(
         by. No columns: all cells are taken to show the same items.
       grade: int [n]: 0 exposure, 1 click, 2 conversion.
       weights: of rows, [n], where exposures without click are sampled; None: 1 each.
+      guarded: False leaves q as it is, whatever the guard says: to show what the guard is for.
     """
     weights = np.ones(len(grade)) if weights is None else weights
     groups = crossed(sizes)
@@ -263,8 +265,10 @@ def estimate(
         simple = clicks * (conversions.sum() / max(clicks.sum(), 1))
         by_chance = n * ctr
         expected, expected_clicks = conversions_per_click[k], clicks_per_exposure[k]
-        quality, guard, statistic, bound = _quality(conversions, expected, clicks, expected_clicks)
-        plain, *_ = _quality(conversions, simple, clicks, by_chance)
+        quality, guard, statistic, bound = _quality(
+            conversions, expected, clicks, expected_clicks, guarded
+        )
+        plain, *_ = _quality(conversions, simple, clicks, by_chance, guarded)
         ratio = _drawn(clicks, by_chance, _spread(clicks, by_chance))
         fields.append(
             NoisyField(
@@ -276,7 +280,7 @@ def estimate(
     return ClickNoise(ctr, tuple(fields))
 
 
-def _quality(conversions, expected, clicks, expected_clicks):
+def _quality(conversions, expected, clicks, expected_clicks, guarded: bool):
     """(q [cells], guard, statistic, bound) from counts and expectations [cells]."""
     quality, guard = np.ones(len(clicks)), 0.0
     held = expected > 0
@@ -302,7 +306,9 @@ def _quality(conversions, expected, clicks, expected_clicks):
         np.log(w / expected_clicks[held][clicked]),
         w,
     )
-    if chance < _GUARD_LEVEL:
+    if not guarded:
+        guard = 1.0
+    elif chance < _GUARD_LEVEL:
         guard = float(np.clip(-slope, 0.0, 1.0))
     quality[held] = q**guard
     return quality, guard, statistic, bound
