@@ -54,9 +54,8 @@ def test_training_imports_no_plots_and_nothing_of_serving():
 def test_each_command_shows_its_own_help(name, command):
     done = command(name, "--help")
     flag = {"serve": "--model_base_path", "score": "--input", "sample": "--rows"}.get(name)
-    flag = flag or {"convert": "--format", "study": "--seeds", "inspect": "--rows"}.get(
-        name, "  --workdir: "
-    )
+    others = {"convert": "--format", "study": "--seeds", "worlds": "--seeds", "inspect": "--rows"}
+    flag = flag or others.get(name, "  --workdir: ")
     assert done.returncode in (0, 1)
     assert flag in done.stdout
 
