@@ -359,6 +359,7 @@ def test_a_model_expects_what_items_in_chosen_slots_do(tmp_path, capsys):
         expected = field.expected_clicks[ids] / field.exposures[ids] / planted
         errors.append(np.std(np.log(expected)))
     assert errors[0] < 0.9 * errors[1]
+    (tmp_path / "random").mkdir()
     random = _world_run(tmp_path / "random", name="slot")
     schema = runs.Schema.load(random.data_dir)
     assert not estimate_click_noise(random.data_dir, schema, ("slot", "device")).items_differ

@@ -398,7 +398,8 @@ def test_a_run_of_the_table_is_a_run_of_train(table, dataset, tmp_path):
         "pwiser",
         ["--margin_click=0.2", "--seed=1"],
     )
-    expected = train(settings, tmp_path / "run")
+    # The table compares losses as they were learnt.
+    expected = train(settings.replace(calibration="none"), tmp_path / "run")
     assert found["best_epoch"] == expected["best_epoch"]
     for task in metrics.TASKS:
         for name in ("auc", "gauc", "log_loss", "pcoc"):
