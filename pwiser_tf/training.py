@@ -194,6 +194,7 @@ def _locked_run(config: Config, folder: pathlib.Path) -> Iterator[Schema]:
             f"{flag} needs a group (a search or session) in the data; this data set has none",
             file=pathlib.Path(config.data_dir) / "schema.json",
         )
+    _check_noise_fields(config.loss.click_noise_fields, schema)
     if min(config.training.batch_size, schema.split("train").rows) == 1:
         raise DataError("a batch of 1 row: batch normalization needs a --batch_size of at least 2")
     folder.mkdir(parents=True, exist_ok=True)
@@ -267,6 +268,18 @@ def _fit(
     return model, progress
 
 
+def _check_noise_fields(features: Sequence[str], schema: Schema) -> None:
+    """Raises DataError if click noise cannot be estimated by these features."""
+    known = [feature.name for feature in schema.categorical]
+    if unknown := [name for name in features if name not in known]:
+        raise DataError(
+            f"--click_noise_fields={','.join(features)}: {', '.join(unknown)} is no categorical "
+            f"feature; these are: {', '.join(known)}"
+        )
+    if features and not schema.conversion:
+        raise DataError("--click_noise_fields needs conversions, which the data set does not have")
+
+
 def estimate_click_noise(
     data_dir: str | os.PathLike,
     schema: Schema,
@@ -285,17 +298,11 @@ def estimate_click_noise(
     Raises:
       DataError: a feature is not categorical, or the data have no conversions.
     """
+    _check_noise_fields(features, schema)
     column = {feature.name: k for k, feature in enumerate(schema.categorical)}
-    if unknown := [name for name in features if name not in column]:
-        raise DataError(
-            f"--click_noise_fields={','.join(features)}: {', '.join(unknown)} is no categorical "
-            f"feature; these are: {', '.join(column)}"
-        )
-    if not schema.conversion:
-        raise DataError("--click_noise_fields needs conversions, which the data set does not have")
     step = math.ceil(schema.split("train").rows / _NOISE_ROWS)
     ids, numbers, grades = [], [], []
-    for inputs, grade in data.batches(data_dir, schema, "train", _NOISE_BATCH):
+    for inputs, grade in data.batches(data_dir, schema, "train", _NOISE_BATCH, extras=()):
         grade = grade.numpy()
         kept = np.flatnonzero((grade >= 1) | (np.arange(len(grade)) % step == 0))
         grades.append(grade[kept].astype(np.int8))
@@ -345,6 +352,7 @@ def _model_without(
         min(options.batch_size, schema.split("train").rows),
         shuffle_seed=(options.seed, 0),
         drop_remainder=True,
+        extras=(),
     )
     model.fit(batches.map(lambda features, grade: (hidden(features), grade)), verbose=0)
     return tf.function(lambda features: model(hidden(features), training=False))
@@ -357,11 +365,14 @@ def _click_noise(config: Config, schema: Schema, folder: pathlib.Path) -> ClickN
     path = folder / runs.CLICK_NOISE_FILE
     if not path.exists():
         fields = config.loss.click_noise_fields
-        noise = estimate_click_noise(config.data_dir, schema, fields)
-        if noise.items_differ:
-            print("click noise: cells show different items; a first model expects what they do")
-            expect = _model_without(config, schema, fields)
-            noise = estimate_click_noise(config.data_dir, schema, fields, expect)
+        try:
+            noise = estimate_click_noise(config.data_dir, schema, fields)
+            if noise.items_differ:
+                print("click noise: cells show different items; a first model expects what they do")
+                expect = _model_without(config, schema, fields)
+                noise = estimate_click_noise(config.data_dir, schema, fields, expect)
+        except (tf.errors.DataLossError, tf.errors.InvalidArgumentError) as error:
+            data.explain(error, config.data_dir, schema, "train")
         runs.write_json(path, noise.to_json())
     noise = runs.click_noise(folder, config)
     values = {feature.name: feature.texts() for feature in schema.categorical}
