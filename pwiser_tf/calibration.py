@@ -19,6 +19,8 @@ import math
 import numpy as np
 import tensorflow as tf
 
+from pwiser_tf import metrics
+
 METHODS = ("auto", "none", "platt")
 # The outputs that are scaled; cvr follows from them.
 HEADS = ("ctr", "ctcvr")
@@ -170,10 +172,10 @@ def fit_heads(
       The calibration, and why the heads that it leaves out have none: {head: reason}.
     """
     heads, reasons = {}, {}
-    for name, smallest in zip(HEADS, (1, 2), strict=True):
+    for name in HEADS:
         if name in predictions:
             try:
-                heads[name] = fit(np.asarray(grade) >= smallest, predictions[name])
+                heads[name] = fit(metrics.task_labels(grade, name)[1], predictions[name])
             except NotCalibrated as error:
                 reasons[name] = str(error)
     return Calibration(heads), reasons

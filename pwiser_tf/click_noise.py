@@ -51,6 +51,8 @@ _ROUNDS = 5
 # Cells show different items if so large a share of the clicks would not be expected by chance.
 _DIFFERENT_ITEMS = 0.03
 _SHOWN_CELLS = 20
+# Of a number, where it stands among the other features.
+_BINS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +219,16 @@ def crossed(sizes: Sequence[int]) -> list[list[int]]:
         else:
             fields.append([k])
     return sorted(sorted(field) for field in fields)
+
+
+def other_columns(ids: np.ndarray, numbers: np.ndarray, fields: Sequence[int]) -> np.ndarray:
+    """What `estimate` takes as `others`, int64 [n, columns]: the columns of `ids` [n, C] that are
+    no `fields`, and `numbers` [n, N] in bins with about equally many rows."""
+    columns = [ids[:, k] for k in range(ids.shape[1]) if k not in fields]
+    for values in numbers.T:
+        bounds = np.quantile(values, np.arange(1, _BINS) / _BINS)
+        columns.append(np.searchsorted(bounds, values, side="right"))
+    return np.stack(columns, axis=1) if columns else np.empty((len(ids), 0), np.int64)
 
 
 def estimate(

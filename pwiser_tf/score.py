@@ -86,13 +86,16 @@ class Score:
                 have = ", ".join(output for output in FACTORS if output in outputs)
                 raise DataError(f"--score={self}: the model has no output {name}, only {have}")
 
-    def values(self, predictions: dict[str, np.ndarray]) -> np.ndarray:
-        """The score of predictions (output to [n]): float32 [n], above 0."""
-        logarithm = sum(
+    def logarithm(self, predictions: dict[str, np.ndarray]) -> np.ndarray:
+        """The logarithm of the score of predictions (output to [n]): float64 [n]."""
+        return sum(
             exponent * np.log(np.maximum(np.asarray(predictions[name], np.float64), _LOWEST))
             for name, exponent in self.exponents.items()
         )
-        return np.exp(np.clip(logarithm, *_LOG_RANGE)).astype(np.float32)
+
+    def values(self, predictions: dict[str, np.ndarray]) -> np.ndarray:
+        """The score of predictions (output to [n]): float32 [n], above 0."""
+        return np.exp(np.clip(self.logarithm(predictions), *_LOG_RANGE)).astype(np.float32)
 
     def add_to(self, outputs: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         """A model's outputs, float32 [batch] each, and the "score", computed in the graph."""

@@ -30,8 +30,8 @@ from pwiser_tf.schema import Schema
 from pwiser_tf.tasks import LOSSES, TASKS
 
 _LOG_EVERY_STEPS = 100
-# Click noise is estimated from about this many exposures without click, and numbers in these bins.
-_NOISE_ROWS, _NOISE_BATCH, _NOISE_BINS = 2_000_000, 65_536, 8
+# Click noise is estimated from about this many exposures without click.
+_NOISE_ROWS, _NOISE_BATCH = 2_000_000, 65_536
 # Above about this strength PWiseR did harm: docs/explain/when-pwiser-helps.md.
 _HARMFUL_STRENGTH = 1.0
 # Below this share of rows in an epoch, training warns.
@@ -317,15 +317,11 @@ def estimate_click_noise(
         numbers.append(values)
     ids, grade = np.concatenate(ids), np.concatenate(grades)
     chosen = [column[name] for name in features]
-    others = [ids[:, k] for k in range(ids.shape[1]) if k not in chosen]
-    for values in np.concatenate(numbers).T:
-        bounds = np.quantile(values, np.arange(1, _NOISE_BINS) / _NOISE_BINS)
-        others.append(np.searchsorted(bounds, values, side="right"))
     return click_noise.estimate(
         tuple(features),
         ids[:, chosen],
         [schema.categorical[k].size for k in chosen],
-        np.stack(others, axis=1) if others else np.empty((len(ids), 0), np.int32),
+        click_noise.other_columns(ids, np.concatenate(numbers), chosen),
         grade,
         np.where(grade >= 1, 1.0, step),
     )
@@ -375,7 +371,11 @@ def _click_noise(config: Config, schema: Schema, folder: pathlib.Path) -> ClickN
             data.explain(error, config.data_dir, schema, "train")
         runs.write_json(path, noise.to_json())
     noise = runs.click_noise(folder, config)
-    values = {feature.name: feature.texts() for feature in schema.categorical}
+    values = {
+        feature.name: feature.texts()
+        for feature in schema.categorical
+        if feature.name in config.loss.click_noise_fields
+    }
     print(noise.table(values), flush=True)
     for warning in noise.warnings():
         print(f"warning: {warning}", file=sys.stderr)

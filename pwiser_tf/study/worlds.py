@@ -54,6 +54,7 @@ from pwiser_tf.models import ModelConfig
 from pwiser_tf.models.shared_bottom import SharedBottom
 from pwiser_tf.records import empty_features
 from pwiser_tf.schema import Categorical, Numerical, Schema, Split
+from pwiser_tf.score import Score
 from pwiser_tf.synthetic.truth import SEARCH_ROWS
 from pwiser_tf.synthetic.worlds import CATEGORIES, DEVICES, SLOTS, STYLES, WORLDS, World
 from pwiser_tf.tasks import POSITIVE_GRADE, TASKS, LossConfig
@@ -89,7 +90,6 @@ _RATES = {"one_pass": (0.006, 0.012, 0.024), "early_stopping": (0.003, 0.006, 0.
 _PAPER_RATE = 2e-3
 _BATCH = 2048
 _EMA = 0.97
-_NOISE_BINS = 8
 # Layer sizes; no dropout, no weight decay.
 _MODEL = ModelConfig(
     name="shared_bottom",
@@ -157,15 +157,11 @@ class Data:
         ids, numbers = (self.train.features[name] for name in ("categorical", "numerical"))
         names = [feature.name for feature in self.schema.categorical]
         chosen = [names.index(name) for name in NOISE_FIELDS]
-        others = [ids[:, k] for k in range(ids.shape[1]) if k not in chosen]
-        for values in numbers.T:
-            bounds = np.quantile(values, np.arange(1, _NOISE_BINS) / _NOISE_BINS)
-            others.append(np.searchsorted(bounds, values, side="right"))
         return click_noise.estimate(
             NOISE_FIELDS,
             ids[:, chosen],
             [self.schema.categorical[k].size for k in chosen],
-            np.stack(others, axis=1),
+            click_noise.other_columns(ids, numbers, chosen),
             self.train.grade,
             guarded=guarded,
         )
@@ -372,9 +368,7 @@ def corrected(data: Data, guarded: bool) -> tuple[Data, ClickNoise]:
 
 def blend(outputs: dict[str, np.ndarray], share: float) -> np.ndarray:
     """(1 - share) log pCTR + share log pCTCVR, float64 [n]."""
-    logs = {task: np.log(np.maximum(outputs[task].astype(np.float64), 1e-30))
-            for task in ("ctr", "ctcvr")}  # fmt: skip
-    return (1 - share) * logs["ctr"] + share * logs["ctcvr"]
+    return Score.blend(share).logarithm(outputs)
 
 
 def measure(
